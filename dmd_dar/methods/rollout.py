@@ -1,0 +1,70 @@
+"""The few-step student, one definition for training, sampling and evaluation; and the ODE solvers of the teacher.
+
+Shapes: x_t (B, ...); cond (B,); rungs descend from 1 (pure noise), see flow.check_rungs.
+"""
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dmd_dar import flow
+from dmd_dar.draws import Draws
+from dmd_dar.guidance import Velocity
+
+Sampler = Literal["stochastic", "deterministic"]
+
+
+def predict_x0(velocity: Velocity, x_t: Tensor, t: float, cond: Tensor) -> Tensor:
+    """One network call: the estimate of x0 from x_t at a single t."""
+    times = torch.full((len(x_t),), t, device=x_t.device, dtype=x_t.dtype)
+    return flow.velocity_to_x0(velocity(x_t, times, cond), x_t, times)
+
+
+def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | None) -> Tensor:
+    """The state at t_next: fresh noise added to x0, or where eps is None the ODE's own noise (an Euler step)."""
+    if eps is None:
+        eps = (x_t - (1 - t) * x0) / t
+    return (1 - t_next) * x0 + t_next * eps
+
+
+def state_at(
+    student: Velocity, cond: Tensor, rungs: tuple[float, ...], rung: int, draws: Draws, noise: Tensor,
+    sampler: Sampler = "stochastic",
+) -> Tensor:
+    """The student's input at rungs[rung], simulated from pure noise by the student itself (DMD2, arXiv:2405.14867 4.5).
+
+    Calls the student `rung` times; wrap in no_grad for training.
+    """
+    x_t = noise
+    for j, (t, t_next) in enumerate(pairwise(rungs[: rung + 1])):
+        x0 = predict_x0(student, x_t, t, cond)
+        eps = draws.normal(f"renoise_{j + 1}", *noise.shape[1:]) if sampler == "stochastic" else None
+        x_t = next_state(x0, x_t, t, t_next, eps)
+    return x_t
+
+
+def sample(
+    student: Velocity, cond: Tensor, rungs: tuple[float, ...], draws: Draws, noise: Tensor,
+    sampler: Sampler = "stochastic",
+) -> Tensor:
+    """x0 (B, ...) after len(rungs) calls of the student."""
+    x_t = state_at(student, cond, rungs, len(rungs) - 1, draws, noise, sampler)
+    return predict_x0(student, x_t, rungs[-1], cond)
+
+
+def solve_ode(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> list[Tensor]:
+    """Heun's method for dx/dt = v along a descending grid: the state at every grid point, the first being `noise`.
+
+    2 evaluations a step; the same callable may be the guided teacher.
+    """
+    x, states = noise, [noise]
+    for t, t_next in pairwise(grid):
+        times = torch.full((len(x),), t, device=x.device, dtype=x.dtype)
+        v = velocity(x, times, cond)
+        euler = x + (t_next - t) * v
+        corrected = velocity(euler, torch.full_like(times, t_next), cond)
+        x = x + (t_next - t) * (v + corrected) / 2
+        states.append(x)
+    return states

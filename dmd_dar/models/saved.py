@@ -1,0 +1,69 @@
+"""A trained network on disk: a folder with model.safetensors and model.json, enough to sample from it elsewhere."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from dmd_dar.models.denoiser import Prediction
+from dmd_dar.models.sit import SiT, SiTConfig
+from dmd_dar.routing.layout import RoutingConfig
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What model.json says beside the shape: how to use the network and where it comes from."""
+
+    prediction: Prediction = "flow"
+    rungs: tuple[float, ...] = ()  # of a few-step student; empty for a teacher
+    label_names: tuple[str, ...] = ()
+    origin: dict[str, Any] = field(default_factory=dict)  # free: data hash, command, step, teacher hash
+
+
+def save_network(folder: Path, network: SiT, card: ModelCard) -> None:
+    """Write both files atomically; the weights first, so that a new model.json never meets old weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({name: value.contiguous().cpu() for name, value in network.state_dict().items()})
+    text = json.dumps({"format": FORMAT, "model": asdict(network.config), **asdict(card)}, indent=1)
+    for name, content in (("model.safetensors", weights), ("model.json", text.encode())):
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+
+
+def _config(values: dict[str, Any]) -> SiTConfig:
+    return SiTConfig(**{**values, "routing": RoutingConfig(**values["routing"])})
+
+
+def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:
+    """The network in evaluation mode, frozen, and its card.
+
+    Raises FileNotFoundError naming the missing file, ValueError where model.json is of another format or form.
+    """
+    folder = Path(folder)
+    for name in ("model.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: give a folder that a run of this project saved")
+    try:
+        described = json.loads((folder / "model.json").read_text())
+        if described.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        config = _config(described.pop("model"))
+        card = ModelCard(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder / 'model.json'} does not describe a network of this project: {error}") from error
+    network = SiT(config)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return network.to(device).eval().requires_grad_(False), card
+
+
+def weights_hash(folder: str | Path) -> str:
+    """SHA-256 of model.safetensors, hexadecimal."""
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()

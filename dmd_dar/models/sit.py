@@ -1,0 +1,267 @@
+"""SiT (arXiv:2401.08740) with an explicit source history, so that its residual additions can be routed (DAR).
+
+B batch, T tokens, d width, p patch, C channels. Parameter names are those of the public DiT and SiT checkpoints.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmd_dar.keys import key
+from dmd_dar.routing.layout import Query, RoutingConfig, Scale, Summary
+from dmd_dar.routing.router import History, Observer, RouterBank
+
+PRESETS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # d, depth, heads
+FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """The shape of a SiT; `routing` decides what its residual additions become."""
+
+    input_size: int = key(32, "side of the input", unit="pixels or latent cells", least=1)
+    in_channels: int = key(3, "channels of the input", least=1)
+    patch: int = key(4, "side of a patch", unit="pixels or latent cells", least=1)
+    width: int = key(128, "token width d; divisible by heads and by 4", least=4)
+    depth: int = key(6, "number of blocks; twice as many sublayers", unit="blocks", least=1)
+    heads: int = key(4, "attention heads", least=1)
+    mlp_ratio: float = key(4.0, "MLP width over d", above=0)
+    num_classes: int = key(1, "class labels 0 .. num_classes - 1; the next index is the unconditional one", least=1)
+    learn_sigma: bool = key(False, "output 2 C channels, of which the first C are the velocity")
+    routing: RoutingConfig = key(factory=RoutingConfig)
+
+    def __post_init__(self) -> None:
+        if self.input_size % self.patch:
+            raise ValueError(f"input_size must be a multiple of patch, got {self.input_size} and {self.patch}")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width must be divisible by heads and by 4, got {self.width} and {self.heads} heads")
+        if self.routing.query != "residual" and self.routing.chunk_size > 2 * self.depth:
+            raise ValueError(f"routing.chunk_size {self.routing.chunk_size} exceeds the {2 * self.depth} sublayers")
+
+
+def sin_cos_positions(width: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine position table, (1, side^2, width): half the channels for columns, half for rows."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, width / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    columns = line[None].expand(side, -1, -1)
+    rows = line[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x (B, T, d), shift and scale (B, d)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, T, d)."""
+
+    def __init__(self, patch: int, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) -> (B, d): 256 sines and cosines with periods up to 10,000 / 2 pi, then an MLP."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        rate = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * rate
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels, with one more row for "no label"."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Two sublayers behind adaLN-Zero. Each returns what would be added to the stream, its gate included."""
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        d = config.width
+        self.norm1, self.norm2 = (nn.LayerNorm(d, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.attn, self.mlp = Attention(d, config.heads), Mlp(d, int(d * config.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """c (B, d) -> shift, scale, gate of the attention, then of the MLP, each (B, d)."""
+        return self.adaLN_modulation(c).chunk(6, dim=1)
+
+    def attention_output(self, h: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return gate[:, None] * self.attn(modulate(self.norm1(h), shift, scale))
+
+    def mlp_output(self, h: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return gate[:, None] * self.mlp(modulate(self.norm2(h), shift, scale))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, patch: int, channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return self.linear(modulate(self.norm_final(h), *self.adaLN_modulation(c).chunk(2, dim=1)))
+
+
+class SiT(nn.Module):
+    """The raw network: (x (B, C, H, W), t (B,), labels (B,)) -> (B, C or 2 C, H, W). Its meaning is denoiser.py's."""
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        self.config = config
+        d, side = config.width, config.input_size // config.patch
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.x_embedder = PatchEmbed(config.patch, config.in_channels, d)
+        self.t_embedder, self.y_embedder = TimestepEmbedder(d), LabelEmbedder(config.num_classes, d)
+        self.pos_embed = nn.Parameter(sin_cos_positions(d, side), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(d, config.patch, self.out_channels)
+        routed = config.routing.query != "residual"
+        self.dar = RouterBank(config.routing, 2 * config.depth, d) if routed else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """The DiT start (arXiv:2212.09748): Xavier weights, zero biases, zero gates (adaLN-Zero) and a zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
+        zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, observe: Observer | None = None) -> Tensor:
+        v_0 = self.x_embedder(x) + self.pos_embed  # (B, T, d)
+        t_embedding = self.t_embedder(t)
+        c = t_embedding + self.y_embedder(labels)
+        if self.dar is None:
+            h = self._residual(v_0, c)
+        else:
+            h = self._routed(History(self.dar, v_0, t_embedding, observe), c)
+        return self._unpatchify(self.final_layer(h, c))
+
+    def _residual(self, h: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            m = block.modulation(c)
+            h = h + block.attention_output(h, *m[:3])
+            h = h + block.mlp_output(h, *m[3:])
+        return h
+
+    def _routed(self, history: History, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            m = block.modulation(c)
+            history.append(block.attention_output(history.state(), *m[:3]))
+            history.append(block.mlp_output(history.state(), *m[3:]))
+        return history.state()
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, T, p p C) -> (B, C, H, W)."""
+        p, side = self.config.patch, self.config.input_size // self.config.patch
+        return tokens.unflatten(1, (side, side)).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(
+            2, 3
+        )
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """The parameters that DAR adds; empty for a residual network."""
+        return [] if self.dar is None else list(self.dar.parameters())
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """All trainable parameters that are not routers."""
+        return [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("dar.")]
+
+
+def build_sit(
+    preset: str,
+    *,
+    routing: Query = "residual",
+    chunk_size: int = 4,
+    summary: Summary = "sum",
+    scale: Scale = "stream",
+    num_classes: int = 1000,
+    input_size: int = 32,
+    in_channels: int = 4,
+    learn_sigma: bool = True,
+) -> SiT:
+    """A SiT by its public name: "S", "B", "L" or "XL", a slash, and patch 2, 4 or 8, for example "XL/2".
+
+    Raises ValueError for another name. For free sizes build `SiT(SiTConfig(...))`.
+    """
+    size, _, patch = preset.partition("/")
+    if size not in PRESETS or patch not in ("2", "4", "8"):
+        raise ValueError(f"unknown preset {preset!r}: write one of S, B, L, XL, then /2, /4 or /8, such as 'XL/2'")
+    width, depth, heads = PRESETS[size]
+    return SiT(
+        SiTConfig(
+            input_size=input_size,
+            in_channels=in_channels,
+            patch=int(patch),
+            width=width,
+            depth=depth,
+            heads=heads,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            routing=RoutingConfig(query=routing, chunk_size=chunk_size, summary=summary, scale=scale),
+        )
+    )
+
+
+def with_routing(model: SiT, routing: RoutingConfig) -> SiT:
+    """A copy of `model` with the same backbone weights under another routing; routers start at zero queries.
+
+    With `scale: stream`, or `count` and `summary: sum`, the copy computes the same function.
+    """
+    copy = SiT(replace(model.config, routing=routing)).to(model.pos_embed.device, model.pos_embed.dtype)
+    backbone = {name: value for name, value in model.state_dict().items() if not name.startswith("dar.")}
+    missing, unexpected = copy.load_state_dict(backbone, strict=False)
+    if unexpected or any(not name.startswith("dar.") for name in missing):
+        raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    return copy

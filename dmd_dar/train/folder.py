@@ -1,0 +1,182 @@
+"""The run folder: one configuration, one log, one run at a time.
+
+    config.yaml  log.jsonl  checkpoints/  samples/  student/  .lock
+
+The lock is the kernel's (`flock`): it goes when the process goes, however it dies, so it is never stale. On NFS, Linux
+turns `flock` into a byte-range lock that the server holds for all clients and releases with the client's lease; on a
+mount without locking (`nolock`, `local_lock=flock`) it protects within one machine only. The text in `.lock` is for the
+message, never for the decision. Only the main process opens the folder; the other processes get its path.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import fnmatch
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from dmd_dar.train.atomic import write_atomic
+
+MAY_CHANGE = ("log.*", "launch.*", "checkpoint.*")
+GROW_ONLY = ("steps",)
+ABSENT = "(absent)"
+
+
+class FolderError(RuntimeError):
+    """One message for the user about a run folder, with the remedy; nothing saved has been touched."""
+
+
+@dataclasses.dataclass
+class RunFolder:
+    """An open, locked run folder; `resumed` says whether it held this run before. Closes as a context manager."""
+
+    path: Path
+    resumed: bool
+    lock: int
+
+    @classmethod
+    def open(
+        cls,
+        out_dir: str | os.PathLike[str],
+        cfg: dict[str, Any],
+        *,
+        may_change: Iterable[str] = MAY_CHANGE,
+        grow_only: Iterable[str] = GROW_ONLY,
+        resume: Literal["auto", "never"] = "auto",
+    ) -> Self:
+        """Create or re-open `out_dir` for `cfg` (plain containers); refuse another configuration and a second run."""
+        path = _make(Path(out_dir))
+        lock = _lock(path)
+        try:
+            resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume)
+            for name in ("checkpoints", "samples", "student"):
+                (path / name).mkdir(exist_ok=True)
+            write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
+        except OSError as error:
+            os.close(lock)
+            raise FolderError(f"out_dir '{path}' cannot be written: {error.strerror}; use another out_dir") from error
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, resumed, lock)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    def close(self) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two nested configurations differ; ABSENT stands for a missing key."""
+    found = []
+    for name in [*old, *(name for name in new if name not in old)]:
+        a, b = old.get(name, ABSENT), new.get(name, ABSENT)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b or type(a) is not type(b):
+            found.append((f"{prefix}{name}", a, b))
+    return found
+
+
+def _make(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FolderError(f"out_dir '{path}' is, or lies under, a file; use another out_dir") from error
+    except OSError as error:
+        raise FolderError(f"out_dir '{path}' cannot be created: {error.strerror}; use another out_dir") from error
+    return path
+
+
+def _lock(path: Path) -> int:
+    try:
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise FolderError(f"out_dir '{path}' cannot be written: {error.strerror}; use another out_dir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = _holder(lock)
+        os.close(lock)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise FolderError(f"out_dir '{path}' cannot be locked: {error.strerror}; use a local out_dir") from error
+        raise FolderError(
+            f"out_dir '{path}' is in use by another run ({holder}); wait for it, stop it, or use another out_dir"
+        ) from error
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps(owner).encode(), 0)
+    return lock
+
+
+def _holder(lock: int) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        owner = json.loads(os.pread(lock, 4096, 0))
+        return f"pid {owner['pid']} on {owner['host']} since {owner['start']}"
+    return "starting just now"
+
+
+def _admit(
+    path: Path, cfg: dict[str, Any], may_change: tuple[str, ...], grow_only: tuple[str, ...], resume: str
+) -> bool:
+    """Whether the folder already held this run; a FolderError if it held another one or may not be resumed."""
+    saved = path / "config.yaml"
+    if not saved.exists():
+        if (path / "log.jsonl").exists() or any((path / "checkpoints").glob("*")):
+            raise FolderError(f"out_dir '{path}' holds a run but no config.yaml; restore it or use another out_dir")
+        return False
+    if resume == "never":
+        raise FolderError(f"out_dir '{path}' already holds a run; use another out_dir, or allow resuming")
+    refused = [
+        f"{key}: {json.dumps(old)} -> {json.dumps(new)}" + (" (may only grow)" if key in grow_only else "")
+        for key, old, new in differences(_read(saved), cfg)
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)
+        and not (key in grow_only and _grows(old, new))
+    ]
+    if refused:
+        raise FolderError(
+            f"out_dir '{path}' holds a run with another configuration: {'; '.join(refused)}. "
+            "Use another out_dir or restore these values"
+        )
+    return True
+
+
+def _grows(old: Any, new: Any) -> bool:
+    return type(old) is type(new) and isinstance(new, int | float) and new > old
+
+
+def _read(saved: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
+    except (OSError, YAMLError) as error:
+        raise FolderError(f"'{saved}' cannot be read: {error}; restore it or use another out_dir") from error
+    if not isinstance(values, dict):
+        raise FolderError(f"'{saved}' is not a configuration; restore it or use another out_dir")
+    return values  # type: ignore[return-value]

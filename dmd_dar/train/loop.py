@@ -1,0 +1,141 @@
+"""The training loop: cycles of optimiser steps, checkpoints, logs, a clean stop."""
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd_dar.draws import Draws
+from dmd_dar.train import checkpoint
+from dmd_dar.train.ema import Ema
+from dmd_dar.train.folder import RunFolder
+from dmd_dar.train.log import Progress, RunLog
+from dmd_dar.train.optimise import Optimiser
+from dmd_dar.train.runtime import Runtime
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Phase:
+    """One network in training. `loss` maps the step's draws to a scalar and what to log of it."""
+
+    name: str
+    network: nn.Module
+    optimiser: Optimiser
+    loss: Callable[[Draws], tuple[Tensor, Metrics]]
+    ema: Ema | None = None
+    steps: int = field(default=0, init=False)  # optimiser steps made
+
+    def state(self) -> dict[str, Any]:
+        ema = None if self.ema is None else self.ema.module.state_dict()
+        optimiser = self.optimiser.adamw.state_dict()
+        return {"network": self.network.state_dict(), "optimiser": optimiser, "ema": ema, "steps": self.steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimiser.adamw.load_state_dict(state["optimiser"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.steps = state["steps"]
+
+
+def update(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> dict[str, Tensor]:
+    """One optimiser step of one network over the global batch; its metrics, named after the phase."""
+    parts = runtime.micro_batches(batch_size)
+    total: Metrics = {}
+    for samples in parts:
+        with runtime.autocast():
+            loss, metrics = phase.loss(Draws(seed, phase.name, phase.steps, samples))
+        (loss / len(parts)).backward()
+        for name, value in {"loss": loss, **metrics}.items():
+            total[name] = total.get(name, 0) + value.detach() / len(parts)
+    runtime.average_gradients(phase.optimiser.parameters)
+    total["gradient_norm"] = torch.tensor(phase.optimiser.step(phase.steps))
+    phase.steps += 1
+    if phase.ema is not None:
+        phase.ema.update(phase.network, phase.steps)
+    return {f"{phase.name}/{name}": value for name, value in total.items()}
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT from the moment of entry; the loop then stops after the step it is in."""
+
+    def __enter__(self) -> "StopRequest":
+        self.asked, self.previous = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, self.previous[number])  # a second signal acts at once
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Loop:
+    """Trains `cycle`, one step of each phase in order; a step of the run is one whole cycle, the last phase the main one.
+
+    `sample` is called as sample(step) where `samples_at(step)` says so.
+    """
+
+    cycle: tuple[Phase, ...]
+    seed: int
+    steps: int
+    batch_size: int
+    runtime: Runtime
+    folder: RunFolder | None  # the main process's; None elsewhere
+    checkpoints: checkpoint.CheckpointConfig
+    log_every: int
+    samples_every: int
+    sample: Callable[[int], None]
+
+    def phases(self) -> list[Phase]:
+        return list({phase.name: phase for phase in self.cycle}.values())
+
+    def restore(self, root: Any) -> int:
+        """Continue from the newest checkpoint under `root`; the step reached, 0 where there is none."""
+        latest = checkpoint.load_latest(root, self.runtime.device)
+        if latest is None:
+            return 0
+        step, state = latest
+        for phase in self.phases():
+            phase.restore(state[phase.name])
+        return step
+
+    def save(self, step: int) -> None:
+        if self.folder is not None:
+            state = {phase.name: phase.state() for phase in self.phases()}
+            checkpoint.save(self.folder.checkpoints, step, state, self.checkpoints.keep)
+
+    def run(self, start: int, log: RunLog) -> bool:
+        """Train from step `start` to the end; False where a signal stopped it early (a checkpoint is written)."""
+        saved = start
+        with StopRequest() as stop, Progress(self.steps, start, enabled=self.folder is not None) as progress:
+            for step in range(start + 1, self.steps + 1):
+                metrics: dict[str, Tensor] = {}
+                for phase in self.cycle:
+                    metrics.update(update(phase, self.seed, self.batch_size, self.runtime))
+                last = step == self.steps
+                progress.advance(step)
+                if last or step % self.log_every == 0:
+                    record = self.runtime.average({name: value.item() for name, value in metrics.items()})
+                    log.write({"step": step, "steps_per_second": progress.rate, **record})
+                if last or step % self.samples_every == 0:
+                    self.sample(step)
+                stopping = self.runtime.any(stop.asked)
+                if last or stopping or step % self.checkpoints.every == 0:
+                    self.save(step)
+                    saved = step
+                if stopping and not last:
+                    return False
+        return saved == self.steps

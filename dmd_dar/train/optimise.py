@@ -1,0 +1,60 @@
+"""Optimisers: AdamW groups, learning rates over steps, clipping."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dmd_dar.keys import key
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with a linear warm-up and, if asked, a cosine decay to zero."""
+
+    lr: float = key(1e-4, "learning rate", above=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW betas", least=0, below=1)
+    weight_decay: float = key(0.0, "AdamW weight decay", least=0)
+    warmup: int = key(0, "steps of linear warm-up", unit="steps", least=0)
+    decay_start: int = key(0, "step at which the cosine decay to zero starts", unit="steps", least=0)
+    decay_steps: int = key(0, "length of the decay; 0 keeps the rate constant", unit="steps", least=0)
+    clip: float = key(1.0, "gradient norm above which this network's gradient is scaled down", above=0)
+
+    def factor(self, step: int) -> float:
+        """What multiplies every learning rate at optimiser step `step` (from 0)."""
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        if not self.decay_steps:
+            return warm
+        done = min(1.0, max(0, step - self.decay_start) / self.decay_steps)
+        return warm * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Optimiser:
+    """AdamW over one network. Routers form a group of their own: own rate, no weight decay."""
+
+    def __init__(
+        self,
+        config: OptimiserConfig,
+        backbone: Iterable[nn.Parameter],
+        routers: Iterable[nn.Parameter] = (),
+        router_lr: float = 0.0,
+    ):
+        self.config = config
+        groups = [{"params": list(backbone), "base_lr": config.lr, "weight_decay": config.weight_decay}]
+        if routers := list(routers):
+            groups.append({"params": routers, "base_lr": router_lr, "weight_decay": 0.0})
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        self.parameters = [p for group in groups for p in group["params"]]
+
+    def step(self, step: int) -> float:
+        """Clip, update, clear. Returns the gradient norm before clipping; raises FloatingPointError if not finite."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm} at step {step}: lower the learning rate")
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * self.config.factor(step)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm

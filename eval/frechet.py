@@ -1,0 +1,161 @@
+"""Frechet distance between Gaussians fitted to features, in float64, and the features that need no network.
+
+    d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1^.5 S_2 S_1^.5)^.5
+
+None of these numbers is an FID; each carries comparable_to_published = False.
+Legend: N images, D features, A = centred features / sqrt(N - 1), so that S = A^T A.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmd_dar.spectrum import QUANTISATION_POWER
+from eval.structure import details, luma
+
+LEVELS = 3
+NULL_SPLITS = 8
+LEAST_SPREAD = 1e-6  # features that do not vary over the reference are compared on this scale
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A squared Frechet distance beside the value that two sets of the same source and the same sizes would show."""
+
+    value: float
+    null: float
+    comparable_to_published: bool = False
+
+    @property
+    def excess(self) -> float:
+        return self.value - self.null
+
+
+def validate_features(features: Tensor, name: str) -> Tensor:
+    """(N, D) as float64. ValueError naming the set when there are fewer than 2 rows or a number is not finite."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"{name}: expected features (N >= 2, D), got {tuple(features.shape)}")
+    bad = (~torch.isfinite(features)).sum().item()
+    if bad:
+        raise ValueError(f"{name}: {bad} of {features.numel()} features are not finite")
+    return features.double()
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and unbiased covariance (D, D) of float64 features (N, D)."""
+    root = centred_root(features)
+    return features.mean(0), root.T @ root
+
+
+def centred_root(features: Tensor) -> Tensor:
+    """A (N, D) with A^T A the unbiased covariance."""
+    return (features - features.mean(0)) / (len(features) - 1) ** 0.5
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """S^.5 of a symmetric positive semi-definite (D, D)."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def trace_term_eigh(covariance: Tensor, other: Tensor) -> float:
+    """tr (S_1^.5 S_2 S_1^.5)^.5 from the eigenvalues of a symmetric matrix: for N >= D."""
+    root = symmetric_root(covariance)
+    product = root @ other @ root
+    return torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum().item()
+
+
+def trace_term_nuclear(root: Tensor, other: Tensor) -> float:
+    """The same as the nuclear norm of A B^T, with A (N, D) and B (M, D): for N < D, no square root of a D x D."""
+    return torch.linalg.svdvals(root @ other.T).sum().item()
+
+
+def frechet_from_statistics(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians, means (D,) and covariances (D, D) in float64."""
+    trace = trace_term_eigh(covariance, other_covariance)
+    return _assemble(mean, covariance.trace(), other_mean, other_covariance.trace(), trace)
+
+
+def _assemble(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor, trace: float) -> float:
+    return ((mean - other_mean).square().sum() + variance + other_variance).item() - 2 * trace
+
+
+def frechet_distance(features: Tensor, reference: Tensor, names: tuple[str, str] = ("set", "reference")) -> float:
+    """Squared Frechet distance of features (N, D) and (M, D); the route is chosen by whether N, M >= D.
+
+    ValueError naming the set when its features are not finite.
+    """
+    features, reference = (validate_features(f, name) for f, name in zip((features, reference), names, strict=True))
+    if min(len(features), len(reference)) >= features.shape[1]:
+        return frechet_from_statistics(*statistics(features), *statistics(reference))
+    a, b = centred_root(features), centred_root(reference)
+    variances = (a.square().sum(), b.square().sum())
+    return _assemble(features.mean(0), variances[0], reference.mean(0), variances[1], trace_term_nuclear(a, b))
+
+
+def wavelet_features(images: Tensor) -> Tensor:
+    """Wavelet statistics of float images in [0, 1], (N, 3, H, W) -> (N, 20) float64.
+
+    Columns, on luma: for each of 3 db2 levels from the finest, for LH, HL, HH, the pair (log energy, log kurtosis),
+    then the mean and the log standard deviation. Energy is m2 + q with q the power of 8-bit rounding, and kurtosis
+    (m4 + 6 q m2 + 3 q^2) / (m2 + q)^2: both as if Gaussian noise of that power were added, so an empty sub-band
+    reads a finite energy and the kurtosis 3.
+    """
+    plane = luma(images)
+    columns = []
+    for level in details(plane, LEVELS):
+        for band in level:
+            second, fourth = (band**2).mean((-2, -1)), (band**4).mean((-2, -1))
+            energy = second + QUANTISATION_POWER
+            noisy = fourth + 6 * QUANTISATION_POWER * second + 3 * QUANTISATION_POWER**2
+            columns += [np.log(energy), np.log(noisy / energy**2)]
+    columns += [plane.mean((-2, -1)), 0.5 * np.log(plane.var((-2, -1)) + QUANTISATION_POWER)]
+    return torch.from_numpy(np.stack(columns, axis=1))
+
+
+def standardise(features: Tensor, reference: Tensor) -> Tensor:
+    """(f - mean) / std of each feature over the reference set: no scale or unit dominates a distance."""
+    std = reference.std(0).clamp(min=LEAST_SPREAD)
+    return (features - reference.mean(0)) / std
+
+
+def fd_wavelet(features: Tensor, reference: Tensor, null: float, names: tuple[str, str]) -> Distance:
+    """Squared Frechet distance over `wavelet_features` in units of the reference's spread, with its null."""
+    value = frechet_distance(standardise(features, reference), standardise(reference, reference), names)
+    return Distance(value, null)
+
+
+def fd_null(reference: Tensor, size: int, rng: np.random.Generator, second: Tensor | None = None) -> float:
+    """What `fd_wavelet` reads for a set of `size` images of the reference's own source, against this reference.
+
+    From `second`, another set of that source, or else the mean over random disjoint halves of the reference. Both
+    are rescaled by (1/size + 1/M) over the same for the sets that were compared, to which the bias is proportional.
+    """
+    wanted = 1 / size + 1 / len(reference)
+    scaled = standardise(reference, reference)
+    if second is not None:
+        got = frechet_distance(standardise(second, reference), scaled, ("second real set", "reference"))
+        return got * wanted / (1 / len(second) + 1 / len(reference))
+    half = len(reference) // 2
+    values = []
+    for _ in range(NULL_SPLITS):
+        order = torch.from_numpy(rng.permutation(len(reference)))
+        values.append(frechet_distance(scaled[order[:half]], scaled[order[half : 2 * half]]))
+    return float(np.mean(values)) * wanted / (2 / half)
+
+
+def class_diversity(features: Tensor, labels: Tensor) -> dict[int, float]:
+    """Mean distance |x_i - x_j| over the pairs within each class, features (N, D); classes of one image are left out."""
+    spread = {}
+    for label in labels.unique().tolist():
+        members = features[labels == label].double()
+        if len(members) > 1:
+            spread[int(label)] = torch.nn.functional.pdist(members).mean().item()
+    return spread
+
+
+def diversity_ratio(ours: dict[int, float], teachers: dict[int, float]) -> dict[int, float]:
+    """Diversity of each class as a ratio to the teacher's; classes in which the teacher is constant are left out."""
+    return {label: ours[label] / teachers[label] for label in ours if teachers.get(label, 0.0) > 0}

@@ -1,0 +1,109 @@
+"""Structure of fine detail: what a matching power spectrum alone cannot show.
+
+Noise shaped to the right spectrum has the right band energies, but no edges (kurtosis), no agreement between scales
+(parent-child correlation), and it fills smooth regions (flat-patch energy). All on luma, wavelet db2.
+Legend: N images, k x k coefficients of a sub-band, R resamples.
+"""
+
+import numpy as np
+import pywt
+from torch import Tensor
+
+from dmd_dar.spectrum import QUANTISATION_POWER, to_channel
+from eval.stats import UNDEFINED, Interval, Sample, bootstrap_interval
+
+WAVELET = "db2"
+PATCH = 4  # sub-band coefficients, 8 pixels
+FLAT_SHARE = 0.1
+LEAST_KURTOSIS = 0.1  # below this the reference itself has no heavy tails and a ratio says nothing
+
+
+def luma(images: Tensor) -> np.ndarray:
+    """Float images (N, 3, H, W) in [0, 1] to luma (N, H, W) float64."""
+    return to_channel(images.double()).cpu().numpy()
+
+
+def details(plane: np.ndarray, levels: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Sub-bands (LH, HL, HH), each (N, k, k), finest level first; borders extended symmetrically."""
+    coefficients = pywt.wavedec2(plane, WAVELET, mode="symmetric", level=levels, axes=(-2, -1))
+    return coefficients[:0:-1]
+
+
+def excess_kurtosis(values: np.ndarray) -> np.ndarray:
+    """m4 / m2^2 - 3 over the last two axes, (N, k, k) -> (N,); 0 where nothing varies."""
+    centred = values - values.mean((-2, -1), keepdims=True)
+    second = (centred**2).mean((-2, -1))
+    fourth = (centred**4).mean((-2, -1))
+    varies = second > np.finfo(np.float64).eps
+    return np.where(varies, fourth / np.where(varies, second, 1.0) ** 2 - 3.0, 0.0)
+
+
+def hf_kurtosis(images: Tensor) -> np.ndarray:
+    """Excess kurtosis of the level-1 HH sub-band of each image, (N, 3, H, W) -> (N,). Report the median."""
+    return excess_kurtosis(details(luma(images), 1)[0][2])
+
+
+def kurtosis_ratio(student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
+    """Ratio of the medians of `hf_kurtosis`; undefined where the reference has no heavy tails to preserve."""
+    if np.median(reference.values) < LEAST_KURTOSIS:
+        return UNDEFINED
+
+    def ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:  # (R, N) -> (R,)
+        return np.median(ours, axis=1) / np.maximum(np.median(theirs, axis=1), LEAST_KURTOSIS)
+
+    return bootstrap_interval(ratio, student, reference, paired=paired, rng=rng)
+
+
+def parent_child_corr(images: Tensor) -> np.ndarray:
+    """Correlation of log |HH| at level 1 with its parent at level 2 within each image, (N, 3, H, W) -> (N,).
+
+    Coefficient (i, j) has the parent (i // 2, j // 2); the outermost parents are left out since they see the border.
+    Magnitudes are held above the amplitude of 8-bit rounding.
+    """
+    plane = luma(images)
+    height, width = (n - n % 4 for n in plane.shape[-2:])
+    coefficients = pywt.wavedec2(
+        plane[:, :height, :width], WAVELET, mode="periodization", level=2, axes=(-2, -1)
+    )
+    parent, child = (np.log(np.abs(level[2]) + QUANTISATION_POWER**0.5) for level in coefficients[1:])
+    parent = parent.repeat(2, axis=-2).repeat(2, axis=-1)[:, 2:-2, 2:-2]
+    child = child[:, 2:-2, 2:-2]
+    parent = parent - parent.mean((-2, -1), keepdims=True)
+    child = child - child.mean((-2, -1), keepdims=True)
+    scale = np.sqrt((parent**2).sum((-2, -1)) * (child**2).sum((-2, -1)))
+    return (parent * child).sum((-2, -1)) / np.maximum(scale, np.finfo(np.float64).eps)
+
+
+def flat_patch_energy(images: Tensor) -> np.ndarray:
+    """Fine-scale energy in the flattest tenth of a set's 8-px patches: (N, 2), sum over and number of flat patches.
+
+    A patch is flat by the variance of its level-1 approximation (coarse content, so that noise does not hide it);
+    its energy is the mean of LH^2 + HL^2 + HH^2, above the power of 8-bit rounding. The tenth is taken over the set.
+    """
+    approximation, (horizontal, vertical, diagonal) = pywt.dwt2(
+        luma(images), WAVELET, mode="symmetric", axes=(-2, -1)
+    )
+    coarse = _patches(approximation).var(-1)  # (N, patches)
+    fine = _patches(horizontal**2 + vertical**2 + diagonal**2).mean(-1) + 3 * QUANTISATION_POWER
+    flat = coarse <= np.quantile(coarse, FLAT_SHARE)
+    return np.stack([(fine * flat).sum(1), flat.sum(1)], axis=1)
+
+
+def _patches(coefficients: np.ndarray) -> np.ndarray:
+    """(N, k, k) -> (N, patches, PATCH^2), without the first coefficient of an axis, which sees the border only."""
+    count = len(coefficients)
+    rows, columns = ((n - 1) // PATCH for n in coefficients.shape[-2:])
+    kept = coefficients[:, 1 : 1 + rows * PATCH, 1 : 1 + columns * PATCH]
+    tiles = kept.reshape(count, rows, PATCH, columns, PATCH).swapaxes(2, 3)
+    return tiles.reshape(count, rows * columns, PATCH * PATCH)
+
+
+def flat_noise_db(student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
+    """Energy per flat patch against the reference in dB, from `flat_patch_energy` (N, 2); above 0: noise was added."""
+
+    def gain(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:  # (R, N, 2) -> (R,)
+        ours, theirs = ours.sum(1), theirs.sum(1)
+        with np.errstate(invalid="ignore"):  # a resample without any flat patch makes the interval undefined
+            return 10 * np.log10(ours[:, 0] / ours[:, 1]) - 10 * np.log10(theirs[:, 0] / theirs[:, 1])
+
+    return bootstrap_interval(gain, student, reference, paired=paired, rng=rng)
