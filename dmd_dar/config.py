@@ -24,6 +24,8 @@ from dmd_dar.train import folder
 T = TypeVar("T")
 COMMAND_LINE = "command line"
 DEFAULTS = "defaults"
+# What the YAML constructors raise on text like `!!int x`, beside their own errors.
+UNREADABLE = (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, AttributeError)
 FLAGS = ("--help", "-h", "--dry-run")
 
 
@@ -42,7 +44,7 @@ def load(schema: type[T], argv: Sequence[str]) -> T:
         if argument in FLAGS:
             continue
         name, equals, text = argument.partition("=")
-        if not equals or not name or name.startswith("-"):
+        if not equals or "" in name.split(".") or name.startswith("-"):
             raise ConfigError(f"{argument!r} ({COMMAND_LINE}): not a key=value pair; write key.sub=value, see --help")
         if name == "config":
             files.append(text)
@@ -103,7 +105,7 @@ def _override(name: str, text: str) -> Layer:
     _compose(text, COMMAND_LINE, name)
     try:
         read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{name} = {shown(text)} ({COMMAND_LINE}): {_yaml_problem(error)}; quote it") from error
     value = typing.cast(dict, read)["value"] if text else ""
     *sections, last = name.split(".")
@@ -122,7 +124,7 @@ def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     if "extends" not in values:
         return [Layer(str(path), values)]
     base = values.pop("extends")
-    if not isinstance(base, str) or not base.strip():
+    if not isinstance(base, str) or not base.strip() or not base.isprintable():
         raise ConfigError(f"extends = {shown(base)} ({path}): not the name of one file; write extends: FILE.yaml")
     return [*_file_layers(path.parent / base, (*chain, path.resolve())), Layer(str(path), values)]
 
@@ -140,7 +142,9 @@ def _read_file(path: Path, note: str) -> dict[str, Any]:
             problem = "is empty" if node is None else "is not a mapping"
             raise ConfigError(f"config = '{path}'{note}: the file {problem}; write key: value lines")
         return typing.cast(dict, OmegaConf.to_container(OmegaConf.create(text), resolve=False))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except UNREADABLE as error:
         raise ConfigError(f"config = '{path}'{note}: {_yaml_problem(error)}; correct the file") from error
 
 
@@ -169,7 +173,8 @@ def _refuse_nodes(node: yaml.Node, where: str, path: str, above: tuple[yaml.Node
         for name, entry in node.value:
             _refuse_nodes(name, where, f"{path}.{name.value}".lstrip("."), (*above, node))
             if name.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                raise ConfigError(f"{path or 'key'} ({place}): the key {name.value!s} is not a string; quote it")
+                key = f"the key {name.value}" if isinstance(name, yaml.ScalarNode) else "a key"
+                raise ConfigError(f"{path or 'config'} ({place}): {key} is not a string; quote it")
             _refuse_nodes(entry, where, f"{path}.{name.value}".lstrip("."), (*above, node))
 
 

@@ -49,7 +49,7 @@ def x0_to_velocity(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t' = s t / (1 + (s - 1) t): s > 1 moves mass toward noise (SD3, arXiv:2403.03206 Eq. 23). s = 1 is the identity."""
+    """t' = s t / (1 + (s - 1) t): s > 1 moves mass toward noise; s = 1 is the identity (arXiv:2403.03206 Eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

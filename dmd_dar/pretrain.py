@@ -11,16 +11,19 @@ from dmd_dar import config, flow, losses
 from dmd_dar.data.photos import NAMES, DataConfig, Photos, data_hash
 from dmd_dar.draws import Draws
 from dmd_dar.keys import key
+from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
-from dmd_dar.train.job import ode_generator, run_cycle
+from dmd_dar.train.job import run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Metrics, Phase
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
+
+GRID_STEPS = 16  # Heun steps behind the sample grids
 
 
 @dataclass(frozen=True)
@@ -70,21 +73,23 @@ def pretrain(cfg: PretrainConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = SiT(cfg.model).to(runtime.device)
     data = Photos(cfg.data.size, runtime.device)
+    ema = Ema(model, cfg.ema)
     phase = Phase(
         "pretrain",
         model,
         Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr),
         flow_matching(model, data, cfg.time, cfg.label_dropout),
-        Ema(model, cfg.ema),
+        ema,
     )
     card = ModelCard(label_names=NAMES, origin={"data": cfg.data.name, "data_hash": data_hash(), "seed": cfg.seed})
     run_cycle(
         cfg,
         runtime,
         (phase,),
-        generate=ode_generator(phase.ema.module),
-        size=cfg.data.size,
-        save=lambda folder: save_network(folder, phase.ema.module, card),
+        generator=ode_generator(velocity_of(ema.module), GRID_STEPS),
+        shape=data.shape,
+        num_classes=data.num_classes,
+        save=lambda folder: save_network(folder, ema.module, card),
     )
 
 

@@ -14,6 +14,9 @@ MISSING = dataclasses.MISSING
 class ConfigError(ValueError):
     """One line for the user; jobs may raise it too, for example for a request that contradicts a saved student."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -77,6 +80,8 @@ def leaf(value: Any, slot: Slot, where: str) -> Any:
             raise ConfigError(f"{fault} is empty; give it a value")
         if isinstance(entry, float) and not math.isfinite(entry):
             raise ConfigError(f"{fault} is not a finite number; write a finite one")
+        if isinstance(entry, int) and abs(entry) >= 2**63:
+            raise ConfigError(f"{fault} does not fit into 64 bits; use a smaller number")
         if isinstance(entry, int | float) and not isinstance(entry, bool) and not _in_range(entry, slot.metadata):
             raise ConfigError(f"{fault} out of range; must be{_range_text(slot.metadata).replace(' <', ' and <', 1)}")
     return typed

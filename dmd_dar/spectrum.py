@@ -65,12 +65,12 @@ def modes(height: int, width: int, device: torch.device | str = "cpu") -> Modes:
 
 
 def to_channel(images: Tensor, channel: Channel = "y") -> Tensor:
-    """RGB (N, 3, H, W) to one BT.601 channel (N, H, W); Cb and Cr are centred on 0. Keeps dtype and gradient."""
+    """RGB (N, 3, H, W) to one BT.601 channel (N, H, W); Cb and Cr are centred on 0. At least float32."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"expected images of shape (N, 3, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"expected float images, got {images.dtype}: map uint8 to [0, 1] first")
-    red, green, blue = images.unbind(1)
+    red, green, blue = images.to(torch.promote_types(images.dtype, torch.float32)).unbind(1)
     luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     if channel == "y":
         return luma
@@ -96,7 +96,7 @@ def power_spectrum(images: Tensor, *, window: Window = "hann", channel: Channel 
 
     The transform runs in float32 (float64 for float64 input), sums over it belong in float64.
     """
-    plane = to_channel(images.to(torch.promote_types(images.dtype, torch.float32)), channel)  # (N, H, W)
+    plane = to_channel(images, channel)  # (N, H, W)
     w = window_2d(*plane.shape[-2:], window, plane)
     mean = (plane * w).sum((-2, -1), keepdim=True) / w.sum()
     transform = torch.fft.rfft2((plane - mean) * w)  # (N, H, K)
@@ -178,13 +178,14 @@ def with_hf(energies: Tensor) -> Tensor:
 def hfer(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> tuple[Tensor, Tensor]:
     """High-frequency energy ratio: energy at f > 1/4 over energy at f > 0, corners included.
 
-    Returns the pooled ratio (scalar) and the ratio of each image (N,), which is 0 for a constant image.
+    Returns the pooled ratio (scalar) and the ratio of each image (N,), which goes to 0 with the image's variation
+    once all of it is below the power of 8-bit rounding in one mode.
     """
     split = _grouped_energy(
         images, lambda grid: (grid.radius <= HF_EDGE).long() + 2 * (grid.radius == 0).long(), 2, window, channel
     )
     high, total = split[:, 0], split.sum(1)
-    return high.sum() / total.sum(), high / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return high.sum() / total.sum(), high / total.clamp(min=QUANTISATION_POWER)
 
 
 def _fit_range(frequencies: Tensor, low: float | None, high: float) -> Tensor:

@@ -147,7 +147,7 @@ def fd_null(reference: Tensor, size: int, rng: np.random.Generator, second: Tens
 
 
 def class_diversity(features: Tensor, labels: Tensor) -> dict[int, float]:
-    """Mean distance |x_i - x_j| over the pairs within each class, features (N, D); classes of one image are left out."""
+    """Mean distance |x_i - x_j| over the pairs of each class, features (N, D); not for classes of one image."""
     spread = {}
     for label in labels.unique().tolist():
         members = features[labels == label].double()

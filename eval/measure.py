@@ -91,10 +91,10 @@ def measure(
     }
     for one in measured.values():
         row = describe(one)
-        row["against"] = {
-            key: None if one.source.name == other.name else compare(one, measured[other.name], colour_labels, seed, second)
-            for key, other, second in (("teacher", reference, None), ("real", real, null))
-        }
+        row["against"] = {"teacher": None, "real": None}
+        for key, other, second in (("teacher", reference, None), ("real", real, null)):
+            if one.source is not other:
+                row["against"][key] = compare(one, measured[other.name], colour_labels, seed, second)
         result["sets"].append(row)
     return jsonable(result)
 
@@ -113,7 +113,7 @@ def validate(sets: list[ImageSet]) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"{one.name}: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         if images.shape[1:] != shape:
-            raise ValueError(f"{one.name}: images of {tuple(images.shape[1:])} against {tuple(shape)} in {sets[0].name}")
+            raise ValueError(f"{one.name}: images {tuple(images.shape[1:])}, but {tuple(shape)} in {sets[0].name}")
         if len(images) < 4 or one.labels.shape != (len(images),):
             raise ValueError(f"{one.name}: {len(images)} images (at least 4) and labels {tuple(one.labels.shape)}")
         if one.name in seen:

@@ -20,6 +20,7 @@ from dmd_dar.spectrum import (
     image_psd,
     log_radial_psd,
     log_spectral_distance,
+    modes,
     radial_frequencies,
     radial_psd,
     slope,
@@ -79,11 +80,13 @@ def spectrum_of(images: Tensor, *, window: Window = "hann", channel: Channel = "
     """Measures float images (N, 3, H, W) in [0, 1] once, for any number of comparisons.
 
     Powers are held above POWER_FLOOR, so that a set without any detail reads a large loss and not minus infinity.
+    A band without a mode (B0 of a 32-px image) has the energy NaN and so no gain.
     """
     frequencies, counts = radial_frequencies(*images.shape[-2:], window=window)
     per_image = image_psd(images, window=window, channel=channel)[1].clamp(min=POWER_FLOOR).cpu()
-    bands = band_energies(images, window=window, channel=channel).clamp(min=POWER_FLOOR)
-    energies = with_hf(bands).cpu().numpy()
+    bands = band_energies(images, window=window, channel=channel).clamp(min=POWER_FLOOR).cpu()
+    empty = torch.bincount(modes(*images.shape[-2:]).band.flatten(), minlength=6)[:5] == 0
+    energies = with_hf(bands.masked_fill(empty, torch.nan)).numpy()
     pooled_ratio, _ = hfer(images, window=window, channel=channel)
     return Spectrum(frequencies, counts, per_image, energies, pooled_ratio.item())
 

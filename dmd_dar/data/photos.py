@@ -79,7 +79,7 @@ class Photos:
         def starts(lengths: list[int]) -> Tensor:
             return torch.tensor([0, *lengths]).cumsum(0)[:-1].to(device)
 
-        self.size, self.device = size, torch.device(device)
+        self.size, self.shape, self.device = size, (3, size, size), torch.device(device)
         self.pixels = torch.cat([photo.reshape(-1, 3) for photo in photos]).to(device)  # (all pixels, 3) uint8
         self.positions = torch.cat(positions).to(device)
         self.pixel_start, self.position_start = starts(pixels), starts(counts)
@@ -101,8 +101,3 @@ class Photos:
         """x0 (B, 3, S, S) float32 in [-1, 1] and labels (B,), classes uniform."""
         labels = draws.integers("label", self.num_classes)
         return to_model_range(self.crops(labels, draws)), labels
-
-
-def balanced_labels(samples: Tensor, num_classes: int) -> Tensor:
-    """The label of each global sample index, classes in turn: (N,) -> (N,)."""
-    return samples % num_classes

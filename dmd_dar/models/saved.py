@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from dmd_dar.atomic import write_atomic
 from dmd_dar.models.denoiser import Prediction
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
@@ -32,10 +32,8 @@ def save_network(folder: Path, network: SiT, card: ModelCard) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: value.contiguous().cpu() for name, value in network.state_dict().items()})
     text = json.dumps({"format": FORMAT, "model": asdict(network.config), **asdict(card)}, indent=1)
-    for name, content in (("model.safetensors", weights), ("model.json", text.encode())):
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+    write_atomic(folder / "model.safetensors", weights)
+    write_atomic(folder / "model.json", text)
 
 
 def _config(values: dict[str, Any]) -> SiTConfig:

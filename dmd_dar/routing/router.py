@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from dmd_dar.routing import ops
 from dmd_dar.routing.layout import RoutingConfig, reads
 
-
 Observer = Callable[[int, Tensor], None]  # (router l, alpha (n, B, T)): sees the weights, changes nothing
 
 

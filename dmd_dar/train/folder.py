@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from dmd_dar.train.atomic import write_atomic
+from dmd_dar.atomic import write_atomic
 
 MAY_CHANGE = ("log.*", "launch.*", "checkpoint.*")
 GROW_ONLY = ("steps",)
@@ -97,12 +97,17 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """(dotted key, old value, new value) wherever two nested configurations differ; ABSENT stands for a missing key."""
     found = []
     for name in [*old, *(name for name in new if name not in old)]:
-        a, b = old.get(name, ABSENT), new.get(name, ABSENT)
+        a, b = _listed(old.get(name, ABSENT)), _listed(new.get(name, ABSENT))
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{name}.")
         elif a != b or type(a) is not type(b):
             found.append((f"{prefix}{name}", a, b))
     return found
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as the lists that YAML gives back."""
+    return [_listed(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def _make(path: Path) -> Path:
@@ -176,7 +181,8 @@ def _read(saved: Path) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
     except (OSError, YAMLError) as error:
-        raise FolderError(f"'{saved}' cannot be read: {error}; restore it or use another out_dir") from error
+        reason = " ".join(str(error).split())
+        raise FolderError(f"'{saved}' cannot be read: {reason}; restore it or use another out_dir") from error
     if not isinstance(values, dict):
         raise FolderError(f"'{saved}' is not a configuration; restore it or use another out_dir")
     return values  # type: ignore[return-value]

@@ -11,8 +11,8 @@ from typing import IO, Any, Literal, Self
 
 from tqdm import tqdm
 
+from dmd_dar.atomic import write_atomic
 from dmd_dar.keys import key
-from dmd_dar.train.atomic import write_atomic
 from dmd_dar.train.folder import FolderError, RunFolder
 
 

@@ -83,9 +83,9 @@ class StopRequest:
 
 @dataclass
 class Loop:
-    """Trains `cycle`, one step of each phase in order; a step of the run is one whole cycle, the last phase the main one.
+    """Trains `cycle`: each phase makes one optimiser step in order, the main one last; that is one step of the run.
 
-    `sample` is called as sample(step) where `samples_at(step)` says so.
+    `sample` is called as sample(step) every `samples_every` steps and at the end.
     """
 
     cycle: tuple[Phase, ...]

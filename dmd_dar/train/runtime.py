@@ -38,6 +38,10 @@ class Runtime:
     def autocast(self) -> Any:
         return self.accelerator.autocast()
 
+    def main_first(self) -> Any:
+        """A context that the main process leaves before the others enter it."""
+        return self.accelerator.main_process_first()
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 

@@ -1,0 +1,44 @@
+"""How far the routers of a network have moved from the plain residual stream, and how much they depend on t."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmd_dar import flow
+from dmd_dar.draws import Draws
+from dmd_dar.models.sit import SiT
+
+
+@torch.no_grad()
+def routing_usage(network: SiT, x0: Tensor, cond: Tensor, times: tuple[float, ...], draws: Draws) -> dict[str, Any]:
+    """alpha of every router on x0 (B, C, S, S) noised to each of `times`.
+
+    `deviation`: mean |n alpha - 1| over routers, sources, tokens and times; 0 is the residual stream.
+    `change_over_t`: mean over routers and sources of the range over `times` of n alpha, averaged over tokens; needs at
+    least two times. `by_router`: for router l its deviation, its change, and n alpha at each time, (times, n).
+    """
+    eps = draws.normal("usage_eps", *x0.shape[1:])
+    mixtures: dict[int, list[Tensor]] = defaultdict(list)
+    deviations: dict[int, list[float]] = defaultdict(list)
+
+    def observe(router: int, alpha: Tensor) -> None:
+        relative = alpha * len(alpha)  # (n, B, T)
+        mixtures[router].append(relative.mean(dim=(1, 2)))
+        deviations[router].append((relative - 1).abs().mean().item())
+
+    for time in times:
+        t = torch.full((len(x0),), time, dtype=x0.dtype, device=x0.device)
+        network(flow.interpolate(x0, eps, t), t, cond, observe=observe)
+    by_router = {}
+    for router, rows in mixtures.items():
+        mixture = torch.stack(rows)  # (times, n)
+        change = (mixture.amax(dim=0) - mixture.amin(dim=0)).mean().item()
+        deviation = sum(deviations[router]) / len(times)
+        by_router[router] = {"deviation": deviation, "change_over_t": change, "n_alpha": mixture.tolist()}
+
+    def mean(name: str) -> float:
+        return sum(row[name] for row in by_router.values()) / len(by_router)
+
+    return {"deviation": mean("deviation"), "change_over_t": mean("change_over_t"), "by_router": by_router}

@@ -1,0 +1,195 @@
+"""Distil a few-step student from a teacher: python distill.py config=FILE.yaml [key=value ...]"""
+
+import copy
+import sys
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+
+from dmd_dar import config, flow, losses
+from dmd_dar.data.photos import DataConfig, data_hash
+from dmd_dar.guidance import guided
+from dmd_dar.keys import key
+from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.generate import few_step_generator
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.perceptual import lpips_loss
+from dmd_dar.models.saved import ModelCard, load_network, save_network, weights_hash
+from dmd_dar.models.sit import SiT, with_routing
+from dmd_dar.pairs import Recipe, RegressionConfig, trajectories
+from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.train.checkpoint import CheckpointConfig
+from dmd_dar.train.ema import Ema
+from dmd_dar.train.job import run_cycle
+from dmd_dar.train.log import LogConfig
+from dmd_dar.train.loop import Phase
+from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.runtime import LaunchConfig, Runtime
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    path: str = key("teachers/photos32", "folder with model.safetensors and model.json", path=True)
+
+
+@dataclass(frozen=True)
+class StudentRouting(RoutingConfig):
+    """The student's routing and how fast it learns. Routers need a larger rate than the backbone."""
+
+    lr: float = key(2e-3, "learning rate of the routers", above=0)
+    allow_change: bool = key(False, "accept a form that changes the pretrained function before training")
+
+    def __post_init__(self) -> None:
+        exact = self.scale == "stream" or (self.scale == "count" and self.summary == "sum")
+        if self.query != "residual" and not exact and not self.allow_change:
+            raise ValueError(
+                f"scale {self.scale} with summary {self.summary} changes the teacher's function at the start:"
+                " use scale stream, or count with summary sum, or set allow_change=true"
+            )
+
+    def form(self) -> RoutingConfig:
+        return RoutingConfig(**{field.name: getattr(self, field.name) for field in fields(RoutingConfig)})
+
+
+@dataclass(frozen=True)
+class StudentConfig(OptimiserConfig):
+    """The few-step student."""
+
+    ema: float = key(0.99, "decay of the weight average, which is what is saved", least=0, below=1)
+    routing: StudentRouting = key(factory=StudentRouting)
+
+
+@dataclass(frozen=True)
+class FakeScoreConfig(OptimiserConfig):
+    """The online score of the student's own samples; starts as the teacher."""
+
+    updates: int = key(5, "optimiser steps for every one of the student", unit="steps", least=1)
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Distribution matching."""
+
+    weight: float = key(1.0, "weight of the loss; 0 leaves it and the fake score out", least=0)
+    time: flow.TimeLaw = key(factory=lambda: flow.TimeLaw(low=0.02, high=0.98))
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """python distill.py"""
+
+    out_dir: str = key("", "run folder")
+    seed: int = key(0, "of every draw", least=0)
+    steps: int = key(1000, "student updates", unit="steps", least=1)
+    batch_size: int = key(32, "samples per optimiser step, over all processes", least=1)
+    rungs: tuple[float, ...] = key((1.0, 0.9, 0.75, 0.5), "the student's times, from 1 (noise) down", above=0, most=1)
+    guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
+    resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
+    teacher: TeacherConfig = key(factory=TeacherConfig)
+    data: DataConfig = key(factory=DataConfig)
+    student: StudentConfig = key(factory=StudentConfig)
+    fake_score: FakeScoreConfig = key(factory=FakeScoreConfig)
+    matching: MatchingConfig = key(factory=MatchingConfig)
+    regression: RegressionConfig = key(factory=RegressionConfig)
+    checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
+    log: LogConfig = key(factory=LogConfig)
+    launch: LaunchConfig = key(factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        flow.check_rungs(self.rungs)
+        if not self.matching.weight and not self.regression.weight:
+            raise ValueError("matching.weight and regression.weight are both 0: nothing would train the student")
+
+
+def build_networks(cfg: DistillConfig, teacher: SiT) -> tuple[SiT, SiT]:
+    """Student and fake score, both starting as the teacher's function."""
+    student = with_routing(teacher, cfg.student.routing.form()).train().requires_grad_(True)
+    fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
+    for network in (student, fake_score):
+        network.pos_embed.requires_grad_(False)
+    return student, fake_score
+
+
+def recipe_of(cfg: DistillConfig, teacher: SiT, card: ModelCard) -> Recipe:
+    """The trajectories this run needs."""
+    shape = (teacher.config.in_channels, teacher.config.input_size, teacher.config.input_size)
+    return Recipe(
+        teacher=weights_hash(cfg.teacher.path),
+        prediction=card.prediction,
+        guidance_scale=cfg.guidance_scale,
+        rungs=cfg.rungs,
+        solver_steps=cfg.regression.solver_steps,
+        seed=cfg.regression.seed,
+        count=cfg.regression.count,
+        num_classes=teacher.config.num_classes,
+        shape=shape,
+    )
+
+
+def build_method(
+    cfg: DistillConfig, recipe: Recipe, card: ModelCard, teacher: SiT, student: SiT, fake_score: SiT, runtime: Runtime
+) -> DMD:
+    """The method over three velocities, with its trajectories where the regression loss wants them."""
+    teacher_velocity = guided(velocity_of(teacher, card.prediction), cfg.guidance_scale, teacher.config.num_classes)
+    pairs = None
+    if cfg.regression.weight:
+        with runtime.main_first():
+            pairs = trajectories(recipe, teacher_velocity, cfg.regression.cache, runtime.device)
+    lpips = cfg.regression.weight > 0 and cfg.regression.metric == "lpips"
+    return DMD(
+        student=velocity_of(student, card.prediction),
+        teacher=teacher_velocity,
+        fake_score=velocity_of(fake_score, card.prediction),
+        rungs=cfg.rungs,
+        renoise=cfg.matching.time,
+        num_classes=recipe.num_classes,
+        shape=recipe.shape,
+        matching_weight=cfg.matching.weight,
+        regression_weight=cfg.regression.weight,
+        distance=lpips_loss(runtime.device) if lpips else losses.regression_loss,
+        trajectories=pairs,
+    )
+
+
+def distill(cfg: DistillConfig) -> None:
+    """Run, or continue, the job. The averaged student lands in out_dir/student."""
+    runtime = Runtime(cfg.launch)
+    torch.manual_seed(cfg.seed)
+    teacher, card = load_network(cfg.teacher.path, runtime.device)
+    if teacher.config.input_size != cfg.data.size:
+        raise config.ConfigError(
+            f"data.size = {cfg.data.size}: the teacher {cfg.teacher.path} works at {teacher.config.input_size};"
+            f" set data.size={teacher.config.input_size}"
+        )
+    student, fake_score = build_networks(cfg, teacher)
+    recipe = recipe_of(cfg, teacher, card)
+    method = build_method(cfg, recipe, card, teacher, student, fake_score, runtime)
+    routers, router_lr = student.router_parameters(), cfg.student.routing.lr
+    ema = Ema(student, cfg.student.ema)
+    student_phase = Phase(
+        "student",
+        student,
+        Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr),
+        method.student_loss,
+        ema,
+    )
+    fake_phase = Phase(
+        "fake_score", fake_score, Optimiser(cfg.fake_score, fake_score.backbone_parameters()), method.fake_score_loss
+    )
+    updates = cfg.fake_score.updates if cfg.matching.weight else 0
+    origin = {"teacher": recipe.teacher, "data": cfg.data.name, "data_hash": data_hash(), "steps": cfg.steps}
+    saved = ModelCard(card.prediction, cfg.rungs, card.label_names, origin)
+    run_cycle(
+        cfg,
+        runtime,
+        (*[fake_phase] * updates, student_phase),
+        generator=few_step_generator(velocity_of(ema.module, card.prediction), cfg.rungs),
+        shape=recipe.shape,
+        num_classes=recipe.num_classes,
+        save=lambda folder: save_network(folder, ema.module, saved),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    config.run_job(DistillConfig, distill, sys.argv[1:] if argv is None else argv, description=__doc__)

@@ -1,0 +1,53 @@
+"""Images from a network, in batches of any size: sample i depends on (seed, phase, i) alone."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.guidance import Velocity
+from dmd_dar.methods import rollout
+
+Generator = Callable[[Tensor, Draws, Tensor], Tensor]  # (cond (B,), draws, noise (B, C, S, S)) -> x0 (B, C, S, S)
+
+
+def ode_generator(velocity: Velocity, steps: int) -> Generator:
+    """Heun on an even grid: 2 evaluations a step."""
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    return lambda cond, draws, noise: rollout.solve_ode(velocity, cond, grid, noise)[-1]
+
+
+def few_step_generator(
+    velocity: Velocity, rungs: tuple[float, ...], sampler: rollout.Sampler = "stochastic"
+) -> Generator:
+    """One call for each rung."""
+    return lambda cond, draws, noise: rollout.sample(velocity, cond, rungs, draws, noise, sampler)
+
+
+def balanced_labels(samples: Tensor, num_classes: int) -> Tensor:
+    """Each global sample's label, the classes in turn: (N,) -> (N,)."""
+    return samples % num_classes
+
+
+@torch.no_grad()
+def generate(
+    generator: Generator,
+    count: int,
+    *,
+    seed: int,
+    shape: tuple[int, ...],
+    num_classes: int,
+    phase: str = "sample",
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    label: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x0 (count, *shape) and labels (count,): classes in turn, or all of class `label`."""
+    images, labels = [], []
+    for start in range(0, count, batch_size):
+        draws = Draws(seed, phase, 0, sample_range(start, min(start + batch_size, count), device))
+        cond = balanced_labels(draws.samples, num_classes) if label is None else torch.full_like(draws.samples, label)
+        images.append(generator(cond, draws, draws.normal("noise", *shape)))
+        labels.append(cond)
+    return torch.cat(images), torch.cat(labels)

@@ -1,0 +1,42 @@
+"""Teacher trajectories: the ODE's states at a student's rungs and its end, from keyed noise.
+
+The regression loss needs a deterministic map, and the ODE gives one from every rung: its state there -> its end. The
+states have the marginals that the student's own re-noised inputs aim at.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmd_dar import flow
+from dmd_dar.guidance import Velocity
+from dmd_dar.methods.rollout import solve_ode
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """states (N, k, C, S, S) at the k rungs, ends (N, C, S, S), cond (N,); all on one device."""
+
+    states: Tensor
+    ends: Tensor
+    cond: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.ends)
+
+    def at(self, rung: int, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States at rungs[rung], ends and labels of the trajectories `index` (B,)."""
+        return self.states[index, rung], self.ends[index], self.cond[index]
+
+
+@torch.no_grad()
+def solve_trajectories(
+    teacher: Velocity, cond: Tensor, rungs: tuple[float, ...], steps: int, noise: Tensor
+) -> Trajectories:
+    """Heun in `steps` steps (2 evaluations each) from `noise` (B, C, S, S), through every rung, to t = 0."""
+    grid, positions = flow.time_grid(rungs, steps)
+    path = solve_ode(teacher, cond, grid, noise)
+    return Trajectories(torch.stack([path[i] for i in positions], dim=1), path[-1], cond)
+

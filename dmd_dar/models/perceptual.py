@@ -1,0 +1,53 @@
+"""LPIPS (arXiv:1801.03924) from weights on this machine; nothing is downloaded."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, 233 MB; the linear heads come with the lpips package
+SMALLEST = 64  # pixels; smaller images are enlarged, since AlexNet's last layers would see a single cell
+
+
+def trunk_path() -> Path:
+    """Where the trunk lies: $DMD_DAR_WEIGHTS_DIR, else torch's hub cache. Raises FileNotFoundError naming both."""
+    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+    if os.environ.get("DMD_DAR_WEIGHTS_DIR"):
+        folders.insert(0, Path(os.environ["DMD_DAR_WEIGHTS_DIR"]))
+    for folder in folders:
+        if (folder / TRUNK).is_file():
+            return folder / TRUNK
+    raise FileNotFoundError(
+        f"LPIPS needs torchvision's AlexNet weights {TRUNK}, not found in {' or '.join(map(str, folders))}:"
+        " put the file there or name its folder in DMD_DAR_WEIGHTS_DIR, or use regression.metric=mse"
+    )
+
+
+def lpips_loss(device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, target), both (B, 3, S, S) in about [-1, 1] -> scalar mean LPIPS, in float32."""
+    weights = torch.load(trunk_path(), map_location="cpu", weights_only=True)
+    metric = lpips_network(weights).to(device)
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x, target = x.float().clamp(-1, 1), target.float().clamp(-1, 1)
+            if x.shape[-1] < SMALLEST:
+                x, target = (F.interpolate(image, size=SMALLEST, mode="bilinear") for image in (x, target))
+            return metric(x, target).mean()
+
+    return loss
+
+
+def lpips_network(alexnet: dict[str, Tensor]) -> torch.nn.Module:
+    """The frozen metric with torchvision's AlexNet weights (keys features.N.weight and .bias) as its trunk."""
+    import lpips
+
+    metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    for part in metric.net.children():
+        for index, layer in part.named_children():
+            if list(layer.parameters()):
+                layer.load_state_dict({name: alexnet[f"features.{index}.{name}"] for name in ("weight", "bias")})
+    return metric.eval().requires_grad_(False)

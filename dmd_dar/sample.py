@@ -1,0 +1,80 @@
+"""Images from a trained student: python -m dmd_dar.sample student=RUN/student n=64 seed=0 out=DIR"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dmd_dar import config
+from dmd_dar.data.images import png_bytes, tile, to_pixels
+from dmd_dar.keys import key
+from dmd_dar.methods.generate import few_step_generator, generate
+from dmd_dar.methods.rollout import Sampler
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.saved import ModelCard, load_network, weights_hash
+from dmd_dar.atomic import write_atomic
+
+GRID_LIMIT = 64  # images shown in grid.png
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """python -m dmd_dar.sample"""
+
+    student: str = key("", "folder of a student, RUN/student", path=True)
+    out: str = key("out/samples", "folder for 000000.png ..., grid.png and samples.json")
+    n: int = key(64, "images", least=1)
+    seed: int = key(0, "of the noise; image i depends on seed and i alone", least=0)
+    label: int = key(-1, "class of all images; -1 takes the classes in turn", least=-1)
+    steps: int = key(0, "network calls; 0 takes the student's own", least=0)
+    rungs: tuple[float, ...] = key((), "times of the calls; empty takes the student's own", above=0, most=1)
+    sampler: Sampler = key("stochastic", "stochastic re-noises between calls; deterministic follows the ODE")
+    batch_size: int = key(64, "images at a time; does not change any image", least=1)
+    cpu: bool = key(False, "compute on the CPU although a GPU is there")
+
+
+def checked_rungs(cfg: SampleConfig, card: ModelCard) -> tuple[float, ...]:
+    """The rungs the student was trained on; a ConfigError if it has none or the request asks for others."""
+    trained = card.rungs
+    if not trained:
+        raise config.ConfigError(f"student = {cfg.student}: a many-step network, no few-step student; distil it")
+    if cfg.steps not in (0, len(trained)) or cfg.rungs not in ((), trained):
+        asked = f"rungs = {list(cfg.rungs)}" if cfg.rungs not in ((), trained) else f"steps = {cfg.steps}"
+        raise config.ConfigError(
+            f"{asked}: {cfg.student} was trained for {len(trained)} steps at rungs {list(trained)} and knows no others;"
+            " leave steps and rungs out, or distil a student for these"
+        )
+    return trained
+
+
+def sample(cfg: SampleConfig) -> None:
+    """Write the images, a grid of the first ones, and what they were made with."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    network, card = load_network(cfg.student, device)
+    rungs, shape = checked_rungs(cfg, card), network.config
+    if cfg.label >= shape.num_classes:
+        raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {shape.num_classes - 1}")
+    x0, labels = generate(
+        few_step_generator(velocity_of(network, card.prediction), rungs, cfg.sampler),
+        cfg.n,
+        seed=cfg.seed,
+        shape=(shape.in_channels, shape.input_size, shape.input_size),
+        num_classes=shape.num_classes,
+        batch_size=cfg.batch_size,
+        device=device,
+        label=None if cfg.label < 0 else cfg.label,
+    )
+    images, out = to_pixels(x0), Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        write_atomic(out / f"{i:06d}.png", png_bytes(image))
+    write_atomic(out / "grid.png", png_bytes(tile(images[:GRID_LIMIT])))
+    facts = {**asdict(cfg), "rungs": rungs, "weights": weights_hash(cfg.student), "labels": labels.tolist()}
+    write_atomic(out / "samples.json", json.dumps(facts, indent=1))
+    print(f"{cfg.n} images in {out}, the first of them in {out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    config.run_job(SampleConfig, sample, sys.argv[1:], description=__doc__ or "")

@@ -1,0 +1,213 @@
+"""What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmd_dar import config
+from dmd_dar.data.images import to_model_range, to_pixels
+from dmd_dar.data.photos import Photos
+from dmd_dar.diagnostics.usage import routing_usage
+from dmd_dar.distill import DistillConfig
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.guidance import Velocity, guided
+from dmd_dar.methods.generate import (
+    Generator,
+    balanced_labels,
+    few_step_generator,
+    generate,
+    ode_generator,
+)
+from dmd_dar.methods.rollout import Sampler
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.saved import load_network, weights_hash
+from dmd_dar.models.sit import SiT
+from eval.measure import ImageSet
+
+LATENCY_BATCH = 16
+LATENCY_RUNS = 5
+USAGE_IMAGES = 56
+SAMPLERS: dict[str, Sampler] = {"Euler": "deterministic", "re-noised": "stochastic"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run folder, read back."""
+
+    name: str
+    folder: Path
+    cfg: DistillConfig
+    raw: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How images are made for a report: the same noise, labels and batch for every network."""
+
+    count: int
+    seed: int
+    batch_size: int
+    device: torch.device
+    shape: tuple[int, ...]
+    num_classes: int
+    cache: Path
+
+    def images(self, generator: Generator) -> tuple[Tensor, Tensor]:
+        """uint8 (N, 3, S, S) and labels (N,): row i shares noise and class across generators."""
+        x0, labels = generate(
+            generator,
+            self.count,
+            seed=self.seed,
+            shape=self.shape,
+            num_classes=self.num_classes,
+            phase="eval",
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+        return to_pixels(x0).cpu(), labels.cpu()
+
+    def cached(self, facts: dict[str, Any], generator: Generator) -> tuple[Tensor, Tensor]:
+        """The images that `facts` and this bench determine, made once."""
+        identity = {**facts, "count": self.count, "seed": self.seed, "shape": self.shape, "classes": self.num_classes}
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.cache / f"{name}.safetensors"
+        if not path.is_file():
+            images, labels = self.images(generator)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            save_file({"images": images, "labels": labels}, partial)
+            partial.replace(path)
+        kept = load_file(path)
+        return kept["images"], kept["labels"]
+
+    def latency(self, generator: Generator) -> float:
+        """Milliseconds per image, median of LATENCY_RUNS batches after one to warm up."""
+        draws = Draws(self.seed, "latency", 0, sample_range(0, LATENCY_BATCH, self.device))
+        cond, noise = balanced_labels(draws.samples, self.num_classes), draws.normal("noise", *self.shape)
+        times = []
+        for _ in range(LATENCY_RUNS + 1):
+            self._wait()
+            began = time.perf_counter()
+            with torch.no_grad():
+                generator(cond, draws, noise)
+            self._wait()
+            times.append(time.perf_counter() - began)
+        return 1000 * sorted(times[1:])[LATENCY_RUNS // 2] / LATENCY_BATCH
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def read_arms(runs: tuple[str, ...]) -> list[Arm]:
+    """The finished runs; a ConfigError where one is missing, unfinished, or they do not share what must be equal."""
+    arms = []
+    for run in runs:
+        folder = Path(run)
+        if not (folder / "config.yaml").is_file():
+            raise config.ConfigError(f"runs: {run} holds no config.yaml; name run folders of distill.py")
+        if not (folder / "student" / "model.safetensors").is_file():
+            raise config.ConfigError(f"runs: {run} has no student yet; let the run finish (resume: auto continues it)")
+        raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        cfg = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml"))
+        arms.append(Arm(folder.name, folder, cfg, raw))
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise config.ConfigError(f"runs: several folders are called {names}; give each a name of its own")
+    for arm in arms[1:]:
+        for what in ("rungs", "guidance_scale", "data", "teacher"):
+            ours, theirs = getattr(arms[0].cfg, what), getattr(arm.cfg, what)
+            if ours != theirs:
+                raise ConfigError(f"runs: {what} is {theirs} in {arm.name}, {ours} in {arms[0].name}; compare equals")
+    return arms
+
+
+def real_sets(bench: Bench, data: Photos) -> tuple[ImageSet, ImageSet]:
+    """Two independent sets of training-tile crops with the samples' labels: the reference and its null."""
+    samples = sample_range(0, bench.count, bench.device)
+    labels = balanced_labels(samples, bench.num_classes)
+
+    def crops(phase: str) -> Tensor:
+        return data.crops(labels, Draws(bench.seed, phase, 0, samples)).cpu()
+
+    return (
+        ImageSet("real", crops("real"), labels.cpu(), "real", paired=False),
+        ImageSet("real, again", crops("real_null"), labels.cpu(), "null", paired=False),
+    )
+
+
+def network_facts(network: SiT, evaluations: int, latency: float, weights: str) -> dict[str, Any]:
+    routers = sum(p.numel() for p in network.router_parameters())
+    return {
+        "evaluations": evaluations,
+        "latency_ms_per_image": round(latency, 3),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "router_parameters": routers,
+        "weights": weights,
+    }
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of all arms, guided as they were."""
+
+    network: SiT
+    velocity: Velocity
+    weights: str
+    rungs: tuple[float, ...]
+    guidance_scale: float
+
+    @staticmethod
+    def of(cfg: DistillConfig, device: torch.device) -> "Teacher":
+        network, card = load_network(cfg.teacher.path, device)
+        velocity = guided(velocity_of(network, card.prediction), cfg.guidance_scale, network.config.num_classes)
+        return Teacher(network, velocity, weights_hash(cfg.teacher.path), cfg.rungs, cfg.guidance_scale)
+
+    def sample_set(self, bench: Bench, solver_steps: int) -> ImageSet:
+        """The reference: Heun in `solver_steps` steps."""
+        generator = ode_generator(self.velocity, solver_steps)
+        facts = {"teacher": self.weights, "guidance": self.guidance_scale, "heun_steps": solver_steps}
+        images, labels = bench.cached(facts, generator)
+        facts = network_facts(self.network, 2 * solver_steps, bench.latency(generator), self.weights)
+        return ImageSet("teacher", images, labels, "teacher", paired=True, facts=facts)
+
+    def undistilled_sets(self, bench: Bench) -> list[ImageSet]:
+        """The teacher itself at the students' rungs, along the ODE and re-noised: what distillation has to beat."""
+        sets = []
+        for name, sampler in SAMPLERS.items():
+            generator = few_step_generator(self.velocity, self.rungs, sampler)
+            facts = {"teacher": self.weights, "guidance": self.guidance_scale, "rungs": self.rungs, "sampler": sampler}
+            images, labels = bench.cached(facts, generator)
+            facts = network_facts(self.network, len(self.rungs), bench.latency(generator), self.weights)
+            sets.append(ImageSet(f"undistilled, {name}", images, labels, "undistilled", paired=True, facts=facts))
+        return sets
+
+
+def student_set(
+    arm: Arm, bench: Bench, teacher_images: ImageSet, hf_gain: Callable[[Tensor], float]
+) -> ImageSet:
+    """The arm's images, with what its routers do: `hf_gain` gives the HF gain in dB of a set of images."""
+    network, card = load_network(arm.folder / "student", bench.device)
+    generator = few_step_generator(velocity_of(network, card.prediction), card.rungs)
+    images, labels = bench.images(generator)
+    facts = network_facts(network, len(card.rungs), bench.latency(generator), weights_hash(arm.folder / "student"))
+    facts |= {"updates": arm.cfg.steps, "seed": arm.cfg.seed}
+    if network.dar is not None:
+        draws = Draws(bench.seed, "usage", 0, sample_range(0, USAGE_IMAGES, bench.device))
+        x0 = to_model_range(teacher_images.images[:USAGE_IMAGES]).to(bench.device)
+        cond = teacher_images.labels[:USAGE_IMAGES].to(bench.device)
+        facts["routing"] = routing_usage(network, x0, cond, card.rungs, draws)
+        network.dar.reset()
+        shift = hf_gain(images) - hf_gain(bench.images(generator)[0])
+        facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= 0.1}
+        facts["label"] = "router used" if abs(shift) >= 0.1 else "router unused"
+    return ImageSet(arm.name, images, labels, "student", paired=True, facts=facts)

@@ -1,0 +1,161 @@
+"""Did the detail survive? python -m eval.report runs=[RUN_A,RUN_B,...] out=DIR"""
+
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dmd_dar import config
+from dmd_dar.data.photos import NAMES, Photos, data_hash
+from dmd_dar.keys import key
+from eval import arms
+from eval.measure import ImageSet, measure
+from eval.page import terminal_table, write_report
+from eval.spectrum import BAND_NAMES, spectrum_of
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """python -m eval.report"""
+
+    runs: tuple[str, ...] = key((), "run folders of distill.py; they share teacher, rungs and guidance", path=True)
+    out: str = key("out/report", "folder for report.html, report.json and the figures")
+    reference: Literal["teacher"] = key("teacher", "what the verdict compares with")
+    n: int = key(1024, "images of each set", least=64)
+    seed: int = key(0, "of the evaluation noise, the real crops and the bootstrap", least=0)
+    solver_steps: int = key(15, "Heun steps of the teacher, two evaluations each", unit="steps", least=1)
+    batch_size: int = key(64, "images at a time; does not change any image", least=1)
+    cache: str = key("out/cache", "folder in which the teacher's images are kept and found again")
+    title: str = key("Did the detail survive?", "heading of the page")
+    cpu: bool = key(False, "compute on the CPU although a GPU is there")
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs is empty: name at least one run folder, runs=[out/demo/residual,out/demo/dar]")
+
+
+def hf_energy(images: Tensor) -> float:
+    """Mean energy of the high band of uint8 images."""
+    return float(spectrum_of(images.float() / 255).energies[:, BAND_NAMES.index("HF")].mean())
+
+
+def hf_gain_db(images: Tensor, reference: Tensor) -> float:
+    """Gain of the high band against `reference`, both uint8 (N, 3, H, W)."""
+    ratio = torch.tensor(hf_energy(images) / hf_energy(reference), dtype=torch.float64)
+    return float(10 * torch.log10(ratio))
+
+
+def better_baseline(sets: list[ImageSet], result: dict[str, Any]) -> str:
+    """The undistilled sampler nearer to the teacher by fd_wavelet: the one that students have to beat."""
+    rows = {row["name"]: row for row in result["sets"]}
+    names = [one.name for one in sets if one.role == "undistilled"]
+    return min(names, key=lambda name: rows[name]["against"]["teacher"]["fd_wavelet"]["value"])
+
+
+def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str, Any]]:
+    """For every student: fd_wavelet above its null as a share of the baseline's, HF gain, least class diversity."""
+    rows = {row["name"]: row for row in result["sets"]}
+
+    def against(name: str) -> dict[str, Any]:
+        return rows[name]["against"]["teacher"]
+
+    start = against(baseline)
+    checks = []
+    for name, row in rows.items():
+        if row["role"] == "student":
+            ours = against(name)
+            checks.append(
+                {
+                    "name": name,
+                    "baseline": baseline,
+                    "fd_excess_share": ours["fd_wavelet"]["excess"] / start["fd_wavelet"]["excess"],
+                    "hf_gain_db": ours["gain_db"]["HF"]["value"],
+                    "hf_gain_db_baseline": start["gain_db"]["HF"]["value"],
+                    "least_class_diversity": ours["diversity_ratio"]["pixels"]["least"],
+                    "routing": row["facts"].get("routing"),
+                }
+            )
+    return checks
+
+
+def print_checks(checks: list[dict[str, Any]]) -> None:
+    for check in checks:
+        line = (
+            f"{check['name']}: fd_wavelet above its null is {check['fd_excess_share']:.2f} of '{check['baseline']}';"
+            f" HF gain {check['hf_gain_db']:+.2f} dB (there {check['hf_gain_db_baseline']:+.2f});"
+            f" least class diversity {check['least_class_diversity']:.2f} of the teacher's"
+        )
+        if routing := check["routing"]:
+            line += (
+                f"; routers: mean |n alpha - 1| {routing['deviation']:.3f},"
+                f" change over t {routing['change_over_t']:.3f}, HF gain moves {routing['hf_gain_shift_db']:+.2f} dB when reset"
+                f" ({'used' if routing['used'] else 'router unused'})"
+            )
+        print(line)
+
+
+def provenance(cfg: ReportConfig, read: list[arms.Arm], device: torch.device, seconds: float) -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "command": "python -m eval.report runs=[" + ",".join(cfg.runs) + f"] out={cfg.out}",
+        "git": git_state(),
+        "runs": {arm.name: arm.raw for arm in read},
+        "report": dataclasses.asdict(cfg),
+        "data_hash": data_hash(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": f"{device}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
+        "seconds": round(seconds, 1),
+    }
+
+
+def git_state() -> str:
+    """Commit and whether the tree differs from it; "unknown" outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def report(cfg: ReportConfig) -> None:
+    """Sample every network on the same noise, measure, write the report, print its table."""
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    read = arms.read_arms(cfg.runs)
+    teacher = arms.Teacher.of(read[0].cfg, device)
+    shape = teacher.network.config
+    bench = arms.Bench(
+        count=cfg.n,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        device=device,
+        shape=(shape.in_channels, shape.input_size, shape.input_size),
+        num_classes=shape.num_classes,
+        cache=Path(cfg.cache),
+    )
+    print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
+    real, null = arms.real_sets(bench, Photos(read[0].cfg.data.size, device))
+    reference = teacher.sample_set(bench, cfg.solver_steps)
+    sets = [null, *teacher.undistilled_sets(bench)]
+    sets += [arms.student_set(arm, bench, reference, lambda x: hf_gain_db(x, reference.images)) for arm in read]
+    names = dict(enumerate(NAMES))
+    result = measure(sets, reference, real, set(Photos.colour_labels), cfg.seed, names)
+    result["checks"] = distillation_checks(result, better_baseline(sets, result))
+    facts = provenance(cfg, read, device, time.monotonic() - began)
+    write_report(result, [real, reference, *sets], Path(cfg.out), cfg.title, facts)
+    print(terminal_table(result))
+    print_checks(result["checks"])
+    print(f"report: {Path(cfg.out) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    config.run_job(ReportConfig, report, sys.argv[1:], description=__doc__ or "")

@@ -1,0 +1,159 @@
+"""Imports point down: each floor of the package sees the floors below it and nothing else."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GROUND = {"keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum"}
+JOBS = {"pretrain", "distill", "sample", "pairs"}
+CONFIG = {"config", "schema"}
+FLOORS = {"routing", "models", "data", "methods", "diagnostics", "train"}
+ROOT_JOBS = {"distill.py"}
+
+SEES = {
+    "routing": {"routing"},
+    "models": {"routing", "models"},
+    "data": {"data"},
+    "methods": {"routing", "models", "methods"},
+    "diagnostics": {"routing", "models", "methods", "diagnostics"},
+    "train": FLOORS,
+    "schema": set(),
+    "config": {"schema", "train"},
+    "eval": FLOORS,
+    "eval/report.py": FLOORS | CONFIG | JOBS,
+} | {job: FLOORS | CONFIG | JOBS for job in JOBS | ROOT_JOBS}
+
+OPEN_TO_ONE = {
+    "accelerate": "dmd_dar/train/runtime.py",
+    "torch.distributed": "dmd_dar/train/runtime.py",
+    "triton": "dmd_dar/routing/ops/triton.py",
+}
+OPEN_TO_NONE = ("pickle", "cloudpickle", "dill", "joblib")
+NOT_IN_METHODS = ("torch.optim",)
+
+
+def files() -> list[Path]:
+    found = [*ROOT.glob("*.py"), *ROOT.glob("dmd_dar/**/*.py"), *ROOT.glob("eval/**/*.py")]
+    return sorted(file.relative_to(ROOT) for file in found)
+
+
+def used_names(source: str, package: str) -> Iterator[str]:
+    """Dotted names of all that a file imports, and the attribute chains of torch that it writes out."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(part for part in (parent, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
+            yield ast.unparse(node)
+
+
+def floor_of(path: str) -> str:
+    """The floor that a file stands on: a ground module, a folder of the package, a job, or `eval`."""
+    if path in SEES:
+        return path
+    parts = Path(path).with_suffix("").parts
+    return parts[0] if parts[0] == "eval" else parts[1]
+
+
+def below(name: str, *modules: str) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What a file imports against the rules, as dotted names."""
+    return sorted({name for name in used_names(source, ".".join(Path(path).parts[:-1])) if not allowed(path, name)})
+
+
+def allowed(path: str, name: str) -> bool:
+    floor, parts = floor_of(path), name.split(".")
+    if below(name, *OPEN_TO_NONE):
+        return False
+    if any(below(name, module) and path != home for module, home in OPEN_TO_ONE.items()):
+        return False
+    if floor == "methods" and below(name, *NOT_IN_METHODS):
+        return False
+    if parts[0] == "dmd_dar":
+        sees = SEES.get(floor, set())
+        return len(parts) > 1 and parts[1] in GROUND | sees
+    if parts[0] == "distill":
+        return False
+    if parts[0] == "eval":
+        return floor.startswith("eval")
+    return floor not in GROUND or parts[0] in sys.stdlib_module_names | {"torch", "jaxtyping"}
+
+
+@pytest.mark.parametrize("path", files(), ids=str)
+def test_imports_point_down(path: Path) -> None:
+    if path.as_posix() != "dmd_dar/__init__.py":
+        assert violations(path.as_posix(), (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", files(), ids=str)
+def test_no_file_is_unpickled(path: Path) -> None:
+    keywords = [node for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.keyword)]
+    allowing = {"weights_only": False, "allow_pickle": True}
+    told = [(word.arg, ast.unparse(word.value)) for word in keywords if word.arg in allowing]
+    assert all(value == str(not allowing[name]) for name, value in told), told
+
+
+def test_every_module_has_its_place() -> None:
+    package = {entry.stem for entry in (ROOT / "dmd_dar").iterdir() if entry.suffix == ".py" or any(entry.glob("*.py"))}
+    assert package - {"__init__"} <= GROUND | JOBS | CONFIG | FLOORS
+    assert {file.name for file in ROOT.glob("*.py")} <= ROOT_JOBS
+    assert (ROOT / "dmd_dar" / "__init__.py").read_text().count("import") == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "name"),
+    [
+        ("dmd_dar/flow.py", "import numpy", "numpy"),
+        ("dmd_dar/flow.py", "from dmd_dar.routing import layout", "dmd_dar.routing.layout"),
+        ("dmd_dar/losses.py", "from dmd_dar import config", "dmd_dar.config"),
+        ("dmd_dar/routing/router.py", "from dmd_dar.models.sit import SiT", "dmd_dar.models.sit.SiT"),
+        ("dmd_dar/routing/ops/naive.py", "from ...models import sit", "dmd_dar.models.sit"),
+        ("dmd_dar/routing/ops/torch.py", "import triton.language as tl", "triton.language"),
+        ("dmd_dar/models/sit.py", "from dmd_dar.train import ema", "dmd_dar.train.ema"),
+        ("dmd_dar/models/sit.py", "import dmd_dar.methods.dmd", "dmd_dar.methods.dmd"),
+        ("dmd_dar/data/photos.py", "from dmd_dar.routing import layout", "dmd_dar.routing.layout"),
+        ("dmd_dar/methods/dmd.py", "from dmd_dar.data import photos", "dmd_dar.data.photos"),
+        ("dmd_dar/methods/dmd.py", "from torch import optim", "torch.optim"),
+        ("dmd_dar/methods/dmd.py", "import torch\ntorch.optim.AdamW", "torch.optim.AdamW"),
+        ("dmd_dar/methods/dmd.py", "from torch.distributed import barrier", "torch.distributed.barrier"),
+        ("dmd_dar/methods/dmd.py", "def f():\n    import accelerate", "accelerate"),
+        ("dmd_dar/diagnostics/mixing.py", "from dmd_dar.train import loop", "dmd_dar.train.loop"),
+        ("dmd_dar/train/loop.py", "from accelerate import Accelerator", "accelerate.Accelerator"),
+        ("dmd_dar/train/loop.py", "from dmd_dar.config import load", "dmd_dar.config.load"),
+        ("dmd_dar/train/loop.py", "from dmd_dar.schema import Slot", "dmd_dar.schema.Slot"),
+        ("dmd_dar/train/checkpoint.py", "import pickle", "pickle"),
+        ("dmd_dar/sample.py", "from eval import stats", "eval.stats"),
+        ("dmd_dar/sample.py", "import distill", "distill"),
+        ("dmd_dar/sample.py", "import dmd_dar", "dmd_dar"),
+        ("eval/stats.py", "from dmd_dar import config", "dmd_dar.config"),
+        ("eval/stats.py", "from dmd_dar import sample", "dmd_dar.sample"),
+    ],
+)
+def test_the_rules_catch_what_they_forbid(path: str, line: str, name: str) -> None:
+    assert name in violations(path, line)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("dmd_dar/flow.py", "import math\nfrom torch import Tensor\nfrom jaxtyping import Float\nimport dmd_dar.keys"),
+        ("dmd_dar/routing/ops/triton.py", "import triton"),
+        ("dmd_dar/train/runtime.py", "import torch\nimport accelerate\ntorch.distributed.barrier()"),
+        ("dmd_dar/methods/dmd.py", "from dmd_dar import flow, losses\nfrom dmd_dar.models import denoiser"),
+        ("dmd_dar/pretrain.py", "from dmd_dar import config\nfrom dmd_dar.train import loop"),
+        ("distill.py", "from dmd_dar import config, pairs"),
+        ("eval/report.py", "from dmd_dar import config\nfrom eval import stats"),
+    ],
+)
+def test_the_rules_let_pass_what_they_allow(path: str, line: str) -> None:
+    assert violations(path, line) == []

@@ -1,0 +1,109 @@
+"""The log holds each step once, whatever died in between; progress tells speed and time left."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmd_dar.train import log
+from dmd_dar.train.folder import FolderError, RunFolder
+from dmd_dar.train.log import LogConfig, Progress, RunLog
+
+QUIET = LogConfig(wandb="disabled")
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    with RunFolder.open(tmp_path / "run", {"steps": 4}) as opened:
+        yield opened
+
+
+def lines(folder: RunFolder) -> list[str]:
+    return (folder.path / "log.jsonl").read_text().splitlines()
+
+
+def test_a_record_is_on_disk_when_write_returns(folder: RunFolder) -> None:
+    with RunLog.open(folder, QUIET, {}, 0) as run:
+        run.write({"step": 1, "loss": 0.5})
+        assert [json.loads(line) for line in lines(folder)] == [{"step": 1, "loss": 0.5}]
+
+
+def test_resume_drops_what_the_dead_run_wrote_beyond_the_checkpoint(folder: RunFolder) -> None:
+    with RunLog.open(folder, QUIET, {}, 0) as run:
+        for step in (1, 2, 3, 4):
+            run.write({"step": step, "loss": 1.0})
+    with (folder.path / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed in the middle of a line
+    with RunLog.open(folder, QUIET, {}, 2) as run:
+        run.write({"step": 3, "loss": 2.0})
+    records = log.read(folder.path / "log.jsonl")
+    assert [(record["step"], record["loss"]) for record in records] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_fresh_start_in_a_used_folder_starts_the_log_afresh(folder: RunFolder) -> None:
+    for _ in range(2):
+        with RunLog.open(folder, QUIET, {}, 0) as run:
+            run.write({"step": 1})
+    assert lines(folder) == ['{"step": 1}']
+
+
+def test_numbers_that_are_not_finite_keep_their_name_in_valid_json(folder: RunFolder) -> None:
+    with RunLog.open(folder, QUIET, {}, 0) as run:
+        run.write({"step": 1, "loss": math.nan, "norms": [math.inf, 1.0], "t": torch.tensor([0.5, -math.inf])})
+    assert json.loads(lines(folder)[0], parse_constant=pytest.fail) == {
+        "step": 1, "loss": "nan", "norms": ["inf", 1.0], "t": [0.5, "-inf"],
+    }  # fmt: skip
+
+
+def test_other_processes_write_nothing() -> None:
+    with RunLog.open(None, LogConfig(wandb="online"), {}, 0) as run:
+        run.write({"step": 1})
+
+
+def test_wandb_is_imported_only_where_asked_for(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    RunLog.open(folder, QUIET, {}, 0).close()
+    with pytest.raises(FolderError, match="log.wandb = offline: wandb cannot be imported .*use log.wandb=disabled"):
+        RunLog.open(folder, LogConfig(wandb="offline"), {}, 0)
+
+
+def test_offline_wandb_stays_in_the_run_folder_and_keeps_its_id(folder: RunFolder) -> None:
+    for step in (0, 1):
+        with RunLog.open(folder, LogConfig(wandb="offline"), {"student": {"lr": 1e-4}}, step) as run:
+            run.write({"step": step + 1, "loss": 0.5})
+    runs = sorted((folder.path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 2 and len({run.name for run in runs}) == 1
+    assert [record["step"] for record in log.read(folder.path / "log.jsonl")] == [1, 2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with Progress(20, 4, interval=30, stream=stream) as progress:
+        for step in range(5, 21):
+            clock[0] += 10
+            progress.advance(step)
+    told = stream.getvalue().splitlines()
+    assert told[0] == "step 7/20  0.1 steps/s  ETA 02:10"
+    assert len(told) == 6 and told[-1] == "step 20/20  0.1 steps/s  ETA 00:00"
+    assert progress.rate == pytest.approx(0.1)
+
+
+def test_progress_on_a_terminal_is_a_bar_and_elsewhere_silent() -> None:
+    terminal, silent = Terminal(), io.StringIO()
+    with Progress(4, 2, stream=terminal) as bar, Progress(4, 2, enabled=False, stream=silent) as none:
+        for step in (3, 4):
+            bar.advance(step)
+            none.advance(step)
+    assert "4/4" in terminal.getvalue() and "step/s" in terminal.getvalue()
+    assert silent.getvalue() == ""
