@@ -85,7 +85,7 @@ def check_rungs(rungs: tuple[float, ...]) -> None:
     """Rungs start at exactly 1 and fall strictly to a last value above 0; raises ValueError otherwise."""
     if not rungs or rungs[0] != 1.0:
         raise ValueError(f"rungs must start at 1.0 (pure noise), got {list(rungs)}")
-    if any(b >= a for a, b in pairwise(rungs)) or rungs[-1] <= 0:
+    if not (all(a > b for a, b in pairwise(rungs)) and rungs[-1] > 0):  # NaN fails both
         raise ValueError(f"rungs must fall strictly and stay above 0, got {list(rungs)}")
 
 

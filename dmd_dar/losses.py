@@ -23,7 +23,7 @@ def dmd_direction(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Te
     x0_student, x0_teacher, x0_fake = (promote(x.detach()) for x in (x0_student, x0_teacher, x0_fake))
     normaliser = per_sample_mean((x0_student - x0_teacher).abs()) + 1e-6
     g = (x0_fake - x0_teacher) / normaliser.reshape(-1, *[1] * (x0_fake.dim() - 1))
-    if not torch.isfinite(g).all():
+    if not (torch.isfinite(g).all() and torch.isfinite(normaliser).all()):  # an infinite student only shows in it
         sources = {"student": x0_student, "teacher": x0_teacher, "fake score": x0_fake}
         guilty = [name for name, x in sources.items() if not torch.isfinite(x).all()]
         raise FloatingPointError(f"distribution matching gradient is not finite; non-finite output from: {guilty}")

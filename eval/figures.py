@@ -221,9 +221,7 @@ def _detail_of(result: dict, sets: Sequence[ImageSet]) -> Callable[[torch.Tensor
     return tiles
 
 
-def sample_grid(
-    result: dict, sets: Sequence[ImageSet], tiles_of: Callable[[torch.Tensor], np.ndarray]
-) -> bytes:
+def sample_grid(result: dict, sets: Sequence[ImageSet], tiles_of: Callable[[torch.Tensor], np.ndarray]) -> bytes:
     """One block of columns per set and one class per row; a place in a block is the same noise seed in paired sets.
 
     Pixels are enlarged without interpolation. Unpaired sets (real) show images of the row's class.

@@ -55,6 +55,7 @@ class Measured:
     parent_child: np.ndarray  # (N,)
     flat: np.ndarray  # (N, 2)
     features: Tensor  # (N, 20)
+    pixel_spread: dict[int, float]  # diversity of each class in pixels
 
     def sample(self, values: np.ndarray) -> Sample:
         return Sample(values, self.labels)
@@ -68,7 +69,7 @@ def measure(
     seed: int,
     class_names: dict[int, str] | None = None,
 ) -> dict:
-    """Compares every set with the teacher's samples (`reference`) and with `real`; see docs of the metrics in eval/.
+    """Compares every set with the teacher's samples (`reference`) and with `real` images, in every metric of eval/.
 
     colour_labels: the classes that have colour; chroma is measured over these only. seed: of the bootstrap.
     Returns JSON-able data of SCHEMA_VERSION. ValueError naming the set whose images do not fit.
@@ -77,26 +78,26 @@ def measure(
     validate(everything)
     measured = {one.name: measure_one(one) for one in everything}
     null = next((measured[one.name].features for one in everything if one.role == "null"), None)
-    height, width = real.images.shape[-2:]
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "seed": seed,
-        "teacher": reference.name,
-        "real": real.name,
-        "image_size": [height, width],
-        "class_names": class_names or {},
-        "bands": {"names": BAND_NAMES, "edges": [1.5 / min(height, width), *BAND_EDGES]},
-        "margins": {"gain_db": GAIN_MARGIN_DB, "kurtosis": KURTOSIS_RANGE, "flat_noise_db": FLAT_NOISE_DB},
-        "sets": [],
-    }
+    rows = []
     for one in measured.values():
         row = describe(one)
         row["against"] = {"teacher": None, "real": None}
         for key, other, second in (("teacher", reference, None), ("real", real, null)):
             if one.source is not other:
                 row["against"][key] = compare(one, measured[other.name], colour_labels, seed, second)
-        result["sets"].append(row)
-    return jsonable(result)
+        rows.append(row)
+    names = {"teacher": reference.name, "real": real.name, "class_names": class_names or {}}
+    return jsonable({"schema_version": SCHEMA_VERSION, "seed": seed, **names, **_scales(real.images), "sets": rows})
+
+
+def _scales(images: Tensor) -> dict:
+    """Image size, bands and margins: what a reader of the numbers needs to place them."""
+    height, width = images.shape[-2:]
+    return {
+        "image_size": [height, width],
+        "bands": {"names": BAND_NAMES, "edges": [1.5 / min(height, width), *BAND_EDGES]},
+        "margins": {"gain_db": GAIN_MARGIN_DB, "kurtosis": KURTOSIS_RANGE, "flat_noise_db": FLAT_NOISE_DB},
+    }
 
 
 def _unique(sets: list[ImageSet]) -> list[ImageSet]:
@@ -132,6 +133,7 @@ def measure_one(one: ImageSet) -> Measured:
         parent_child=structure.parent_child_corr(images),
         flat=structure.flat_patch_energy(images),
         features=frechet.wavelet_features(images),
+        pixel_spread=frechet.class_diversity(images.flatten(1), one.labels),
     )
 
 
@@ -162,9 +164,7 @@ def compare(one: Measured, other: Measured, colour_labels: set[int], seed: int, 
     gains = band_gains(*energies, paired=paired, rng=rng)
     by_class = hf_gain_by_class(*energies)
     curve, lsd, lsd_signed = gain_curve(one.luma, other.luma)
-    kurtosis = structure.kurtosis_ratio(
-        one.sample(one.kurtosis), other.sample(other.kurtosis), paired=paired, rng=rng
-    )
+    kurtosis = structure.kurtosis_ratio(one.sample(one.kurtosis), other.sample(other.kurtosis), paired=paired, rng=rng)
     flat_noise = structure.flat_noise_db(one.sample(one.flat), other.sample(other.flat), paired=paired, rng=rng)
     return {
         "reference": other.source.name,
@@ -202,15 +202,16 @@ def _distance(one: Measured, other: Measured, rng: np.random.Generator, second: 
 
 def _diversity(one: Measured, other: Measured) -> dict:
     """Diversity in pixels and in standardised wavelet features, as ratios to the other set's, class by class."""
-    views = {
-        "pixels": [m.source.images.flatten(1).float() / 255 for m in (one, other)],
-        "wavelet": [frechet.standardise(m.features, other.features) for m in (one, other)],
+    spread = {
+        "pixels": [m.pixel_spread for m in (one, other)],
+        "wavelet": [
+            frechet.class_diversity(frechet.standardise(m.features, other.features), m.source.labels)
+            for m in (one, other)
+        ],
     }
     ratios = {}
-    for name, (ours, theirs) in views.items():
-        by_class = frechet.diversity_ratio(
-            frechet.class_diversity(ours, one.source.labels), frechet.class_diversity(theirs, other.source.labels)
-        )
+    for name, (ours, theirs) in spread.items():
+        by_class = frechet.diversity_ratio(ours, theirs)
         values = list(by_class.values())
         ratios[name] = {
             "by_class": by_class,

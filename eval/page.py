@@ -40,6 +40,7 @@ th, td { padding: .4rem 0 .4rem 1.1rem; text-align: right; border-bottom: 1px so
   white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; color: var(--ink); padding-left: 0; }
+.facts td { white-space: normal; overflow-wrap: anywhere; max-width: 18rem; }
 .verdicts :is(th, td):nth-child(2) { text-align: left; }
 td small { display: block; color: var(--soft); }
 .verdict { display: inline-block; padding: 0 .55rem; border-radius: 1rem; border: 1.5px solid; font-weight: 600; }
@@ -58,33 +59,58 @@ dt { font-weight: 600; } dd { margin: 0 0 .6rem; max-width: 46rem; color: var(--
 """
 
 FIGURES = (
-    ("gain", "Power against the teacher",
-     "Radial power of luma in dB against the teacher's samples. Inside the blue strip a frequency counts as preserved; "
-     "below it detail is lost, above it something was added."),
-    ("bands", "Gain of each band",
-     "The same pooled over bands, with 95 % bootstrap intervals over images. HF, shaded, decides the verdict."),
+    (
+        "gain",
+        "Power against the teacher",
+        "Radial power of luma in dB against the teacher's samples. Inside the blue strip a frequency counts as "
+        "preserved; below it detail is lost, above it something was added.",
+    ),
+    (
+        "bands",
+        "Gain of each band",
+        "The same pooled over bands, with 95 % bootstrap intervals over images. HF, shaded, decides the verdict. "
+        "At 32 px no frequency falls in B0.",
+    ),
     ("psd", "Radial power spectrum", "Luma, periodic Hann window, both axes logarithmic."),
-    ("samples", "Samples",
-     "A row is a class; the same place in two blocks is the same noise seed, except for real images. Pixels are "
-     "enlarged without interpolation."),
-    ("detail", "Fine detail of the same samples",
-     "Luma without its coarse wavelet approximation, around mid-grey; one amplification for all sets, so flat grey "
-     "is lost detail."),
+    (
+        "samples",
+        "Samples",
+        "A row is a class; the same place in two blocks is the same noise seed, except for real images. Pixels are "
+        "enlarged without interpolation.",
+    ),
+    (
+        "detail",
+        "Fine detail of the same samples",
+        "Luma without its coarse wavelet approximation, around mid-grey; one amplification for all sets, so flat grey "
+        "is lost detail.",
+    ),
 )
 
 GLOSSARY = (
-    ("HF gain", "10 log10 of the energy above 1/4 cycle per pixel over the reference's, pooled over images. Pairwise "
-     "median: the same for each pair of samples with equal noise and class."),
-    ("Kurtosis ratio", "Ratio of the medians of the excess kurtosis of the finest diagonal wavelet band. Edges give "
-     "heavy tails, noise does not: near 0 the energy is there but the structure is not."),
+    (
+        "HF gain",
+        "10 log10 of the energy above 1/4 cycle per pixel over the reference's, pooled over images. Pairwise "
+        "median: the same for each pair of samples with equal noise and class.",
+    ),
+    (
+        "Kurtosis ratio",
+        "Ratio of the medians of the excess kurtosis of the finest diagonal wavelet band. Edges give "
+        "heavy tails, noise does not: near 0 the energy is there but the structure is not.",
+    ),
     ("Flat noise", "Fine energy in the flattest tenth of 8-px patches against the reference."),
-    ("FD wavelet over null", "Squared Frechet distance over 20 wavelet statistics in units of the reference's spread, "
-     "minus its null: what another set of the reference's source and this size would read. It is not an FID and "
-     "comparable to no published number."),
+    (
+        "FD wavelet over null",
+        "Squared Frechet distance over 20 wavelet statistics in units of the reference's spread, "
+        "minus its null: what another set of the reference's source and this size would read. It is not an FID and "
+        "comparable to no published number.",
+    ),
     ("LSD", "Root mean square of the curve in dB over logarithmic frequency, and its signed mean."),
     ("Diversity", "Mean pixel distance within a class against the reference's, the least of the classes."),
-    ("Verdict", "preserved: HF gain and structure within their margins. reduced, inflated: the gain is outside. energy "
-     "only: the gain is right and the structure wrong. inconclusive: an interval straddles a margin."),
+    (
+        "Verdict",
+        "preserved: HF gain and structure within their margins. reduced, inflated: the gain is outside. energy "
+        "only: the gain is right and the structure wrong. inconclusive: an interval straddles a margin.",
+    ),
 )
 
 
@@ -198,6 +224,7 @@ def page(result: dict, drawn: dict[str, bytes]) -> str:
         _bands(result),
         _classes(result),
         _alone(result),
+        _facts(result),
         "<h2>How to read the numbers</h2><dl>"
         + "".join(f"<dt>{term}</dt><dd>{html.escape(text)}</dd>" for term, text in GLOSSARY)
         + "</dl>",
@@ -291,12 +318,27 @@ def _bands(result: dict) -> str:
 
 
 def _alone(result: dict) -> str:
-    """What each set is by itself, and the facts that came with it."""
-    facts = list(dict.fromkeys(key for row in result["sets"] for key in row["facts"]))
+    """What each set is by itself."""
     rows = []
     for row in result["sets"]:
         cells = [_number(row[key], digits) for key, (_, digits) in ALONE.items()]
-        cells += [html.escape(_fact(row["facts"].get(key))) for key in facts]
         rows.append([html.escape(row["name"]), *map(_minus, cells)])
-    headings = ["set", *(heading for heading, _ in ALONE.values()), *map(html.escape, facts)]
-    return "<h2>Each set by itself</h2>" + _table(headings, rows)
+    return "<h2>Each set by itself</h2>" + _table(["set", *(heading for heading, _ in ALONE.values())], rows)
+
+
+def _facts(result: dict) -> str:
+    """What came with the sets, a column for each set that brought something."""
+    facts = {row["name"]: _flat(row["facts"]) for row in result["sets"] if row["facts"]}
+    if not facts:
+        return ""
+    keys = dict.fromkeys(key for one in facts.values() for key in one)
+    rows = [[html.escape(key), *(html.escape(_fact(one.get(key))) for one in facts.values())] for key in keys]
+    return "<h2>Facts about the sets</h2>" + _table(["", *map(html.escape, facts)], rows, kind="facts")
+
+
+def _flat(facts: dict, prefix: str = "") -> dict:
+    """Nested facts under one name each, joined by full stops."""
+    flat = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -95,18 +95,14 @@ def decibel(ratio: np.ndarray) -> np.ndarray:
     return 10 * np.log10(ratio)
 
 
-def band_gains(
-    student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator
-) -> dict[str, Interval]:
+def band_gains(student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator) -> dict[str, Interval]:
     """gain_db[b] = 10 log10(mean_i E_b student / mean_i E_b reference) for B0..B4 and HF, from energies (N, 6)."""
 
     def gains(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:  # (R, N, 6) -> (R, 6)
         return decibel(ours.mean(1) / theirs.mean(1))
 
     value, low, high = bootstrap(gains, student, reference, paired=paired, rng=rng)
-    return {
-        name: Interval(float(value[b]), float(low[b]), float(high[b])) for b, name in enumerate(BAND_NAMES)
-    }
+    return {name: Interval(float(value[b]), float(low[b]), float(high[b])) for b, name in enumerate(BAND_NAMES)}
 
 
 def median_gains(student: Sample, reference: Sample) -> dict[str, float]:

@@ -81,8 +81,7 @@ def bootstrap(
     value = np.asarray(statistic(*[sample.values[None] for sample in samples]))[0]
     chunk = max(1, VALUES_PER_CHUNK // max(sample.values.size for sample in samples))
     parts = [
-        statistic(*_draws(samples, paired, min(chunk, resamples - start), rng))
-        for start in range(0, resamples, chunk)
+        statistic(*_draws(samples, paired, min(chunk, resamples - start), rng)) for start in range(0, resamples, chunk)
     ]
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(parts), [tail, 1 - tail], axis=0)

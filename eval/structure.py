@@ -62,9 +62,7 @@ def parent_child_corr(images: Tensor) -> np.ndarray:
     """
     plane = luma(images)
     height, width = (n - n % 4 for n in plane.shape[-2:])
-    coefficients = pywt.wavedec2(
-        plane[:, :height, :width], WAVELET, mode="periodization", level=2, axes=(-2, -1)
-    )
+    coefficients = pywt.wavedec2(plane[:, :height, :width], WAVELET, mode="periodization", level=2, axes=(-2, -1))
     parent, child = (np.log(np.abs(level[2]) + QUANTISATION_POWER**0.5) for level in coefficients[1:])
     parent = parent.repeat(2, axis=-2).repeat(2, axis=-1)[:, 2:-2, 2:-2]
     child = child[:, 2:-2, 2:-2]
@@ -80,9 +78,7 @@ def flat_patch_energy(images: Tensor) -> np.ndarray:
     A patch is flat by the variance of its level-1 approximation (coarse content, so that noise does not hide it);
     its energy is the mean of LH^2 + HL^2 + HH^2, above the power of 8-bit rounding. The tenth is taken over the set.
     """
-    approximation, (horizontal, vertical, diagonal) = pywt.dwt2(
-        luma(images), WAVELET, mode="symmetric", axes=(-2, -1)
-    )
+    approximation, (horizontal, vertical, diagonal) = pywt.dwt2(luma(images), WAVELET, mode="symmetric", axes=(-2, -1))
     coarse = _patches(approximation).var(-1)  # (N, patches)
     fine = _patches(horizontal**2 + vertical**2 + diagonal**2).mean(-1) + 3 * QUANTISATION_POWER
     flat = coarse <= np.quantile(coarse, FLAT_SHARE)

@@ -13,6 +13,7 @@ JOBS = {"pretrain", "distill", "sample", "pairs"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "diagnostics", "train"}
 ROOT_JOBS = {"distill.py"}
+EVAL_JOBS = {"eval/report.py", "eval/arms.py", "eval/teacher.py"}  # they read the runs of jobs back
 
 SEES = {
     "routing": {"routing"},
@@ -24,8 +25,7 @@ SEES = {
     "schema": set(),
     "config": {"schema", "train"},
     "eval": FLOORS,
-    "eval/report.py": FLOORS | CONFIG | JOBS,
-} | {job: FLOORS | CONFIG | JOBS for job in JOBS | ROOT_JOBS}
+} | {job: FLOORS | CONFIG | JOBS for job in JOBS | ROOT_JOBS | EVAL_JOBS}
 
 OPEN_TO_ONE = {
     "accelerate": "dmd_dar/train/runtime.py",

@@ -171,6 +171,8 @@ def test_hfer_is_a_share_and_0_for_a_constant():
     pooled, each = hfer(images, window=None)
     assert pooled.item() == pytest.approx(0.2)
     assert each.tolist() == pytest.approx([0.2, 0.0])
+    edge = torch.stack([torch.cos(2 * math.pi * axis * waves / 64).expand(64, 64) for waves in (16, 17)])
+    assert hfer(grey(edge), window=None)[1].tolist() == pytest.approx([0.0, 1.0])
 
 
 def test_log_spectrum_is_differentiable():

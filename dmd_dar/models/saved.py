@@ -4,9 +4,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dmd_dar.atomic import write_atomic
@@ -26,6 +27,10 @@ class ModelCard:
     label_names: tuple[str, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)  # free: data hash, command, step, teacher hash
 
+    def __post_init__(self) -> None:
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(f"prediction must be one of {get_args(Prediction)}, got {self.prediction!r}")
+
 
 def save_network(folder: Path, network: SiT, card: ModelCard) -> None:
     """Write both files atomically; the weights first, so that a new model.json never meets old weights."""
@@ -43,7 +48,8 @@ def _config(values: dict[str, Any]) -> SiTConfig:
 def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:
     """The network in evaluation mode, frozen, and its card.
 
-    Raises FileNotFoundError naming the missing file, ValueError where model.json is of another format or form.
+    Raises FileNotFoundError naming the missing file, ValueError naming the file that is of another format or form,
+    damaged, or does not fit the other.
     """
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
@@ -58,7 +64,10 @@ def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tupl
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder / 'model.json'} does not describe a network of this project: {error}") from error
     network = SiT(config)
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} does not hold the weights of model.json: {error}") from error
     return network.to(device).eval().requires_grad_(False), card
 
 

@@ -69,7 +69,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) -> (B, d): 256 sines and cosines with periods up to 10,000 / 2 pi, then an MLP."""
+    """t (B,) -> (B, d): 256 sines and cosines with periods from 2 pi to 20,000 pi, then an MLP."""
 
     def __init__(self, width: int):
         super().__init__()

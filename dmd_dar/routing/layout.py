@@ -6,7 +6,7 @@ does not exist.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dmd_dar.keys import key
 
@@ -25,6 +25,11 @@ class RoutingConfig:
     summary: Summary = key("sum", "what stands for a finished chunk: its last output (paper) or the sum of its outputs")
     scale: Scale = key("stream", "aggregate: convex (paper) | count | stream (keeps a pretrained function bitwise)")
     final: Final = key("dedicated", "the head's router: its own, or the last sublayer's reused (paper with REPA)")
+
+    def __post_init__(self) -> None:
+        for name, choices in (("query", Query), ("summary", Summary), ("scale", Scale), ("final", Final)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

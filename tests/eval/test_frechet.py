@@ -83,6 +83,13 @@ def test_energies_are_logarithmic_and_luma_moments_come_last(crops):
     assert (doubled - whole)[:, 0].median().item() == pytest.approx(np.log(4), abs=0.02)
 
 
+def test_weak_gaussian_detail_has_the_kurtosis_of_a_gaussian():
+    weak = 0.5 + 1 / 255 / 12**0.5 * draw(64, 1, 64, 64).expand(-1, 3, -1, -1)
+    kurtosis = wavelet_features(weak)[:, 5].mean().item()  # HH of the finest level
+    assert kurtosis == pytest.approx(np.log(3), abs=0.01)
+    assert wavelet_features(weak)[:, 4].mean().item() == pytest.approx(np.log(2 / 12 / 255**2), abs=0.02)
+
+
 def test_blur_is_seen_and_the_null_is_right(crops, blur):
     draws = [wavelet_features(crops(32, 64, seed)[0].double() / 255) for seed in range(16)]
     count = len(draws[0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.figures import GAP, HEADER, ROW_LABEL
 from eval.measure import ImageSet, measure
 from eval.page import terminal_table, write_report
 
@@ -58,6 +59,15 @@ def test_result_does_not_depend_on_the_other_sets(sets, result):
     assert row(alone, HOSTILE) == row(result, HOSTILE)
 
 
+def test_a_second_real_set_is_the_null_of_the_others_and_not_of_itself(crops, sets):
+    images, labels = crops(32, 16, 2)
+    second = ImageSet("second", images, labels, "null", False)
+    measured = measure([second], sets["teacher"], sets["real"], set(), 0)
+    own = row(measured, "second")["against"]["real"]["fd_wavelet"]
+    assert row(measured, "teacher")["against"]["real"]["fd_wavelet"]["null"] == pytest.approx(own["value"])
+    assert own["null"] != pytest.approx(own["value"], rel=1e-3)
+
+
 def test_grey_classes_stay_out_of_chroma(sets):
     none = measure([], sets["teacher"], sets["real"], set(), 0)
     assert row(none, "teacher")["against"]["real"]["chroma"] is None
@@ -83,8 +93,6 @@ def test_samples_are_enlarged_without_interpolation(tmp_path, sets, result):
     write_report(result, [sets["teacher"]], tmp_path, "grid", {})
     grid = Image.open(tmp_path / "samples.png").convert("RGB")
     first = sets["teacher"].images[0]
-    from eval.figures import GAP, HEADER, ROW_LABEL
-
     box = (ROW_LABEL, HEADER, ROW_LABEL + 128, HEADER + 128)
     shown = torch.tensor(list(grid.crop(box).resize((32, 32), Image.Resampling.NEAREST).tobytes())).reshape(32, 32, 3)
     assert torch.equal(shown.permute(2, 0, 1).to(torch.uint8), first)

@@ -59,8 +59,11 @@ def test_a_seed_gives_the_same_interval_again():
 def test_pairs_of_different_classes_are_refused():
     with pytest.raises(ValueError, match="row by row"):
         bootstrap(
-            lambda a, b: mean(a), Sample(np.ones(2), np.array([0, 1])), Sample(np.ones(2), np.array([1, 0])),
-            rng=np.random.default_rng(0), paired=True,
+            lambda a, b: mean(a),
+            Sample(np.ones(2), np.array([0, 1])),
+            Sample(np.ones(2), np.array([1, 0])),
+            rng=np.random.default_rng(0),
+            paired=True,
         )
 
 

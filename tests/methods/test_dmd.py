@@ -1,0 +1,166 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmd_dar import flow, losses
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.trajectories import solve_trajectories
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.sit import with_routing
+from dmd_dar.routing.layout import RoutingConfig
+from tests.tiny import tiny_sit
+
+SHAPE = (3, 32, 32)
+RUNGS = (1.0, 0.9, 0.75, 0.5)
+
+
+def gaussian_velocity(mean: Tensor, std: float):
+    """E[eps - x0 | x_t] for data N(mean, std^2)."""
+
+    def velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        t = flow.expand_t(t, x_t)
+        variance = (1 - t) ** 2 * std**2 + t**2
+        residual = x_t - (1 - t) * mean
+        return t / variance * residual - (mean + (1 - t) * std**2 / variance * residual)
+
+    return velocity
+
+
+class GaussianStudent(nn.Module):
+    """x0 = mean + std noise at t = 1, as a velocity."""
+
+    def __init__(self, mean: Tensor, std: float):
+        super().__init__()
+        self.mean, self.std = nn.Parameter(mean.clone()), std
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return x_t - (self.mean + self.std * x_t)
+
+
+def method_of(student, teacher, fake_score, **changes) -> DMD:
+    fields = {"rungs": RUNGS, "renoise": flow.TimeLaw(low=0.02, high=0.98), "num_classes": 7, "shape": SHAPE}
+    return DMD(student=student, teacher=teacher, fake_score=fake_score, **{**fields, **changes})
+
+
+def draws_for(step: int, start: int = 0, stop: int = 8, phase: str = "student") -> Draws:
+    return Draws(0, phase, step, sample_range(start, stop))
+
+
+@pytest.fixture
+def networks():
+    teacher = tiny_sit().requires_grad_(False)
+    student = with_routing(teacher, RoutingConfig(query="timestep", chunk_size=2))
+    fake_score = copy.deepcopy(teacher).requires_grad_(True)
+    with torch.no_grad():
+        for p in fake_score.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    return student, teacher, fake_score
+
+
+def test_a_gaussian_student_moves_to_the_teachers_mean():
+    target, std = torch.tensor([1.0, -2.0, 0.5]).reshape(3, 1, 1), 0.5
+    student = GaussianStudent(torch.zeros(3, 1, 1), std)
+    optimiser = torch.optim.SGD(student.parameters(), lr=0.15)
+    distances = []
+    for step in range(150):
+        fake = gaussian_velocity(student.mean.detach().clone(), std)
+        method = method_of(student, gaussian_velocity(target, std), fake, rungs=(1.0,), shape=(3, 4, 4))
+        loss, _ = method.student_loss(draws_for(step, stop=32))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        distances.append((student.mean.detach() - target).norm().item())
+    assert distances[10] < distances[0]
+    assert distances[-1] < 0.1 * distances[0]
+
+
+def test_an_equal_fake_score_and_teacher_leave_the_student_alone(networks):
+    student, teacher, _ = networks
+    method = method_of(*(velocity_of(n) for n in (student, teacher, teacher)))
+    loss, metrics = method.student_loss(draws_for(3))
+    loss.backward()
+    assert metrics["fake_to_teacher_rms"] == 0
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+
+
+def test_each_loss_trains_its_own_network_alone(networks):
+    student, teacher, fake_score = networks
+    method = method_of(*(velocity_of(n) for n in networks))
+    method.student_loss(draws_for(0))[0].backward()
+    assert all(p.grad is None for n in (teacher, fake_score) for p in n.parameters())
+    assert all(p.grad is not None and p.grad.any() for name, p in student.named_parameters() if name == "dar.query")
+    student.zero_grad(set_to_none=True)
+    method.fake_score_loss(draws_for(0, phase="fake_score"))[0].backward()
+    assert all(p.grad is None for n in (student, teacher) for p in n.parameters())
+    assert fake_score.final_layer.linear.weight.grad.any()
+
+
+def test_gradient_flows_through_the_last_call_only(networks):
+    student = networks[0]
+    with_gradient = []
+
+    def recording(x_t, t, cond):
+        with_gradient.append((t[0].item(), torch.is_grad_enabled(), x_t.requires_grad))
+        return velocity_of(student)(x_t, t, cond)
+
+    method = method_of(recording, velocity_of(networks[1]), velocity_of(networks[2]))
+    step = next(s for s in range(50) if draws_for(s).shared_integer("rung", 4) == 3)
+    method.simulate(draws_for(step))
+    assert [round(t, 4) for t, _, _ in with_gradient] == list(RUNGS)
+    assert [grad for _, grad, _ in with_gradient] == [False, False, False, True]
+    assert not any(needs for _, _, needs in with_gradient)
+
+
+def test_every_rung_is_trained_about_equally():
+    counts = torch.zeros(4)
+    for step in range(800):
+        counts[draws_for(step).shared_integer("rung", 4)] += 1
+    assert (counts - 200).abs().max() < 50
+
+
+@pytest.mark.parametrize("which", ["student_loss", "fake_score_loss"])
+def test_a_batch_in_parts_has_the_same_mean_loss(networks, which):
+    teacher = velocity_of(networks[1])
+    paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
+    method = method_of(*(velocity_of(n) for n in networks), regression_weight=0.25, trajectories=paths)
+    loss = getattr(method, which)
+    whole = loss(draws_for(2))[0]
+    parts = [loss(draws_for(2, start, start + 2))[0] for start in range(0, 8, 2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_joint_loss_is_the_weighted_sum(networks):
+    teacher = velocity_of(networks[1])
+    paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
+    method = method_of(*(velocity_of(n) for n in networks), trajectories=paths, regression_weight=0.3)
+    loss, metrics = method.student_loss(draws_for(1))
+    alone, _ = dataclasses.replace(method, matching_weight=0.0, regression_weight=1.0).student_loss(draws_for(1))
+    torch.testing.assert_close(metrics["regression"], alone)
+    torch.testing.assert_close(loss, metrics["dm"] + 0.3 * alone)
+
+
+def test_regression_pulls_the_trajectory_state_to_its_end(networks):
+    student, teacher, _ = networks
+    paths = solve_trajectories(velocity_of(teacher), torch.zeros(1, dtype=torch.int64), RUNGS, 4, torch.randn(1, *SHAPE))
+    method = method_of(velocity_of(student), None, None, matching_weight=0.0, regression_weight=1.0, trajectories=paths)
+    draws = draws_for(0, stop=1)
+    rung = draws.shared_integer("rung", 4)
+    t = torch.full((1,), RUNGS[rung])
+    x0 = flow.velocity_to_x0(velocity_of(student)(paths.states[:, rung], t, paths.cond), paths.states[:, rung], t)
+    torch.testing.assert_close(method.student_loss(draws)[0], (x0 - paths.ends).square().mean())
+
+
+def test_fake_score_loss_is_flow_matching_at_the_drawn_level(networks):
+    student, teacher, fake_score = networks
+    method = method_of(*(velocity_of(n) for n in networks))
+    draws = draws_for(5, phase="fake_score")
+    x0, cond = method.simulate(draws)
+    t, eps = draws.uniform("score_t"), draws.normal("score_eps", *SHAPE)
+    t = (0.02 + 0.96 * t).float()
+    x_t = flow.interpolate(x0.detach(), eps, t)
+    expected = losses.flow_matching_loss(velocity_of(fake_score)(x_t, t, cond), x0.detach(), eps)
+    torch.testing.assert_close(method.fake_score_loss(draws)[0], expected)

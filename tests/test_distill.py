@@ -1,0 +1,213 @@
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmd_dar import config, distill, sample
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.models.saved import load_network
+from dmd_dar.pairs import Recipe, make_trajectories, trajectories
+from dmd_dar.train import log
+from tests.tiny import tiny_sit, tiny_teacher
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "configs" / "photos32"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def arguments(teacher: Path, out: Path, *more: str, recipe: str = "dar") -> list[str]:
+    return [
+        f"config={RECIPES / recipe}.yaml",
+        f"teacher.path={teacher}",
+        f"out_dir={out}",
+        "steps=4",
+        "batch_size=4",
+        "student.warmup=0",
+        "student.routing.chunk_size=2",
+        "fake_score.updates=2",
+        "regression.count=6",
+        "regression.solver_steps=4",
+        f"regression.cache={out.parent / 'pairs'}",
+        "log.every=1",
+        "log.wandb=disabled",
+        "launch.cpu=true",
+        *more,
+    ]
+
+
+def run(*args, **kwargs) -> dict[str, torch.Tensor]:
+    distill.main(arguments(*args, **kwargs))
+    return load_file(args[1] / "student" / "model.safetensors")
+
+
+def test_the_two_arms_differ_in_routing_and_out_dir_only(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for dar, residual in (("dar", "residual"), ("demo_dar", "demo_residual")):
+        loaded = [config.load(distill.DistillConfig, [f"config={RECIPES / name}.yaml"]) for name in (dar, residual)]
+        keys = {key for key, _, _ in config.differences(*loaded)}
+        assert "student.routing.query" in keys and "out_dir" in keys
+        assert all(key == "out_dir" or key.startswith("student.routing.") for key in keys)
+
+
+def test_both_arms_draw_the_same_numbers_for_twenty_steps(teacher, tmp_path, monkeypatch):
+    hashes = []
+    original = Draws._bits
+
+    def hashing(self, name, numel):
+        bits = original(self, name, numel)
+        record.update(f"{self.phase} {self.step} {name} {self.samples.tolist()}".encode() + bits.numpy().tobytes())
+        return bits
+
+    monkeypatch.setattr(Draws, "_bits", hashing)
+    for recipe in ("dar", "residual"):
+        record = hashlib.sha256()
+        run(teacher, tmp_path / recipe, "steps=20", f"regression.cache={tmp_path / recipe}", recipe=recipe)
+        hashes.append(record.hexdigest())
+    assert hashes[0] == hashes[1]
+
+
+def test_a_run_leaves_what_a_run_folder_holds_and_its_student_samples(teacher, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(teacher, out)
+    assert [r["step"] for r in log.read(out / "log.jsonl")] == [1, 2, 3, 4]
+    assert {"student/dm", "student/regression", "fake_score/loss"} <= set(log.read(out / "log.jsonl")[-1])
+    assert (out / "samples" / "step_00000004.png").is_file() and (out / "config.yaml").is_file()
+    network, card = load_network(out / "student")
+    assert card.rungs == (1.0, 0.9, 0.75, 0.5) and network.dar is not None
+    images = {}
+    for batch in (2, 5):
+        folder = tmp_path / f"images{batch}"
+        sample.sample(
+            config.load(sample.SampleConfig, [f"student={out / 'student'}", f"out={folder}", "n=5", f"batch_size={batch}"])
+        )
+        images[batch] = [(folder / f"{i:06d}.png").read_bytes() for i in range(5)]
+    assert images[2] == images[5] and len(set(images[2])) == 5
+    assert json.loads((folder / "samples.json").read_text())["labels"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("wrong", ["steps=2", "rungs=[1.0,0.5]", "label=7"])
+def test_sampling_otherwise_than_trained_is_one_clear_error(teacher, tmp_path, wrong, capsys):
+    run(teacher, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        argv = [f"student={tmp_path / 'run' / 'student'}", f"out={tmp_path / 'images'}", wrong]
+        config.run_job(sample.SampleConfig, sample.sample, argv)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and wrong.split("=")[0] in message
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_teacher_is_no_few_step_student(teacher, tmp_path):
+    cfg = config.load(sample.SampleConfig, [f"student={teacher}", f"out={tmp_path}"])
+    with pytest.raises(config.ConfigError, match="no few-step student"):
+        sample.sample(cfg)
+
+
+@pytest.mark.parametrize("recipe", ["dar", "residual"])
+def test_resumed_equals_uninterrupted_bit_for_bit(teacher, tmp_path, recipe):
+    whole = run(teacher, tmp_path / "whole", recipe=recipe)
+    run(teacher, tmp_path / "parts", "steps=2", recipe=recipe)
+    parts = run(teacher, tmp_path / "parts", recipe=recipe)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    records = [log.read(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
+    for ours, theirs in zip(*records, strict=True):
+        assert {**ours, "steps_per_second": 0} == {**theirs, "steps_per_second": 0}
+
+
+def test_another_configuration_in_the_same_folder_is_refused(teacher, tmp_path, capsys):
+    before = run(teacher, tmp_path / "run", "steps=1")
+    with pytest.raises(SystemExit) as stop:
+        run(teacher, tmp_path / "run", "student.lr=0.5", "seed=3")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "student.lr" in message and "seed" in message
+    after = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("student.lr=0", "student.lr"),
+        ("rungs=[0.9,0.5]", "rungs"),
+        ("student.routing.scale=convex", "allow_change"),
+        ("student.routing.chunksize=4", "chunk_size"),
+        ("teacher.path=/nowhere", "teacher.path"),
+        ("regression.metric=lpips", "DMD_DAR_WEIGHTS_DIR"),
+        ("data.size=64", "data.size"),
+        ("student.routing.chunk_size=5", "chunk_size"),
+        ("batch_size=3", "accumulation"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, said, capsys, monkeypatch):
+    monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", wrong))
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and message.startswith("error: ") and said in message
+
+
+def test_regression_alone_trains_without_a_fake_score(teacher, tmp_path):
+    run(teacher, tmp_path / "run", "matching.weight=0")
+    last = log.read(tmp_path / "run" / "log.jsonl")[-1]
+    assert "student/regression" in last and not any(key.startswith("fake_score") for key in last)
+
+
+def test_two_processes_equal_one(teacher, tmp_path):
+    whole = run(teacher, tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={port}", "distill.py", *arguments(teacher, tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    both = load_file(tmp_path / "two" / "student" / "model.safetensors")
+    for name, value in whole.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def recipe_of(**changes) -> Recipe:
+    fields = {"teacher": "t", "prediction": "flow", "guidance_scale": 1.0, "rungs": (1.0, 0.5), "solver_steps": 2}
+    return Recipe(**{**fields, "seed": 0, "count": 3, "num_classes": 7, "shape": (3, 32, 32), **changes})
+
+
+def test_trajectories_are_kept_by_their_recipe_and_a_damaged_file_is_made_anew(tmp_path):
+    calls, network = [], tiny_sit()
+
+    def velocity(x_t, t, cond):
+        calls.append(len(x_t))
+        return network(x_t, t, cond)
+
+    device = torch.device("cpu")
+    first = trajectories(recipe_of(), velocity, str(tmp_path), device)
+    made = len(calls)
+    again = trajectories(recipe_of(), velocity, str(tmp_path), device)
+    assert len(calls) == made and torch.equal(first.ends, again.ends) and torch.equal(first.states, again.states)
+    trajectories(recipe_of(guidance_scale=2.0), velocity, str(tmp_path), device)
+    assert len(calls) == 2 * made
+    kept = tmp_path / recipe_of().name() / "trajectories.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-7])
+    repaired = trajectories(recipe_of(), velocity, str(tmp_path), device)
+    assert len(calls) == 3 * made and torch.equal(first.ends, repaired.ends)
+
+
+def test_noise_of_trajectories_and_of_evaluation_is_disjoint():
+    recipe = recipe_of(count=40, solver_steps=2, shape=(1, 32, 32))
+    noise = make_trajectories(recipe, lambda x, t, c: torch.zeros_like(x), torch.device("cpu")).states[:, 0]
+    for phase in ("eval", "sample", "grid", "latency"):
+        other = Draws(0, phase, 0, sample_range(0, 40)).normal("noise", 1, 32, 32)
+        correlation = torch.corrcoef(torch.cat([noise.flatten(1), other.flatten(1)]))[:40, 40:]
+        assert correlation.abs().max() < 0.2

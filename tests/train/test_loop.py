@@ -1,0 +1,170 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dmd_dar.draws import Draws
+from dmd_dar.train import checkpoint
+from dmd_dar.train.checkpoint import CheckpointConfig
+from dmd_dar.train.ema import Ema
+from dmd_dar.train.folder import RunFolder
+from dmd_dar.train.log import RunLog
+from dmd_dar.train.loop import Loop, Phase, update
+from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.runtime import LaunchConfig, Runtime
+
+
+def phase_of(name: str = "student", optimiser: OptimiserConfig | None = None, width: int = 4) -> Phase:
+    torch.manual_seed(0)
+    network = nn.Linear(width, width).double()
+    config = optimiser or OptimiserConfig(lr=1e-2)
+
+    def loss(draws: Draws):
+        x = draws.normal("x", width, dtype=torch.float64)
+        return (network(x) - x.flip(1)).square().mean(), {"size": torch.tensor(float(len(x)))}
+
+    return Phase(name, network, Optimiser(config, network.parameters()), loss, Ema(network, 0.9))
+
+
+def loop_of(folder: RunFolder, steps: int, cycle: tuple[Phase, ...], **changes) -> Loop:
+    fields = {
+        "cycle": cycle,
+        "seed": 0,
+        "steps": steps,
+        "batch_size": 8,
+        "runtime": Runtime(LaunchConfig(cpu=True)),
+        "folder": folder,
+        "checkpoints": CheckpointConfig(every=2, keep=2),
+        "log_every": 1,
+        "samples_every": 100,
+        "sample": lambda step: None,
+    }
+    return Loop(**{**fields, **changes})
+
+
+def open_folder(path: Path) -> RunFolder:
+    return RunFolder.open(path, {"steps": 1})
+
+
+def states(phase: Phase) -> list[torch.Tensor]:
+    moments = [v for state in phase.optimiser.adamw.state.values() for v in state.values()]
+    return [*phase.network.parameters(), *phase.ema.module.parameters(), *moments]
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    whole = phase_of()
+    with open_folder(tmp_path / "whole") as folder:
+        loop_of(folder, 7, (whole,)).run(0, RunLog(None))
+    first = phase_of()
+    with open_folder(tmp_path / "parts") as folder:
+        loop_of(folder, 3, (first,)).run(0, RunLog(None))
+        second = phase_of()
+        loop = loop_of(folder, 7, (second,))
+        assert loop.restore(folder.checkpoints) == 3
+        assert loop.run(3, RunLog(None))
+    for ours, theirs in zip(states(second), states(whole), strict=True):
+        assert torch.equal(ours, theirs)
+    assert checkpoint.steps_saved(folder.checkpoints) == [6, 7]
+
+
+def test_a_cycle_makes_exactly_k_fake_score_updates_per_student_update(tmp_path):
+    fake, student = phase_of("fake_score"), phase_of("student")
+    order = []
+    for phase in (fake, student):
+        inner = phase.loss
+        phase.loss = lambda draws, inner=inner: order.append((draws.phase, draws.step)) or inner(draws)
+    with open_folder(tmp_path) as folder:
+        loop_of(folder, 2, (fake, fake, fake, student)).run(0, RunLog(None))
+    fakes = [("fake_score", step) for step in range(6)]
+    assert order == [*fakes[:3], ("student", 0), *fakes[3:], ("student", 1)]
+    assert (fake.steps, student.steps) == (6, 2)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_equals_one_big_batch(accumulation):
+    whole, parts = phase_of(), phase_of()
+    for _ in range(4):
+        update(whole, 0, 8, Runtime(LaunchConfig(cpu=True)))
+        metrics = update(parts, 0, 8, Runtime(LaunchConfig(cpu=True, accumulation=accumulation)))
+    assert metrics["student/size"] == 8 / accumulation
+    for ours, theirs in zip(states(parts), states(whole), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_an_uneven_split_is_refused():
+    with pytest.raises(ValueError, match="batch_size 8 .*multiple of 3"):
+        Runtime(LaunchConfig(cpu=True, accumulation=3)).micro_batches(8)
+
+
+def test_a_stop_request_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path):
+    import os
+    import signal
+
+    phase = phase_of()
+    inner = phase.loss
+
+    def loss(draws):
+        if draws.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(draws)
+
+    phase.loss = loss
+    with open_folder(tmp_path) as folder:
+        assert not loop_of(folder, 50, (phase,)).run(0, RunLog(None))
+        assert checkpoint.steps_saved(folder.checkpoints)[-1] == 3
+
+
+def test_an_unreadable_checkpoint_is_named(tmp_path):
+    checkpoint.save(tmp_path, 4, {"x": {"steps": 1}}, keep=2)
+    (tmp_path / "step_00000004" / "state.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="step_00000004"):
+        checkpoint.load_latest(tmp_path, torch.device("cpu"))
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path):
+    checkpoint.save(tmp_path, 2, {"x": 1}, keep=2)
+    (tmp_path / "partial_00000003").mkdir()
+    assert checkpoint.load_latest(tmp_path, torch.device("cpu")) == (2, {"x": 1})
+
+
+def test_ema_follows_by_its_decay():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    ema = Ema(module, 0.99)
+    nn.init.ones_(module.weight)
+    ema.update(module, 1)
+    first = 1 - 2 / 11
+    assert ema.module.weight.item() == pytest.approx(first)
+    ema.update(module, 10_000)
+    assert ema.module.weight.item() == pytest.approx(1 - 0.99 * (1 - first))
+    assert not ema.module.weight.requires_grad
+
+
+def test_routers_have_their_own_rate_and_no_weight_decay():
+    backbone, router = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimiser = Optimiser(OptimiserConfig(lr=1e-2, weight_decay=0.5, clip=1e9), [backbone], [router], router_lr=0.1)
+    backbone.grad, router.grad = torch.ones(3), torch.ones(3)
+    assert optimiser.step(0) == pytest.approx(math.sqrt(6))
+    torch.testing.assert_close(router.data, torch.full((3,), 0.9))
+    torch.testing.assert_close(backbone.data, torch.full((3,), 1 - 1e-2 * 0.5 - 1e-2))
+
+
+def test_the_rate_warms_up_and_decays():
+    config = OptimiserConfig(lr=1.0, warmup=9, decay_start=100, decay_steps=50)
+    assert [config.factor(s) for s in (0, 9, 100)] == [0.1, 1.0, 1.0]
+    assert config.factor(125) == pytest.approx(0.5)
+    assert config.factor(150) == config.factor(900) == pytest.approx(0)
+
+
+def test_clipping_scales_and_non_finite_gradients_stop():
+    p = nn.Parameter(torch.zeros(2))
+    optimiser = Optimiser(OptimiserConfig(clip=1.0), [p])
+    p.grad = torch.tensor([3.0, 4.0])
+    torch.nn.utils.clip_grad_norm_([p], 1.0)
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=1e-6)
+    p.grad = torch.tensor([3.0, math.nan])
+    with pytest.raises(FloatingPointError, match="step 7"):
+        optimiser.step(7)
+    assert not p.isnan().any()
