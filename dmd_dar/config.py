@@ -18,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dmd_dar.errors import UserError
 from dmd_dar.schema import MISSING, ConfigError, Slot, entries, help_text, leaf, options, plain, shown, slots, walk
 from dmd_dar.train import folder
 
@@ -93,7 +94,7 @@ def run_job(
             print(to_yaml(cfg), end="")
         else:
             job(cfg)
-    except (ConfigError, folder.FolderError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

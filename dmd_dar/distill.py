@@ -104,7 +104,10 @@ class DistillConfig:
 
 def build_networks(cfg: DistillConfig, teacher: SiT) -> tuple[SiT, SiT]:
     """Student and fake score, both starting as the teacher's function."""
-    student = with_routing(teacher, cfg.student.routing.form()).train().requires_grad_(True)
+    try:
+        student = with_routing(teacher, cfg.student.routing.form()).train().requires_grad_(True)
+    except ValueError as error:
+        raise config.ConfigError(f"student.{error}") from error
     fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
     for network in (student, fake_score):
         network.pos_embed.requires_grad_(False)

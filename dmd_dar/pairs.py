@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from dmd_dar.atomic import write_atomic
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
-from dmd_dar.atomic import write_atomic
 
 BATCH = 64
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from dmd_dar import config
+from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import few_step_generator, generate
 from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import ModelCard, load_network, weights_hash
-from dmd_dar.atomic import write_atomic
 
 GRID_LIMIT = 64  # images shown in grid.png
 

@@ -8,10 +8,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from dmd_dar.errors import UserError
+
 MISSING = dataclasses.MISSING
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """One line for the user; jobs may raise it too, for example for a request that contradicts a saved student."""
 
     def __init__(self, message: str):

@@ -127,7 +127,9 @@ def read_arms(runs: tuple[str, ...]) -> list[Arm]:
         for what in ("rungs", "guidance_scale", "data", "teacher"):
             ours, theirs = getattr(arms[0].cfg, what), getattr(arm.cfg, what)
             if ours != theirs:
-                raise ConfigError(f"runs: {what} is {theirs} in {arm.name}, {ours} in {arms[0].name}; compare equals")
+                raise config.ConfigError(
+                    f"runs: {what} {theirs} in {arm.name}, {ours} in {arms[0].name}; compare equals"
+                )
     return arms
 
 
@@ -192,9 +194,7 @@ class Teacher:
         return sets
 
 
-def student_set(
-    arm: Arm, bench: Bench, teacher_images: ImageSet, hf_gain: Callable[[Tensor], float]
-) -> ImageSet:
+def student_set(arm: Arm, bench: Bench, teacher_images: ImageSet, hf_gain: Callable[[Tensor], float]) -> ImageSet:
     """The arm's images, with what its routers do: `hf_gain` gives the HF gain in dB of a set of images."""
     network, card = load_network(arm.folder / "student", bench.device)
     generator = few_step_generator(velocity_of(network, card.prediction), card.rungs)

@@ -96,8 +96,8 @@ def print_checks(checks: list[dict[str, Any]]) -> None:
         if routing := check["routing"]:
             line += (
                 f"; routers: mean |n alpha - 1| {routing['deviation']:.3f},"
-                f" change over t {routing['change_over_t']:.3f}, HF gain moves {routing['hf_gain_shift_db']:+.2f} dB when reset"
-                f" ({'used' if routing['used'] else 'router unused'})"
+                f" change over t {routing['change_over_t']:.3f},"
+                f" HF gain moves {routing['hf_gain_shift_db']:+.2f} dB when reset ({'used' if routing['used'] else 'router unused'})"
             )
         print(line)
 

@@ -88,9 +88,8 @@ def test_a_run_leaves_what_a_run_folder_holds_and_its_student_samples(teacher, t
     images = {}
     for batch in (2, 5):
         folder = tmp_path / f"images{batch}"
-        sample.sample(
-            config.load(sample.SampleConfig, [f"student={out / 'student'}", f"out={folder}", "n=5", f"batch_size={batch}"])
-        )
+        argv = [f"student={out / 'student'}", f"out={folder}", "n=5", f"batch_size={batch}"]
+        sample.sample(config.load(sample.SampleConfig, argv))
         images[batch] = [(folder / f"{i:06d}.png").read_bytes() for i in range(5)]
     assert images[2] == images[5] and len(set(images[2])) == 5
     assert json.loads((folder / "samples.json").read_text())["labels"] == [0, 1, 2, 3, 4]
@@ -176,7 +175,7 @@ def test_two_processes_equal_one(teacher, tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     both = load_file(tmp_path / "two" / "student" / "model.safetensors")
     for name, value in whole.items():
-        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=2e-5, msg=f"{name} differs")
 
 
 def recipe_of(**changes) -> Recipe:

@@ -68,7 +68,7 @@ def test_a_sample_is_the_same_in_any_batch(kind, splits):
         draws().normal("y", 256),
         draws().normal("x", 257)[:, 1:],
     ],
-    ids=["seed", "phase", "at", "step", "sample", "above 16 bits", "above 32 bits", "above 40 bits", "name", "neighbour"],
+    ids=["seed", "phase", "at", "step", "sample", "sample>16bit", "sample>32bit", "sample>40bit", "name", "neighbour"],
 )
 def test_each_part_of_the_key_gives_other_draws(other):
     here = draws().normal("x", 256)

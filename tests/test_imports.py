@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum"}
+GROUND = {"errors", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum"}
 JOBS = {"pretrain", "distill", "sample", "pairs"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "diagnostics", "train"}

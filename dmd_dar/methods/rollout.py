@@ -30,7 +30,12 @@ def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | N
 
 
 def state_at(
-    student: Velocity, cond: Tensor, rungs: tuple[float, ...], rung: int, draws: Draws, noise: Tensor,
+    student: Velocity,
+    cond: Tensor,
+    rungs: tuple[float, ...],
+    rung: int,
+    draws: Draws,
+    noise: Tensor,
     sampler: Sampler = "stochastic",
 ) -> Tensor:
     """The student's input at rungs[rung], simulated from pure noise by the student itself (DMD2, arXiv:2405.14867 4.5).
@@ -46,7 +51,11 @@ def state_at(
 
 
 def sample(
-    student: Velocity, cond: Tensor, rungs: tuple[float, ...], draws: Draws, noise: Tensor,
+    student: Velocity,
+    cond: Tensor,
+    rungs: tuple[float, ...],
+    draws: Draws,
+    noise: Tensor,
     sampler: Sampler = "stochastic",
 ) -> Tensor:
     """x0 (B, ...) after len(rungs) calls of the student."""

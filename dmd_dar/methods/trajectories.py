@@ -39,4 +39,3 @@ def solve_trajectories(
     grid, positions = flow.time_grid(rungs, steps)
     path = solve_ode(teacher, cond, grid, noise)
     return Trajectories(torch.stack([path[i] for i in positions], dim=1), path[-1], cond)
-

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmd_dar.errors import MissingWeightsError
+
 TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, 233 MB; the linear heads come with the lpips package
 SMALLEST = 64  # pixels; smaller images are enlarged, since AlexNet's last layers would see a single cell
 
 
 def trunk_path() -> Path:
-    """Where the trunk lies: $DMD_DAR_WEIGHTS_DIR, else torch's hub cache. Raises FileNotFoundError naming both."""
+    """Where the trunk lies: $DMD_DAR_WEIGHTS_DIR, else torch's hub cache. Raises MissingWeightsError naming both."""
     folders = [Path(torch.hub.get_dir()) / "checkpoints"]
     if os.environ.get("DMD_DAR_WEIGHTS_DIR"):
         folders.insert(0, Path(os.environ["DMD_DAR_WEIGHTS_DIR"]))
     for folder in folders:
         if (folder / TRUNK).is_file():
             return folder / TRUNK
-    raise FileNotFoundError(
+    raise MissingWeightsError(
         f"LPIPS needs torchvision's AlexNet weights {TRUNK}, not found in {' or '.join(map(str, folders))}:"
         " put the file there or name its folder in DMD_DAR_WEIGHTS_DIR, or use regression.metric=mse"
     )

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dmd_dar.atomic import write_atomic
+from dmd_dar.errors import DamagedFileError, MissingWeightsError
 from dmd_dar.models.denoiser import Prediction
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
@@ -48,13 +49,13 @@ def _config(values: dict[str, Any]) -> SiTConfig:
 def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:
     """The network in evaluation mode, frozen, and its card.
 
-    Raises FileNotFoundError naming the missing file, ValueError naming the file that is of another format or form,
-    damaged, or does not fit the other.
+    Raises MissingWeightsError naming the missing file, DamagedFileError naming the file that is of another format or
+    form, damaged, or does not fit the other.
     """
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: give a folder that a run of this project saved")
+            raise MissingWeightsError(f"{folder / name} is missing: give a folder that a run of this project saved")
     try:
         described = json.loads((folder / "model.json").read_text())
         if described.pop("format") != FORMAT:
@@ -62,12 +63,13 @@ def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tupl
         config = _config(described.pop("model"))
         card = ModelCard(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder / 'model.json'} does not describe a network of this project: {error}") from error
+        raise DamagedFileError(f"{folder / 'model.json'} describes no network of this project: {error}") from error
     network = SiT(config)
     try:
         network.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} does not hold the weights of model.json: {error}") from error
+        fault = f"{folder / 'model.safetensors'} does not hold the weights of model.json"
+        raise DamagedFileError(f"{fault}: {error}") from error
     return network.to(device).eval().requires_grad_(False), card
 
 

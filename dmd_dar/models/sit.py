@@ -206,8 +206,12 @@ class SiT(nn.Module):
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, T, p p C) -> (B, C, H, W)."""
         p, side = self.config.patch, self.config.input_size // self.config.patch
-        return tokens.unflatten(1, (side, side)).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(
-            2, 3
+        return (
+            tokens.unflatten(1, (side, side))
+            .unflatten(-1, (p, p, -1))
+            .permute(0, 5, 1, 3, 2, 4)
+            .flatten(4)
+            .flatten(2, 3)
         )
 
     def router_parameters(self) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dmd_dar.errors import DamagedFileError
 from dmd_dar.keys import key
 
 
@@ -42,7 +43,7 @@ def save(root: Path, step: int, state: dict[str, Any], keep: int) -> None:
 
 
 def load_latest(root: Path, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest checkpoint, or None. Raises ValueError naming the file if it cannot be read."""
+    """(step, state) of the newest checkpoint, or None. Raises DamagedFileError naming the file if it cannot be read."""
     steps = steps_saved(root)
     if not steps:
         return None
@@ -50,4 +51,4 @@ def load_latest(root: Path, device: torch.device) -> tuple[int, dict[str, Any]] 
     try:
         return steps[-1], torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete its folder to resume from an older one") from error
+        raise DamagedFileError(f"{path} cannot be read ({error}); delete its folder to resume from an older") from error

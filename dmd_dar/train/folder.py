@@ -25,13 +25,14 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from dmd_dar.atomic import write_atomic
+from dmd_dar.errors import UserError
 
 MAY_CHANGE = ("log.*", "launch.*", "checkpoint.*")
 GROW_ONLY = ("steps",)
 ABSENT = "(absent)"
 
 
-class FolderError(RuntimeError):
+class FolderError(UserError):
     """One message for the user about a run folder, with the remedy; nothing saved has been touched."""
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.methods.generate import Generator, generate
-from dmd_dar.atomic import write_atomic
 from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.log import RunLog
 from dmd_dar.train.loop import Loop, Phase

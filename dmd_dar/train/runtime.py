@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dmd_dar.draws import sample_range
+from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 
 
@@ -31,7 +32,7 @@ class Runtime:
         precision = ("bf16" if gpu else "no") if config.precision == "auto" else config.precision
         self.accelerator = Accelerator(cpu=config.cpu, mixed_precision=precision)
         self.accumulation = config.accumulation
-        self.device = self.accelerator.device
+        self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
 
@@ -46,10 +47,10 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def micro_batches(self, batch_size: int) -> list[Tensor]:
-        """The global sample indices of this process, one tensor per micro-batch. Raises ValueError if uneven."""
+        """The global sample indices of this process, one tensor per micro-batch. Raises UserError if uneven."""
         parts = self.processes * self.accumulation
         if batch_size % parts:
-            raise ValueError(
+            raise UserError(
                 f"batch_size {batch_size} does not divide evenly among {self.processes} processes with"
                 f" launch.accumulation {self.accumulation}: make it a multiple of {parts}"
             )

@@ -145,7 +145,8 @@ def test_joint_loss_is_the_weighted_sum(networks):
 
 def test_regression_pulls_the_trajectory_state_to_its_end(networks):
     student, teacher, _ = networks
-    paths = solve_trajectories(velocity_of(teacher), torch.zeros(1, dtype=torch.int64), RUNGS, 4, torch.randn(1, *SHAPE))
+    cond, noise = torch.zeros(1, dtype=torch.int64), torch.randn(1, *SHAPE)
+    paths = solve_trajectories(velocity_of(teacher), cond, RUNGS, 4, noise)
     method = method_of(velocity_of(student), None, None, matching_weight=0.0, regression_weight=1.0, trajectories=paths)
     draws = draws_for(0, stop=1)
     rung = draws.shared_integer("rung", 4)

@@ -153,7 +153,8 @@ def dit(w: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, labels: to
     h = patches @ w["x_embedder.proj.weight"].flatten(1).T + w["x_embedder.proj.bias"] + w["pos_embed"]
     angles = t[:, None].float() * 10000.0 ** (-torch.arange(128) / 128)
     waves = torch.cat([angles.cos(), angles.sin()], dim=1).double()
-    c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", waves))) + w["y_embedder.embedding_table.weight"][labels]
+    c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", waves)))
+    c = c + w["y_embedder.embedding_table.weight"][labels]
     for i in range(SMALL.depth):
         block = f"blocks.{i}."
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = linear(f"{block}adaLN_modulation.1", silu(c)).split(d, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dmd_dar.draws import Draws
+from dmd_dar.errors import UserError
 from dmd_dar.train import checkpoint
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
@@ -94,7 +95,7 @@ def test_accumulation_equals_one_big_batch(accumulation):
 
 
 def test_an_uneven_split_is_refused():
-    with pytest.raises(ValueError, match="batch_size 8 .*multiple of 3"):
+    with pytest.raises(UserError, match="batch_size 8 .*multiple of 3"):
         Runtime(LaunchConfig(cpu=True, accumulation=3)).micro_batches(8)
 
 

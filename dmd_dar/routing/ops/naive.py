@@ -36,9 +36,7 @@ def _deviation(sources: list[Tensor], query: Tensor, gain: Tensor) -> Tensor:
     return (len(sources) * p - z) / z
 
 
-def route(
-    sources: list[Tensor], query: Tensor, gain: Tensor, *, scale: Scale, stream: Tensor | None = None
-) -> Tensor:
+def route(sources: list[Tensor], query: Tensor, gain: Tensor, *, scale: Scale, stream: Tensor | None = None) -> Tensor:
     """h_l (B, T, d) from its sources, each (B, T, d), arXiv:2605.20708 Eq. 5.
 
     `convex`: sum alpha_i v_i. `count`: n sum alpha_i v_i. `stream`: x + sum (n alpha_i - 1) v_i with `stream` x the
