@@ -40,14 +40,6 @@ class StudentRouting(RoutingConfig):
     lr: float = key(2e-3, "learning rate of the routers", above=0)
     allow_change: bool = key(False, "accept a form that changes the pretrained function before training")
 
-    def __post_init__(self) -> None:
-        exact = self.scale == "stream" or (self.scale == "count" and self.summary == "sum")
-        if self.query != "residual" and not exact and not self.allow_change:
-            raise ValueError(
-                f"scale {self.scale} with summary {self.summary} changes the teacher's function at the start:"
-                " use scale stream, or count with summary sum, or set allow_change=true"
-            )
-
     def form(self) -> RoutingConfig:
         return RoutingConfig(**{field.name: getattr(self, field.name) for field in fields(RoutingConfig)})
 
@@ -104,8 +96,9 @@ class DistillConfig:
 
 def build_networks(cfg: DistillConfig, teacher: SiT) -> tuple[SiT, SiT]:
     """Student and fake score, both starting as the teacher's function."""
+    routing = cfg.student.routing
     try:
-        student = with_routing(teacher, cfg.student.routing.form()).train().requires_grad_(True)
+        student = with_routing(teacher, routing.form(), routing.allow_change).train().requires_grad_(True)
     except ValueError as error:
         raise config.ConfigError(f"student.{error}") from error
     fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
@@ -178,7 +171,10 @@ def distill(cfg: DistillConfig) -> None:
         ema,
     )
     fake_phase = Phase(
-        "fake_score", fake_score, Optimiser(cfg.fake_score, fake_score.backbone_parameters()), method.fake_score_loss
+        "fake_score",
+        fake_score,
+        Optimiser(cfg.fake_score, fake_score.backbone_parameters(), fake_score.router_parameters(), router_lr),
+        method.fake_score_loss,
     )
     updates = cfg.fake_score.updates if cfg.matching.weight else 0
     origin = {"teacher": recipe.teacher, "data": cfg.data.name, "data_hash": data_hash(), "steps": cfg.steps}

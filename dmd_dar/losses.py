@@ -26,7 +26,8 @@ def dmd_direction(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Te
     if not (torch.isfinite(g).all() and torch.isfinite(normaliser).all()):  # an infinite student only shows in it
         sources = {"student": x0_student, "teacher": x0_teacher, "fake score": x0_fake}
         guilty = [name for name, x in sources.items() if not torch.isfinite(x).all()]
-        raise FloatingPointError(f"distribution matching gradient is not finite; non-finite output from: {guilty}")
+        source = guilty or "none, the gradient overflows"
+        raise FloatingPointError(f"distribution matching gradient is not finite; non-finite output from: {source}")
     return g
 
 

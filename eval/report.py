@@ -97,7 +97,8 @@ def print_checks(checks: list[dict[str, Any]]) -> None:
             line += (
                 f"; routers: mean |n alpha - 1| {routing['deviation']:.3f},"
                 f" change over t {routing['change_over_t']:.3f},"
-                f" HF gain moves {routing['hf_gain_shift_db']:+.2f} dB when reset ({'used' if routing['used'] else 'router unused'})"
+                f" HF gain moves {routing['hf_gain_shift_db']:+.2f} dB when reset,"
+                f" {'used' if routing['used'] else 'router unused'}"
             )
         print(line)
 

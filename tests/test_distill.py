@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from dmd_dar import config, distill, sample
+from dmd_dar.data.photos import NAMES
 from dmd_dar.draws import Draws, sample_range
-from dmd_dar.models.saved import load_network
+from dmd_dar.models.saved import ModelCard, load_network, save_network
+from dmd_dar.models.sit import with_routing
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
+from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import log
 from tests.tiny import tiny_sit, tiny_teacher
 
@@ -155,6 +158,24 @@ def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, sa
         distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", wrong))
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and said in message
+
+
+def test_a_dar_teacher_hands_its_routers_to_student_and_fake_score(tmp_path):
+    routing = RoutingConfig(query="timestep", chunk_size=2)
+    routed = with_routing(tiny_sit(), routing)
+    torch.nn.init.normal_(routed.dar.query)
+    save_network(tmp_path / "teacher", routed, ModelCard(label_names=NAMES))
+    first = run(tmp_path / "teacher", tmp_path / "run", "steps=1", "student.routing.lr=1e-9", "student.lr=1e-9")
+    torch.testing.assert_close(first["dar.query"], routed.dar.query.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_dar_teacher_refuses_another_routing(tmp_path, capsys):
+    routed = with_routing(tiny_sit(), RoutingConfig(query="timestep", chunk_size=2))
+    torch.nn.init.normal_(routed.dar.query)
+    save_network(tmp_path / "teacher", routed, ModelCard(label_names=NAMES))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "teacher", tmp_path / "run", recipe="residual")
+    assert "student.routing" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_regression_alone_trains_without_a_fake_score(teacher, tmp_path):

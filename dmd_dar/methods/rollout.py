@@ -18,7 +18,7 @@ Sampler = Literal["stochastic", "deterministic"]
 
 def predict_x0(velocity: Velocity, x_t: Tensor, t: float, cond: Tensor) -> Tensor:
     """One network call: the estimate of x0 from x_t at a single t."""
-    times = torch.full((len(x_t),), t, device=x_t.device, dtype=x_t.dtype)
+    times = torch.full((len(x_t),), t, device=x_t.device, dtype=torch.promote_types(x_t.dtype, torch.float32))
     return flow.velocity_to_x0(velocity(x_t, times, cond), x_t, times)
 
 

@@ -35,7 +35,7 @@ def lpips_loss(device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]
 
     def loss(x: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x, target = x.float().clamp(-1, 1), target.float().clamp(-1, 1)
+            x, target = x.float(), target.float().clamp(-1, 1)  # x unclamped: overshoot must get a gradient
             if x.shape[-1] < SMALLEST:
                 x, target = (F.interpolate(image, size=SMALLEST, mode="bilinear") for image in (x, target))
             return metric(x, target).mean()

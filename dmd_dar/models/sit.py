@@ -3,6 +3,7 @@
 B batch, T tokens, d width, p patch, C channels. Parameter names are those of the public DiT and SiT checkpoints.
 """
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -258,14 +259,25 @@ def build_sit(
     )
 
 
-def with_routing(model: SiT, routing: RoutingConfig) -> SiT:
-    """A copy of `model` with the same backbone weights under another routing; routers start at zero queries.
+def with_routing(model: SiT, routing: RoutingConfig, allow_change: bool = False) -> SiT:
+    """A copy of `model` under `routing`: its own routers where it has that routing already, else zero-query ones.
 
-    With `scale: stream`, or `count` and `summary: sum`, the copy computes the same function.
+    Raises ValueError, unless `allow_change`, where that would change the function: the form does (keeps_function), or
+    `model` has trained routers of another form, which would be dropped.
     """
-    copy = SiT(replace(model.config, routing=routing)).to(model.pos_embed.device, model.pos_embed.dtype)
+    own = model.config.routing
+    if routing == own:
+        return copy.deepcopy(model)
+    if not allow_change and model.dar is not None and not (own.keeps_function and model.dar.at_start):
+        raise ValueError(f"routing {routing} would drop the network's trained routers: keep its own form, {own}")
+    if not allow_change and not routing.keeps_function:
+        raise ValueError(
+            f"routing.scale {routing.scale} with summary {routing.summary} does not keep the network's function:"
+            " use scale stream, or count with summary sum, or set routing.allow_change=true"
+        )
+    routed = SiT(replace(model.config, routing=routing)).to(model.pos_embed.device, model.pos_embed.dtype)
     backbone = {name: value for name, value in model.state_dict().items() if not name.startswith("dar.")}
-    missing, unexpected = copy.load_state_dict(backbone, strict=False)
+    missing, unexpected = routed.load_state_dict(backbone, strict=False)
     if unexpected or any(not name.startswith("dar.") for name in missing):
         raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
-    return copy
+    return routed

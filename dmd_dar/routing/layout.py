@@ -31,6 +31,12 @@ class RoutingConfig:
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
 
+    @property
+    def keeps_function(self) -> bool:
+        """Whether zero queries leave a plain network's function as it is, up to rounding."""
+        exact = self.scale == "stream" or (self.scale == "count" and self.summary == "sum")
+        return self.query == "residual" or exact
+
 
 @dataclass(frozen=True)
 class Read:

@@ -41,10 +41,17 @@ class RouterBank(nn.Module):
         """q_l, Eq. 6: (d,) static, (B, 1, d) timestep, (B, T, d) dynamic. t_embedding (B, d); previous v_{l-1}."""
         row = self.row(router)
         if self.config.query == "dynamic":
-            return nn.functional.linear(previous, self.w_q[row].to(previous.dtype))
+            dtype = torch.promote_types(previous.dtype, torch.float32)
+            with torch.autocast(previous.device.type, enabled=False):
+                return nn.functional.linear(previous.to(dtype), self.w_q[row].to(dtype))
         if self.config.query == "static":
             return self.query[row]
         return (self.query[row] + self.gate[row] * t_embedding)[:, None]
+
+    @property
+    def at_start(self) -> bool:
+        """Whether all queries are zero, so that the sources weigh the same."""
+        return not any(parameter.any() for name, parameter in self.named_parameters() if name != "gain")
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -67,7 +67,10 @@ def test_the_loss_is_zero_at_equality_and_its_gradient_leads_there(loss, size):
 def test_bfloat16_and_values_out_of_range_are_taken(loss):
     x, y = images(64)
     assert loss(x.bfloat16(), y.bfloat16()).dtype == torch.float32
-    assert torch.equal(loss(3 * x, y), loss((3 * x).clamp(-1, 1), y))
+    assert torch.equal(loss(x, 3 * y), loss(x, (3 * y).clamp(-1, 1)))
+    overshoot = (3 * x).requires_grad_()
+    loss(overshoot, y).backward()
+    assert overshoot.grad[overshoot.abs() > 1].any()
 
 
 def test_missing_weights_name_the_file_both_folders_and_the_remedy(tmp_path, monkeypatch):

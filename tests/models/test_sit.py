@@ -224,11 +224,14 @@ def test_a_converted_network_computes_the_same_function(query, chunk_size, final
         assert converted.dar is not None and torch.equal(converted(*given), plain(*given))
     plain, given = perturbed(), inputs()
     counted = with_routing(plain, RoutingConfig(query, chunk_size, "sum", "count", final))
-    convex = with_routing(plain, RoutingConfig(query, chunk_size, "sum", "convex", final))
+    convex = with_routing(plain, RoutingConfig(query, chunk_size, "sum", "convex", final), allow_change=True)
     assert torch.allclose(counted(*given), plain(*given), rtol=1e-12, atol=1e-12)
     assert torch.allclose(convex(*given), plain(*given), rtol=1e-3, atol=1e-3)  # off by the norms' eps alone
     if chunk_size == 4:
-        dropped = with_routing(plain, RoutingConfig(query, chunk_size, "last", "count", final))
+        dropping = RoutingConfig(query, chunk_size, "last", "count", final)
+        with pytest.raises(ValueError, match="does not keep the network's function"):
+            with_routing(plain, dropping)
+        dropped = with_routing(plain, dropping, allow_change=True)
         assert not torch.allclose(dropped(*given), plain(*given), rtol=0.1, atol=0.1)
 
 

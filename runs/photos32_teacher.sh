@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# How the shipped teacher was made and judged. About an hour on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python -m dmd_dar.pretrain config=configs/photos32/teacher.yaml
+mkdir -p teachers/photos32
+cp out/photos32/teacher/student/* out/photos32/teacher/config.yaml out/photos32/teacher/log.jsonl teachers/photos32/
+python -m eval.teacher path=teachers/photos32 out=teachers/photos32 n=2048 solver_steps=32
