@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install test test-slow demo clean
+.PHONY: install test test-slow demo tables clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,10 @@ test-slow: install
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh
+
+# The README's tables, from the measurements that stand in the repository.
+tables: install
+	$(BIN)/python -m eval.table
 
 # Keeps .venv and every run but the demo's.
 clean:

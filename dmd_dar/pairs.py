@@ -1,7 +1,4 @@
-"""Teacher trajectories on disk, made once for each (teacher, solver, guidance, rungs, seed).
-
-python -m dmd_dar.pairs config=FILE.yaml takes the configuration of a distillation and makes what it would make.
-"""
+"""Teacher trajectories on disk, made once for each (teacher, solver, guidance, rungs, seed)."""
 
 import hashlib
 import json

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
+from dmd_dar.errors import UserError
 from dmd_dar.methods.generate import Generator, generate
 from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.log import RunLog
@@ -36,6 +37,19 @@ def sample_grid(generator: Generator, seed: int, shape: tuple[int, ...], num_cla
     return tile(to_pixels(x0), columns=num_classes)
 
 
+def open_folder(cfg: Any, plain: dict[str, Any], runtime: Runtime) -> RunFolder | None:
+    """The run folder in the main process, None in the others. Where the main one is refused, all of them stop."""
+    folder, refusal = None, None
+    if runtime.is_main:
+        try:
+            folder = RunFolder.open(cfg.out_dir, plain, resume=cfg.resume)
+        except UserError as error:
+            refusal = error
+    if runtime.any(refusal is not None):
+        raise refusal or SystemExit(2)
+    return folder
+
+
 def run_cycle(
     cfg: Any,
     runtime: Runtime,
@@ -51,11 +65,11 @@ def run_cycle(
     Exits with code 143 where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
     """
     plain = dataclasses.asdict(cfg)
+    runtime.micro_batches(cfg.batch_size)  # refuses an uneven split before anything is written
     with contextlib.ExitStack() as stack:
-        folder = None
-        if runtime.is_main:
-            folder = stack.enter_context(RunFolder.open(cfg.out_dir, plain, resume=cfg.resume))
-        runtime.barrier()
+        folder = open_folder(cfg, plain, runtime)
+        if folder is not None:
+            stack.enter_context(folder)
 
         def draw_grid(step: int) -> None:
             if folder is not None:

@@ -43,9 +43,6 @@ class Runtime:
         """A context that the main process leaves before the others enter it."""
         return self.accelerator.main_process_first()
 
-    def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
-
     def micro_batches(self, batch_size: int) -> list[Tensor]:
         """The global sample indices of this process, one tensor per micro-batch. Raises UserError if uneven."""
         parts = self.processes * self.accumulation

@@ -1,0 +1,108 @@
+"""The README's tables, from the measurements under docs/results: python -m eval.table rewrites them in place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dmd_dar.atomic import write_atomic
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
+TEACHER = ROOT / "teachers" / "photos32" / "quality.json"
+REPORTS = {"demo": "Demo (`make demo`)", "long": "5:1 recipe (`runs/photos32_long.sh`)"}
+HEADINGS = (
+    "network",
+    "calls",
+    "verdict",
+    "HF gain, dB",
+    "kurtosis ratio",
+    "`fd_wavelet` above null",
+    "share of undistilled",
+    "least class diversity",
+    "ms per image",
+)
+
+
+def interval(value: dict[str, float]) -> str:
+    return f"{value['value']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+
+
+def row(one: dict[str, Any], shares: dict[str, float]) -> str:
+    """One network against the teacher."""
+    against, share = one["against"]["teacher"], shares.get(one["name"])
+    cells = [
+        one["name"],
+        str(one["facts"]["evaluations"]),
+        against["verdict"]["word"],
+        interval(against["gain_db"]["HF"]),
+        f"{against['hf_kurtosis_ratio']['value']:.2f}",
+        f"{against['fd_wavelet']['excess']:.2f}",
+        "" if share is None else f"{share:.2f}",
+        f"{against['diversity_ratio']['pixels']['least']:.2f}",
+        f"{one['facts']['latency_ms_per_image']:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def routers(check: dict[str, Any]) -> str:
+    """What an arm's routers did; empty for a residual arm."""
+    use = check["routing"]
+    if not use:
+        return ""
+    word = "used" if use["used"] else "router unused"
+    return (
+        f"\nRouters of `{check['name']}`: mean |n alpha - 1| {use['deviation']:.3f}, range of n alpha over t"
+        f" {use['change_over_t']:.3f}, HF gain shifts by {use['hf_gain_shift_db']:+.2f} dB when they are reset"
+        f" ({word}).\n"
+    )
+
+
+def report_table(title: str, result: dict[str, Any]) -> str:
+    shares = {check["name"]: check["fd_excess_share"] for check in result["checks"]}
+    rows = [row(one, shares) for one in result["sets"] if one["role"] in ("undistilled", "student")]
+    updates = max(one["facts"].get("updates", 0) for one in result["sets"])
+    images = result["sets"][0]["images"]
+    head = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    caption = (
+        f"**{title}**: {updates} student updates, one seed, {images} images against the teacher's,"
+        " 95 % intervals over images."
+    )
+    return "\n".join([caption, "", *head, *rows]) + "\n" + "".join(routers(check) for check in result["checks"])
+
+
+def teacher_table(judged: dict[str, Any]) -> str:
+    rows = [
+        ("teacher", "gain_db"),
+        ("held-out tiles (null)", "gain_db_held_out"),
+        ("training tiles again (null)", "gain_db_null"),
+    ]
+    bands = list(judged["gain_db"])
+    lines = ["| against training tiles, dB | " + " | ".join(bands) + " |", "|" + "---|" * (len(bands) + 1)]
+    lines += [f"| {title} | " + " | ".join(f"{judged[name][b]:+.2f}" for b in bands) + " |" for title, name in rows]
+    title = f"**Teacher** (`runs/photos32_teacher.sh`): {judged['n']} samples at {judged['evaluations']} evaluations."
+    median = f"\nMedian over classes of the HF gain: {judged['hf_gain_class_median']:+.2f} dB."
+    return "\n".join([title, "", *lines]) + "\n" + median + "\n"
+
+
+def render() -> str:
+    """All tables; a report that has not been measured says so."""
+    parts = [teacher_table(json.loads(TEACHER.read_text()))]
+    for name, title in REPORTS.items():
+        path = RESULTS / name / "report.json"
+        measured = path.is_file()
+        parts.append(report_table(title, json.loads(path.read_text())) if measured else f"**{title}**: not measured.\n")
+    return "\n".join(parts)
+
+
+def with_tables(text: str) -> str:
+    """`text` with what stands between the two markers replaced. Raises ValueError where a marker is missing."""
+    before, start, rest = text.partition("<!-- tables -->\n")
+    _, end, after = rest.partition("<!-- /tables -->")
+    if not (start and end):
+        raise ValueError("README.md needs the markers <!-- tables --> and <!-- /tables -->")
+    return f"{before}{start}\n{render()}\n{end}{after}"
+
+
+if __name__ == "__main__":
+    write_atomic(README, with_tables(README.read_text()))
