@@ -220,6 +220,7 @@ def page(result: dict, drawn: dict[str, bytes]) -> str:
         f"<h1>{title}</h1>",
         _summary(result, "teacher"),
         _summary(result, "real"),
+        _conclusions(result),
         *(_figure(drawn[name], name, heading, caption) for name, heading, caption in FIGURES),
         _bands(result),
         _classes(result),
@@ -235,6 +236,12 @@ def page(result: dict, drawn: dict[str, bytes]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
+
+
+def _conclusions(result: dict) -> str:
+    """The sentences that the report's command adds; nothing where there are none."""
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in result.get("conclusions", []))
+    return f"<h2>What was found</h2><ul>{items}</ul>" if items else ""
 
 
 def _summary(result: dict, key: str) -> str:

@@ -86,21 +86,45 @@ def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str,
     return checks
 
 
-def print_checks(checks: list[dict[str, Any]]) -> None:
-    for check in checks:
-        line = (
-            f"{check['name']}: fd_wavelet above its null is {check['fd_excess_share']:.2f} of '{check['baseline']}';"
-            f" HF gain {check['hf_gain_db']:+.2f} dB (there {check['hf_gain_db_baseline']:+.2f});"
-            f" least class diversity {check['least_class_diversity']:.2f} of the teacher's"
+def routing_comparisons(checks: list[dict[str, Any]], read: list[arms.Arm]) -> list[str]:
+    """One sentence for each routed arm and the residual arm of the same losses: which is nearer to the teacher."""
+    by_name = {check["name"]: check for check in checks}
+    plain = [arm for arm in read if arm.cfg.student.routing.query == "residual"]
+    sentences = []
+    for arm in read:
+        losses = (arm.cfg.matching, arm.cfg.regression, arm.cfg.seed)
+        twins = [other for other in plain if (other.cfg.matching, other.cfg.regression, other.cfg.seed) == losses]
+        if arm not in plain and twins:
+            sentences.append(compare_pair(by_name[arm.name], by_name[twins[0].name]))
+    return sentences
+
+
+def compare_pair(routed: dict[str, Any], plain: dict[str, Any]) -> str:
+    """Absolute HF gain and fd_wavelet of a routed arm against its residual twin, as plain words."""
+    nearer = abs(plain["hf_gain_db"]) - abs(routed["hf_gain_db"])
+    ratio = routed["fd_excess_share"] / plain["fd_excess_share"]
+    side = "better: HF gain {:.2f} dB nearer to 0" if nearer > 0 else "worse: HF gain {:.2f} dB farther from 0"
+    gain = side.format(abs(nearer))
+    distance = f"{'better' if ratio < 1 else 'worse'}: fd_wavelet above its null {ratio:.2f} times as large"
+    return f"{routed['name']} is, against {plain['name']}, {gain}; {distance}. One seed: no test of significance."
+
+
+def check_sentence(check: dict[str, Any]) -> str:
+    """What a student's checks say, in words."""
+    text = (
+        f"{check['name']}: fd_wavelet above its null is {check['fd_excess_share']:.2f} of that of"
+        f" '{check['baseline']}';"
+        f" HF gain {check['hf_gain_db']:+.2f} dB (there {check['hf_gain_db_baseline']:+.2f});"
+        f" least diversity of a class {check['least_class_diversity']:.2f} of the teacher's"
+    )
+    if routing := check["routing"]:
+        text += (
+            f"; routers: mean |n alpha - 1| {routing['deviation']:.3f},"
+            f" range of n alpha over t {routing['change_over_t']:.3f},"
+            f" HF gain shifts by {routing['hf_gain_shift_db']:+.2f} dB when they are reset"
+            f" ({'used' if routing['used'] else 'router unused'})"
         )
-        if routing := check["routing"]:
-            line += (
-                f"; routers: mean |n alpha - 1| {routing['deviation']:.3f},"
-                f" change over t {routing['change_over_t']:.3f},"
-                f" HF gain moves {routing['hf_gain_shift_db']:+.2f} dB when reset,"
-                f" {'used' if routing['used'] else 'router unused'}"
-            )
-        print(line)
+    return text + "."
 
 
 def provenance(cfg: ReportConfig, read: list[arms.Arm], device: torch.device, seconds: float) -> dict[str, Any]:
@@ -151,10 +175,12 @@ def report(cfg: ReportConfig) -> None:
     names = dict(enumerate(NAMES))
     result = measure(sets, reference, real, set(Photos.colour_labels), cfg.seed, names)
     result["checks"] = distillation_checks(result, better_baseline(sets, result))
+    result["conclusions"] = [check_sentence(check) for check in result["checks"]]
+    result["conclusions"] += routing_comparisons(result["checks"], read)
     facts = provenance(cfg, read, device, time.monotonic() - began)
     write_report(result, [real, reference, *sets], Path(cfg.out), cfg.title, facts)
     print(terminal_table(result))
-    print_checks(result["checks"])
+    print(*result["conclusions"], sep="\n")
     print(f"report: {Path(cfg.out) / 'report.html'}")
 
 

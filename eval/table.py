@@ -45,19 +45,6 @@ def row(one: dict[str, Any], shares: dict[str, float]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def routers(check: dict[str, Any]) -> str:
-    """What an arm's routers did; empty for a residual arm."""
-    use = check["routing"]
-    if not use:
-        return ""
-    word = "used" if use["used"] else "router unused"
-    return (
-        f"\nRouters of `{check['name']}`: mean |n alpha - 1| {use['deviation']:.3f}, range of n alpha over t"
-        f" {use['change_over_t']:.3f}, HF gain shifts by {use['hf_gain_shift_db']:+.2f} dB when they are reset"
-        f" ({word}).\n"
-    )
-
-
 def report_table(title: str, result: dict[str, Any]) -> str:
     shares = {check["name"]: check["fd_excess_share"] for check in result["checks"]}
     rows = [row(one, shares) for one in result["sets"] if one["role"] in ("undistilled", "student")]
@@ -68,7 +55,7 @@ def report_table(title: str, result: dict[str, Any]) -> str:
         f"**{title}**: {updates} student updates, one seed, {images} images against the teacher's,"
         " 95 % intervals over images."
     )
-    return "\n".join([caption, "", *head, *rows]) + "\n" + "".join(routers(check) for check in result["checks"])
+    return "\n".join([caption, "", *head, *rows, "", *(f"- {line}" for line in result["conclusions"])]) + "\n"
 
 
 def teacher_table(judged: dict[str, Any]) -> str:
