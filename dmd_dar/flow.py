@@ -10,38 +10,42 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dmd_dar.keys import key
 
+Batch = Float[Tensor, "b *rest"]
+Times = Float[Tensor, "*b"]  # one t for each sample, or a single one
 
-def expand_t(t: Tensor, x: Tensor) -> Tensor:
+
+def expand_t(t: Times, x: Batch) -> Tensor:
     """t (B,) or () -> (B, 1, ..., 1), to broadcast against x (B, ...)."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def interpolate(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def interpolate(x0: Batch, eps: Batch, t: Times) -> Batch:
     """x_t = (1 - t) x0 + t eps. Exactly x0 at t = 0 and eps at t = 1."""
     t = expand_t(t, x0)
     return (1 - t) * x0 + t * eps
 
 
-def velocity(x0: Tensor, eps: Tensor) -> Tensor:
+def velocity(x0: Batch, eps: Batch) -> Batch:
     """v = eps - x0, the time derivative of x_t."""
     return eps - x0
 
 
-def velocity_to_x0(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def velocity_to_x0(v: Batch, x_t: Batch, t: Times) -> Batch:
     """x0 = x_t - t v."""
     return x_t - expand_t(t, x_t) * v
 
 
-def velocity_to_eps(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def velocity_to_eps(v: Batch, x_t: Batch, t: Times) -> Batch:
     """eps = x_t + (1 - t) v."""
     return x_t + (1 - expand_t(t, x_t)) * v
 
 
-def x0_to_velocity(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def x0_to_velocity(x0: Batch, x_t: Batch, t: Times) -> Batch:
     """v = (x_t - x0) / t, divided in float64. Raises ValueError at t = 0, where x_t says nothing about eps."""
     if (t <= 0).any():
         raise ValueError(f"x0_to_velocity needs t > 0, got t = {t.min().item():g}: at t = 0 the velocity is undefined")

@@ -4,7 +4,12 @@ Shapes: images or latents (B, ...); means run over all non-batch dimensions, the
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+Batch = Float[Tensor, "b *rest"]
+PerSample = Float[Tensor, "b"]  # noqa: F821
+Scalar = Float[Tensor, ""]
 
 
 def promote(x: Tensor) -> Tensor:
@@ -12,13 +17,13 @@ def promote(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def per_sample_mean(x: Tensor) -> Tensor:
+def per_sample_mean(x: Batch) -> PerSample:
     """(B, ...) -> (B,)."""
     return x.flatten(1).mean(dim=1)
 
 
 # DMD, arXiv:2311.18828 Eq. 7 and 8: the gradient mu_fake - mu_real over the per-sample mean |x - mu_real|.
-def dmd_direction(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
+def dmd_direction(x0_student: Batch, x0_teacher: Batch, x0_fake: Batch) -> Batch:
     """g (B, ...), detached: the direction along which the student's samples are too likely. Raises if not finite."""
     x0_student, x0_teacher, x0_fake = (promote(x.detach()) for x in (x0_student, x0_teacher, x0_fake))
     normaliser = per_sample_mean((x0_student - x0_teacher).abs()) + 1e-6
@@ -31,7 +36,7 @@ def dmd_direction(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Te
     return g
 
 
-def dmd_loss(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
+def dmd_loss(x0_student: Batch, x0_teacher: Batch, x0_fake: Batch) -> Scalar:
     """Scalar 1/2 mean (x - sg(x - g))^2, whose gradient in x0_student is g / numel. Only x0_student gets one."""
     g = dmd_direction(x0_student, x0_teacher, x0_fake)
     x = promote(x0_student)
@@ -39,12 +44,12 @@ def dmd_loss(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
 
 
 # Flow matching, arXiv:2210.02747 Eq. 23 for the linear path: || v(x_t, t) - (eps - x0) ||^2.
-def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+def flow_matching_loss(v: Batch, x0: Batch, eps: Batch) -> Scalar:
     """Scalar mean squared error of the velocity."""
     return per_sample_mean((promote(v) - (promote(eps) - promote(x0))).square()).mean()
 
 
 # DMD, arXiv:2311.18828 Eq. 9, with a squared error in the place of LPIPS.
-def regression_loss(x0_student: Tensor, x0_target: Tensor) -> Tensor:
+def regression_loss(x0_student: Batch, x0_target: Batch) -> Scalar:
     """Scalar mean squared error between the student's sample and the end of the teacher's trajectory."""
     return per_sample_mean((promote(x0_student) - promote(x0_target)).square()).mean()

@@ -2,6 +2,7 @@
 
 import math
 
+import kornia
 import pytest
 import torch
 
@@ -200,7 +201,6 @@ def test_log_spectral_distance_of_a_constant_gain_and_of_a_step():
 
 
 def test_channels_are_those_of_kornia():
-    kornia = pytest.importorskip("kornia")
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     expected = kornia.color.rgb_to_ycbcr(images)
     for index, (channel, centre) in enumerate((("y", 0.0), ("cb", 0.5), ("cr", 0.5))):
