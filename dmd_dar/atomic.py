@@ -4,6 +4,18 @@ import os
 import tempfile
 from pathlib import Path
 
+from dmd_dar.errors import UserError
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder for a command's output, made if need be. Raises UserError where that cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder '{path}' cannot be made: {error.strerror}; name another") from error
+    return path
+
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write to a temporary file in the same folder, flush it to the disk, then rename it over `path`."""

@@ -8,20 +8,20 @@ from typing import Literal
 import torch
 
 from dmd_dar import config, flow, losses
-from dmd_dar.data.photos import DataConfig, data_hash
+from dmd_dar.data.photos import NAMES, DataConfig, data_hash
 from dmd_dar.guidance import guided
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import few_step_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.perceptual import lpips_loss
-from dmd_dar.models.saved import ModelCard, load_network, save_network, weights_hash
+from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import SiT, with_routing
 from dmd_dar.pairs import Recipe, RegressionConfig, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
-from dmd_dar.train.job import run_cycle
+from dmd_dar.train.job import open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Phase
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
@@ -75,7 +75,7 @@ class DistillConfig:
     seed: int = key(0, "of every draw", least=0)
     steps: int = key(1000, "student updates", unit="steps", least=1)
     batch_size: int = key(32, "samples per optimiser step, over all processes", least=1)
-    rungs: tuple[float, ...] = key((1.0, 0.9, 0.75, 0.5), "the student's times, from 1 (noise) down", above=0, most=1)
+    rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
     resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
     teacher: TeacherConfig = key(factory=TeacherConfig)
@@ -107,12 +107,11 @@ def build_networks(cfg: DistillConfig, teacher: SiT) -> tuple[SiT, SiT]:
     return student, fake_score
 
 
-def recipe_of(cfg: DistillConfig, teacher: SiT, card: ModelCard) -> Recipe:
+def recipe_of(cfg: DistillConfig, teacher: SiT) -> Recipe:
     """The trajectories this run needs."""
     shape = (teacher.config.in_channels, teacher.config.input_size, teacher.config.input_size)
     return Recipe(
-        teacher=weights_hash(cfg.teacher.path),
-        prediction=card.prediction,
+        teacher=network_hash(cfg.teacher.path),
         guidance_scale=cfg.guidance_scale,
         rungs=cfg.rungs,
         solver_steps=cfg.regression.solver_steps,
@@ -148,46 +147,49 @@ def build_method(
     )
 
 
+def load_teacher(cfg: DistillConfig, device: torch.device) -> tuple[SiT, ModelCard]:
+    """The frozen teacher; a ConfigError where it does not fit the data."""
+    teacher, card = load_network(cfg.teacher.path, device)
+    shape = teacher.config
+    ours, theirs = (shape.in_channels, shape.num_classes, shape.input_size), (3, len(NAMES), cfg.data.size)
+    if ours != theirs:
+        raise config.ConfigError(
+            f"teacher.path = {cfg.teacher.path}: it has (channels, classes, side) {ours}, data.name {cfg.data.name} at"
+            f" data.size {cfg.data.size} has {theirs}; change data.size or name a teacher of this data"
+        )
+    return teacher, card
+
+
 def distill(cfg: DistillConfig) -> None:
     """Run, or continue, the job. The averaged student lands in out_dir/student."""
     runtime = Runtime(cfg.launch)
     torch.manual_seed(cfg.seed)
-    teacher, card = load_network(cfg.teacher.path, runtime.device)
-    if teacher.config.input_size != cfg.data.size:
-        raise config.ConfigError(
-            f"data.size = {cfg.data.size}: the teacher {cfg.teacher.path} works at {teacher.config.input_size};"
-            f" set data.size={teacher.config.input_size}"
-        )
+    teacher, card = load_teacher(cfg, runtime.device)
     student, fake_score = build_networks(cfg, teacher)
-    recipe = recipe_of(cfg, teacher, card)
-    method = build_method(cfg, recipe, card, teacher, student, fake_score, runtime)
-    routers, router_lr = student.router_parameters(), cfg.student.routing.lr
-    ema = Ema(student, cfg.student.ema)
-    student_phase = Phase(
-        "student",
-        student,
-        Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr),
-        method.student_loss,
-        ema,
-    )
-    fake_phase = Phase(
-        "fake_score",
-        fake_score,
-        Optimiser(cfg.fake_score, fake_score.backbone_parameters(), fake_score.router_parameters(), router_lr),
-        method.fake_score_loss,
-    )
-    updates = cfg.fake_score.updates if cfg.matching.weight else 0
-    origin = {"teacher": recipe.teacher, "data": cfg.data.name, "data_hash": data_hash(), "steps": cfg.steps}
-    saved = ModelCard(card.prediction, cfg.rungs, card.label_names, origin)
-    run_cycle(
-        cfg,
-        runtime,
-        (*[fake_phase] * updates, student_phase),
-        generator=few_step_generator(velocity_of(ema.module, card.prediction), cfg.rungs),
-        shape=recipe.shape,
-        num_classes=recipe.num_classes,
-        save=lambda folder: save_network(folder, ema.module, saved),
-    )
+    recipe = recipe_of(cfg, teacher)
+    with open_run(cfg, runtime) as folder:
+        method = build_method(cfg, recipe, card, teacher, student, fake_score, runtime)
+        routers, router_lr = student.router_parameters(), cfg.student.routing.lr
+        ema = Ema(student, cfg.student.ema)
+        optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr)
+        student_phase = Phase("student", student, optimiser, method.student_loss, ema)
+        fakes, routers = fake_score.backbone_parameters(), fake_score.router_parameters()
+        optimiser = Optimiser(cfg.fake_score, fakes, routers, router_lr)
+        fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
+        updates = cfg.fake_score.updates if cfg.matching.weight else 0
+        identity = {"teacher": recipe.teacher, "data": data_hash()}
+        saved = ModelCard(card.prediction, cfg.rungs, card.label_names, {**identity, "steps": cfg.steps})
+        run_cycle(
+            cfg,
+            runtime,
+            folder,
+            (*[fake_phase] * updates, student_phase),
+            identity=identity,
+            generator=few_step_generator(velocity_of(ema.module, card.prediction), cfg.rungs),
+            shape=recipe.shape,
+            num_classes=recipe.num_classes,
+            save=lambda place: save_network(place, ema.module, saved),
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,5 +9,9 @@ class MissingWeightsError(UserError, FileNotFoundError):
     """Weights that this machine does not hold; the message names the file and where it is looked for."""
 
 
+class DivergedError(UserError, FloatingPointError):
+    """A number that is not finite; the message names the network and the step."""
+
+
 class DamagedFileError(UserError, ValueError):
     """A file that cannot be what it should be; the message names it."""

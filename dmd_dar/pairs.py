@@ -1,16 +1,16 @@
 """Teacher trajectories on disk, made once for each (teacher, solver, guidance, rungs, seed)."""
 
+import contextlib
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
-from dmd_dar.atomic import write_atomic
+from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
@@ -36,8 +36,7 @@ class RegressionConfig:
 class Recipe:
     """All that decides the trajectories; its hash names their folder."""
 
-    teacher: str  # hash of the weights
-    prediction: str
+    teacher: str  # models.saved.network_hash
     guidance_scale: float
     rungs: tuple[float, ...]
     solver_steps: int
@@ -62,19 +61,15 @@ def make_trajectories(recipe: Recipe, teacher: Velocity, device: torch.device) -
 
 
 def trajectories(recipe: Recipe, teacher: Velocity, cache: str, device: torch.device) -> Trajectories:
-    """Those of `recipe`, from the cache if they are there, else made and kept. A damaged file is made anew."""
-    folder = Path(cache) / recipe.name()
-    weights, manifest = folder / "trajectories.safetensors", folder / "manifest.json"
-    if manifest.is_file() and weights.is_file():
-        described = json.loads(manifest.read_text())
-        if described["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest():
-            return Trajectories(**load_file(weights, device=str(device)))
-        shutil.rmtree(folder)
+    """Those of `recipe`, from the cache if they are there, else made and kept. A damaged file is made anew.
+
+    Runs may share a cache: the file appears whole, under the recipe's own name.
+    """
+    path = make_folder(cache) / f"{recipe.name()}.safetensors"
+    if path.is_file():
+        with contextlib.suppress(SafetensorError):
+            return Trajectories(**load_file(path, device=str(device)))
     made = make_trajectories(recipe, teacher, device)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".trajectories.partial"
-    save_file({name: getattr(made, name).contiguous().cpu() for name in ("states", "ends", "cond")}, partial)
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    partial.replace(weights)
-    write_atomic(manifest, json.dumps({"sha256": digest, "recipe": asdict(recipe)}, indent=1))
+    tensors = {name: getattr(made, name).contiguous().cpu() for name in ("states", "ends", "cond")}
+    write_atomic(path, save(tensors, metadata={"recipe": json.dumps(asdict(recipe))}))
     return made

@@ -15,15 +15,17 @@ from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, SiTConfig
+from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
-from dmd_dar.train.job import run_cycle
+from dmd_dar.train.job import open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Metrics, Phase
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
 
 GRID_STEPS = 16  # Heun steps behind the sample grids
+FROM_SCRATCH = RoutingConfig(scale="convex", summary="last")  # the paper's form; residual until a query is named
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PretrainConfig:
     router_lr: float = key(1e-3, "learning rate of the routers, if model.routing has any", above=0)
     resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
     time: flow.TimeLaw = key(factory=lambda: flow.TimeLaw(law="logit_normal"))
-    model: SiTConfig = key(factory=lambda: SiTConfig(num_classes=len(NAMES)))
+    model: SiTConfig = key(factory=lambda: SiTConfig(num_classes=len(NAMES), routing=FROM_SCRATCH))
     data: DataConfig = key(factory=DataConfig)
     optimiser: OptimiserConfig = key(factory=OptimiserConfig)
     checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
@@ -74,23 +76,22 @@ def pretrain(cfg: PretrainConfig) -> None:
     model = SiT(cfg.model).to(runtime.device)
     data = Photos(cfg.data.size, runtime.device)
     ema = Ema(model, cfg.ema)
-    phase = Phase(
-        "pretrain",
-        model,
-        Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr),
-        flow_matching(model, data, cfg.time, cfg.label_dropout),
-        ema,
-    )
-    card = ModelCard(label_names=NAMES, origin={"data": cfg.data.name, "data_hash": data_hash(), "seed": cfg.seed})
-    run_cycle(
-        cfg,
-        runtime,
-        (phase,),
-        generator=ode_generator(velocity_of(ema.module), GRID_STEPS),
-        shape=data.shape,
-        num_classes=data.num_classes,
-        save=lambda folder: save_network(folder, ema.module, card),
-    )
+    optimiser = Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr)
+    phase = Phase("pretrain", model, optimiser, flow_matching(model, data, cfg.time, cfg.label_dropout), ema)
+    identity = {"data": data_hash()}
+    card = ModelCard(label_names=NAMES, origin={**identity, "seed": cfg.seed, "steps": cfg.steps})
+    with open_run(cfg, runtime) as folder:
+        run_cycle(
+            cfg,
+            runtime,
+            folder,
+            (phase,),
+            identity=identity,
+            generator=ode_generator(velocity_of(ema.module), GRID_STEPS),
+            shape=data.shape,
+            num_classes=data.num_classes,
+            save=lambda place: save_network(place, ema.module, card),
+        )
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dmd_dar import config
-from dmd_dar.atomic import write_atomic
+from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import few_step_generator, generate
 from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import ModelCard, load_network, weights_hash
+from dmd_dar.models.saved import ModelCard, load_network, network_hash
 
 GRID_LIMIT = 64  # images shown in grid.png
 
@@ -34,6 +35,10 @@ class SampleConfig:
     batch_size: int = key(64, "images at a time; does not change any image", least=1)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
 
+    def __post_init__(self) -> None:
+        if not self.student:
+            raise ValueError("student is empty: name the folder of a student, student=RUN/student")
+
 
 def checked_rungs(cfg: SampleConfig, card: ModelCard) -> tuple[float, ...]:
     """The rungs the student was trained on; a ConfigError if it has none or the request asks for others."""
@@ -49,6 +54,15 @@ def checked_rungs(cfg: SampleConfig, card: ModelCard) -> tuple[float, ...]:
     return trained
 
 
+def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
+    """A ConfigError where `out` holds the images of another request, which this one would mix with its own."""
+    kept = out / "samples.json"
+    if kept.is_file():
+        old = json.loads(kept.read_text())
+        if any(old.get(name) != facts[name] for name in ("n", "seed", "label", "rungs", "sampler", "network")):
+            raise config.ConfigError(f"out = {out}: it holds the images of another request; name another folder")
+
+
 def sample(cfg: SampleConfig) -> None:
     """Write the images, a grid of the first ones, and what they were made with."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
@@ -56,6 +70,9 @@ def sample(cfg: SampleConfig) -> None:
     rungs, shape = checked_rungs(cfg, card), network.config
     if cfg.label >= shape.num_classes:
         raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {shape.num_classes - 1}")
+    out = make_folder(cfg.out)
+    facts = {**config.to_dict(cfg), "rungs": list(rungs), "network": network_hash(cfg.student)}
+    refuse_other_images(out, facts)
     x0, labels = generate(
         few_step_generator(velocity_of(network, card.prediction), rungs, cfg.sampler),
         cfg.n,
@@ -66,13 +83,11 @@ def sample(cfg: SampleConfig) -> None:
         device=device,
         label=None if cfg.label < 0 else cfg.label,
     )
-    images, out = to_pixels(x0), Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    images = to_pixels(x0)
     for i, image in enumerate(images):
         write_atomic(out / f"{i:06d}.png", png_bytes(image))
     write_atomic(out / "grid.png", png_bytes(tile(images[:GRID_LIMIT])))
-    facts = {**asdict(cfg), "rungs": rungs, "weights": weights_hash(cfg.student), "labels": labels.tolist()}
-    write_atomic(out / "samples.json", json.dumps(facts, indent=1))
+    write_atomic(out / "samples.json", json.dumps({**facts, "labels": labels.tolist()}, indent=1))
     print(f"{cfg.n} images in {out}, the first of them in {out / 'grid.png'}")
 
 

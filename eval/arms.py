@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dmd_dar import config
+from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import to_model_range, to_pixels
 from dmd_dar.data.photos import Photos
 from dmd_dar.diagnostics.usage import routing_usage
@@ -29,13 +30,14 @@ from dmd_dar.methods.generate import (
 )
 from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import load_network, weights_hash
+from dmd_dar.models.saved import load_network, network_hash
 from dmd_dar.models.sit import SiT
 from eval.measure import ImageSet
 
 LATENCY_BATCH = 16
 LATENCY_RUNS = 5
 USAGE_IMAGES = 56
+ROUTER_USED_DB = 0.1  # HF gain that resetting the routers must move
 SAMPLERS: dict[str, Sampler] = {"Euler": "deterministic", "re-noised": "stochastic"}
 
 
@@ -82,12 +84,24 @@ class Bench:
         path = self.cache / f"{name}.safetensors"
         if not path.is_file():
             images, labels = self.images(generator)
-            self.cache.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            save_file({"images": images, "labels": labels}, partial)
-            partial.replace(path)
+            make_folder(self.cache)
+            write_atomic(path, save({"images": images, "labels": labels}, metadata={"identity": json.dumps(identity)}))
         kept = load_file(path)
         return kept["images"], kept["labels"]
+
+    @staticmethod
+    def of(cfg: Any, network: SiT, device: torch.device) -> "Bench":
+        """From a command's n, seed, batch_size and cache, and the shape of what `network` makes."""
+        shape = network.config
+        return Bench(
+            count=cfg.n,
+            seed=cfg.seed,
+            batch_size=cfg.batch_size,
+            device=device,
+            shape=(shape.in_channels, shape.input_size, shape.input_size),
+            num_classes=shape.num_classes,
+            cache=Path(cfg.cache),
+        )
 
     def latency(self, generator: Generator) -> float:
         """Milliseconds per image, median of LATENCY_RUNS batches after one to warm up."""
@@ -108,18 +122,33 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
+RESERVED = ("real", "real, again", "teacher")
+
+
+def read_arm(run: str) -> Arm:
+    """A finished run; a ConfigError where it is none, or its student is not what its configuration asks for."""
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise config.ConfigError(f"runs: {run} holds no config.yaml; name run folders of distill.py")
+    if not (folder / "student" / "model.safetensors").is_file():
+        raise config.ConfigError(f"runs: {run} has no student yet; let the run finish (the same command continues it)")
+    raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    cfg = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml"))
+    origin = load_network(folder / "student")[1].origin
+    if origin.get("steps") != cfg.steps:
+        raise config.ConfigError(
+            f"runs: {run} holds a student of {origin.get('steps')} of {cfg.steps} steps; let it finish"
+        )
+    if origin.get("teacher") != network_hash(cfg.teacher.path):
+        raise config.ConfigError(f"runs: {run} was distilled from another teacher than {cfg.teacher.path} holds now")
+    if folder.name in RESERVED:
+        raise config.ConfigError(f"runs: {run} has a name that the report uses itself; rename the folder")
+    return Arm(folder.name, folder, cfg, raw)
+
+
 def read_arms(runs: tuple[str, ...]) -> list[Arm]:
-    """The finished runs; a ConfigError where one is missing, unfinished, or they do not share what must be equal."""
-    arms = []
-    for run in runs:
-        folder = Path(run)
-        if not (folder / "config.yaml").is_file():
-            raise config.ConfigError(f"runs: {run} holds no config.yaml; name run folders of distill.py")
-        if not (folder / "student" / "model.safetensors").is_file():
-            raise config.ConfigError(f"runs: {run} has no student yet; let the run finish (resume: auto continues it)")
-        raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        cfg = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml"))
-        arms.append(Arm(folder.name, folder, cfg, raw))
+    """The finished runs; a ConfigError where they do not share teacher, data, rungs and guidance."""
+    arms = [read_arm(run) for run in runs]
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise config.ConfigError(f"runs: several folders are called {names}; give each a name of its own")
@@ -127,9 +156,8 @@ def read_arms(runs: tuple[str, ...]) -> list[Arm]:
         for what in ("rungs", "guidance_scale", "data", "teacher"):
             ours, theirs = getattr(arms[0].cfg, what), getattr(arm.cfg, what)
             if ours != theirs:
-                raise config.ConfigError(
-                    f"runs: {what} {theirs} in {arm.name}, {ours} in {arms[0].name}; compare equals"
-                )
+                fault = f"{what} {theirs} in {arm.name}, {ours} in {arms[0].name}"
+                raise config.ConfigError(f"runs: {fault}; compare equals")
     return arms
 
 
@@ -147,14 +175,14 @@ def real_sets(bench: Bench, data: Photos) -> tuple[ImageSet, ImageSet]:
     )
 
 
-def network_facts(network: SiT, evaluations: int, latency: float, weights: str) -> dict[str, Any]:
+def network_facts(network: SiT, evaluations: int, latency: float, identity: str) -> dict[str, Any]:
     routers = sum(p.numel() for p in network.router_parameters())
     return {
         "evaluations": evaluations,
         "latency_ms_per_image": round(latency, 3),
         "parameters": sum(p.numel() for p in network.parameters()),
         "router_parameters": routers,
-        "weights": weights,
+        "network": identity,
     }
 
 
@@ -172,7 +200,7 @@ class Teacher:
     def of(cfg: DistillConfig, device: torch.device) -> "Teacher":
         network, card = load_network(cfg.teacher.path, device)
         velocity = guided(velocity_of(network, card.prediction), cfg.guidance_scale, network.config.num_classes)
-        return Teacher(network, velocity, weights_hash(cfg.teacher.path), cfg.rungs, cfg.guidance_scale)
+        return Teacher(network, velocity, network_hash(cfg.teacher.path), cfg.rungs, cfg.guidance_scale)
 
     def sample_set(self, bench: Bench, solver_steps: int) -> ImageSet:
         """The reference: Heun in `solver_steps` steps."""
@@ -198,16 +226,18 @@ def student_set(arm: Arm, bench: Bench, teacher_images: ImageSet, hf_gain: Calla
     """The arm's images, with what its routers do: `hf_gain` gives the HF gain in dB of a set of images."""
     network, card = load_network(arm.folder / "student", bench.device)
     generator = few_step_generator(velocity_of(network, card.prediction), card.rungs)
-    images, labels = bench.images(generator)
-    facts = network_facts(network, len(card.rungs), bench.latency(generator), weights_hash(arm.folder / "student"))
-    facts |= {"updates": arm.cfg.steps, "seed": arm.cfg.seed}
+    identity = {"student": network_hash(arm.folder / "student"), "rungs": card.rungs}
+    images, labels = bench.cached(identity, generator)
+    facts = network_facts(network, len(card.rungs), bench.latency(generator), identity["student"])
+    facts |= {"updates": card.origin["steps"], "seed": arm.cfg.seed}
     if network.dar is not None:
         draws = Draws(bench.seed, "usage", 0, sample_range(0, USAGE_IMAGES, bench.device))
         x0 = to_model_range(teacher_images.images[:USAGE_IMAGES]).to(bench.device)
         cond = teacher_images.labels[:USAGE_IMAGES].to(bench.device)
         facts["routing"] = routing_usage(network, x0, cond, card.rungs, draws)
         network.dar.reset()
-        shift = hf_gain(images) - hf_gain(bench.images(generator)[0])
-        facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= 0.1}
-        facts["label"] = "router used" if abs(shift) >= 0.1 else "router unused"
+        reset, _ = bench.cached({**identity, "routers": "reset"}, generator)
+        shift = hf_gain(reset) - hf_gain(images)
+        facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= ROUTER_USED_DB}
+        facts["label"] = "router used" if abs(shift) >= ROUTER_USED_DB else "router unused"
     return ImageSet(arm.name, images, labels, "student", paired=True, facts=facts)

@@ -251,9 +251,10 @@ def _summary(result: dict, key: str) -> str:
         if against is None:
             continue
         word, name = against["verdict"]["word"], html.escape(row["name"])
+        label = html.escape(str(row["facts"].get("label", "")))
         badge = f'<span class="verdict {word.replace(" ", "-")}">{word}</span>'
         cells = [f"{column.number(row, against)}<small>{column.detail(row, against)}</small>" for column in COLUMNS]
-        rows.append([name, badge, *map(_minus, cells)])
+        rows.append([f"{name}<small>{label}</small>" if label else name, badge, *map(_minus, cells)])
         note = html.escape(_minus(_note(against, row["images"])))
         notes.append(f"<li>{name}: {note}</li>")
     heading = "Verdict" if key == "teacher" else "The same against real images"
@@ -335,12 +336,17 @@ def _alone(result: dict) -> str:
 
 def _facts(result: dict) -> str:
     """What came with the sets, a column for each set that brought something."""
-    facts = {row["name"]: _flat(row["facts"]) for row in result["sets"] if row["facts"]}
+    facts = {row["name"]: _shown_facts(row["facts"]) for row in result["sets"] if row["facts"]}
     if not facts:
         return ""
     keys = dict.fromkeys(key for one in facts.values() for key in one)
     rows = [[html.escape(key), *(html.escape(_fact(one.get(key))) for one in facts.values())] for key in keys]
     return "<h2>Facts about the sets</h2>" + _table(["", *map(html.escape, facts)], rows, kind="facts")
+
+
+def _shown_facts(facts: dict) -> dict:
+    """All but what each router did, which stays in report.json."""
+    return {key: value for key, value in _flat(facts).items() if not key.startswith("routing.by_router")}
 
 
 def _flat(facts: dict, prefix: str = "") -> dict:

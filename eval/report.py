@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from dmd_dar import config
+from dmd_dar.atomic import make_folder
 from dmd_dar.data.photos import NAMES, Photos, data_hash
+from dmd_dar.distill import DistillConfig
 from dmd_dar.keys import key
 from eval import arms
 from eval.measure import ImageSet, measure
@@ -76,6 +79,7 @@ def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str,
                 {
                     "name": name,
                     "baseline": baseline,
+                    "fd_excess": ours["fd_wavelet"]["excess"],
                     "fd_excess_share": ours["fd_wavelet"]["excess"] / start["fd_wavelet"]["excess"],
                     "hf_gain_db": ours["gain_db"]["HF"]["value"],
                     "hf_gain_db_baseline": start["gain_db"]["HF"]["value"],
@@ -86,27 +90,45 @@ def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str,
     return checks
 
 
+ARM_KEYS = ("student.routing.", "log.", "launch.", "checkpoint.", "out_dir", "resume")
+
+
 def routing_comparisons(checks: list[dict[str, Any]], read: list[arms.Arm]) -> list[str]:
-    """One sentence for each routed arm and the residual arm of the same losses: which is nearer to the teacher."""
+    """One sentence for each routed arm and its residual twin, the arm that differs from it in routing alone."""
     by_name = {check["name"]: check for check in checks}
-    plain = [arm for arm in read if arm.cfg.student.routing.query == "residual"]
     sentences = []
     for arm in read:
-        losses = (arm.cfg.matching, arm.cfg.regression, arm.cfg.seed)
-        twins = [other for other in plain if (other.cfg.matching, other.cfg.regression, other.cfg.seed) == losses]
-        if arm not in plain and twins:
+        if arm.cfg.student.routing.query == "residual":
+            continue
+        plain = [other for other in read if other.cfg.student.routing.query == "residual"]
+        twins = [other for other in plain if not unequal(arm.cfg, other.cfg)]
+        if twins:
             sentences.append(compare_pair(by_name[arm.name], by_name[twins[0].name]))
+        elif plain:
+            keys = ", ".join(unequal(arm.cfg, plain[0].cfg))
+            sentences.append(f"{arm.name} and {plain[0].name} differ in {keys} too: not a comparison of routing.")
     return sentences
 
 
+def unequal(ours: DistillConfig, theirs: DistillConfig) -> list[str]:
+    """Keys beyond routing and book-keeping in which two runs differ."""
+    return [key for key, _, _ in config.differences(ours, theirs) if not key.startswith(ARM_KEYS)]
+
+
 def compare_pair(routed: dict[str, Any], plain: dict[str, Any]) -> str:
-    """Absolute HF gain and fd_wavelet of a routed arm against its residual twin, as plain words."""
-    nearer = abs(plain["hf_gain_db"]) - abs(routed["hf_gain_db"])
-    ratio = routed["fd_excess_share"] / plain["fd_excess_share"]
-    side = "better: HF gain {:.2f} dB nearer to 0" if nearer > 0 else "worse: HF gain {:.2f} dB farther from 0"
-    gain = side.format(abs(nearer))
-    distance = f"{'better' if ratio < 1 else 'worse'}: fd_wavelet above its null {ratio:.2f} times as large"
-    return f"{routed['name']} is, against {plain['name']}, {gain}; {distance}. One seed: no test of significance."
+    """Absolute HF gain and fd_wavelet above its null of a routed arm against its residual twin, as plain words."""
+
+    def word(ours: float, theirs: float, digits: int) -> str:
+        ours, theirs = round(ours, digits), round(theirs, digits)
+        return "equal" if ours == theirs else "better" if ours < theirs else "worse"
+
+    gain = word(abs(routed["hf_gain_db"]), abs(plain["hf_gain_db"]), 2)
+    distance = word(routed["fd_excess"], plain["fd_excess"], 2)
+    return (
+        f"{routed['name']} against {plain['name']}: HF gain {gain} ({routed['hf_gain_db']:+.2f} dB, there"
+        f" {plain['hf_gain_db']:+.2f}); fd_wavelet above its null {distance} ({routed['fd_excess']:.2f}, there"
+        f" {plain['fd_excess']:.2f}). One training seed: no test of significance."
+    )
 
 
 def check_sentence(check: dict[str, Any]) -> str:
@@ -130,7 +152,7 @@ def check_sentence(check: dict[str, Any]) -> str:
 def provenance(cfg: ReportConfig, read: list[arms.Arm], device: torch.device, seconds: float) -> dict[str, Any]:
     """Where the numbers come from."""
     return {
-        "command": "python -m eval.report runs=[" + ",".join(cfg.runs) + f"] out={cfg.out}",
+        "command": command_line(cfg),
         "git": git_state(),
         "runs": {arm.name: arm.raw for arm in read},
         "report": dataclasses.asdict(cfg),
@@ -139,6 +161,13 @@ def provenance(cfg: ReportConfig, read: list[arms.Arm], device: torch.device, se
         "device": f"{device}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
         "seconds": round(seconds, 1),
     }
+
+
+def command_line(cfg: ReportConfig) -> str:
+    """The command that makes this report again, with every key that is not at its default."""
+    given = config.differences(ReportConfig(runs=("",)), cfg)
+    values = {key: f"[{','.join(value)}]" if isinstance(value, list | tuple) else value for key, _, value in given}
+    return shlex.join(["python", "-m", "eval.report", *(f"{key}={value}" for key, value in values.items())])
 
 
 def git_state() -> str:
@@ -157,16 +186,8 @@ def report(cfg: ReportConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     read = arms.read_arms(cfg.runs)
     teacher = arms.Teacher.of(read[0].cfg, device)
-    shape = teacher.network.config
-    bench = arms.Bench(
-        count=cfg.n,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        device=device,
-        shape=(shape.in_channels, shape.input_size, shape.input_size),
-        num_classes=shape.num_classes,
-        cache=Path(cfg.cache),
-    )
+    make_folder(cfg.out)
+    bench = arms.Bench.of(cfg, teacher.network, device)
     print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
     real, null = arms.real_sets(bench, Photos(read[0].cfg.data.size, device))
     reference = teacher.sample_set(bench, cfg.solver_steps)

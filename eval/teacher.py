@@ -7,21 +7,20 @@ copies, by the distance to the nearest training crop beside that of held-out cro
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmd_dar import config
-from dmd_dar.atomic import write_atomic
+from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import png_bytes, tile
 from dmd_dar.data.photos import NAMES, Photos, data_hash
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import load_network, weights_hash
+from dmd_dar.models.saved import load_network, network_hash
 from eval.arms import Bench, real_sets
 from eval.measure import ImageSet, measure
 
@@ -96,16 +95,14 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     network, card = load_network(cfg.path, device)
     shape = network.config
-    bench = Bench(
-        count=cfg.n,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        device=device,
-        shape=(shape.in_channels, shape.input_size, shape.input_size),
-        num_classes=shape.num_classes,
-        cache=Path(cfg.cache),
-    )
-    weights = weights_hash(cfg.path)
+    if (shape.in_channels, shape.num_classes) != (3, len(NAMES)):
+        raise config.ConfigError(
+            f"path = {cfg.path}: {shape.in_channels} channels and {shape.num_classes} classes; this command judges"
+            f" teachers of photos, with 3 and {len(NAMES)}"
+        )
+    out = make_folder(cfg.out)
+    bench = Bench.of(cfg, network, device)
+    weights = network_hash(cfg.path)
     facts = {"teacher": weights, "guidance": 1.0, "heun_steps": cfg.solver_steps}
     images, labels = bench.cached(facts, ode_generator(velocity_of(network, card.prediction), cfg.solver_steps))
     teacher = ImageSet("teacher", images, labels, "teacher", paired=False)
@@ -119,9 +116,7 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
     judged["nearest_training_crop"] = memorisation(
         {"teacher": teacher, "held-out": held_out, "training": null}, data, cfg.neighbours, cfg.seed
     )
-    judged |= {"n": cfg.n, "evaluations": 2 * cfg.solver_steps, "weights": weights, "data_hash": data_hash()}
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    judged |= {"n": cfg.n, "evaluations": 2 * cfg.solver_steps, "network": weights, "data_hash": data_hash()}
     write_atomic(out / "quality.json", json.dumps(judged, indent=1))
     shown = GRID_ROWS * shape.num_classes
     pictures = torch.cat([images[:shown], real.images[:shown]])

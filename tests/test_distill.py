@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from dmd_dar import config, distill, sample
 from dmd_dar.data.photos import NAMES
 from dmd_dar.draws import Draws, sample_range
-from dmd_dar.models.saved import ModelCard, load_network, save_network
+from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import log
+from dmd_dar.train.runtime import LaunchConfig, Runtime
 from tests.tiny import tiny_sit, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,7 @@ def test_a_run_leaves_what_a_run_folder_holds_and_its_student_samples(teacher, t
     assert (out / "samples" / "step_00000004.png").is_file() and (out / "config.yaml").is_file()
     network, card = load_network(out / "student")
     assert card.rungs == (1.0, 0.9, 0.75, 0.5) and network.dar is not None
+    assert card.origin["steps"] == 4 and card.origin["teacher"] == network_hash(teacher)
     images = {}
     for batch in (2, 5):
         folder = tmp_path / f"images{batch}"
@@ -137,6 +139,48 @@ def test_another_configuration_in_the_same_folder_is_refused(teacher, tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_replaced_teacher_is_noticed(tmp_path, capsys):
+    folder = tiny_teacher(tmp_path / "teacher")
+    run(folder, tmp_path / "run", "steps=1")
+    save_network(folder, tiny_sit(seed=1), ModelCard(label_names=NAMES))
+    with pytest.raises(SystemExit) as stop:
+        run(folder, tmp_path / "run")
+    assert stop.value.code == 2 and "teacher has changed" in capsys.readouterr().err
+
+
+def test_sampling_does_not_mix_two_requests_in_one_folder(teacher, tmp_path):
+    run(teacher, tmp_path / "run", "steps=1")
+    argv = [f"student={tmp_path / 'run' / 'student'}", f"out={tmp_path / 'images'}"]
+    for _ in range(2):
+        sample.sample(config.load(sample.SampleConfig, [*argv, "n=3"]))
+    with pytest.raises(config.ConfigError, match="another request"):
+        sample.sample(config.load(sample.SampleConfig, [*argv, "n=2"]))
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 3
+
+
+def test_router_rate_reaches_the_routers_alone(teacher, tmp_path):
+    start = load_network(teacher)[0].state_dict()
+    trained = run(teacher, tmp_path / "run", "student.lr=1e-9", "student.routing.lr=0.1", "student.ema=0")
+    assert trained["dar.query"].abs().max() > 0.05
+    assert all((trained[name] - value).abs().max() < 1e-6 for name, value in start.items())
+
+
+def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
+    """A no_grad call inside autocast must not leave the later call's weights cast without a graph."""
+    cfg = config.load(distill.DistillConfig, arguments(teacher, Path("unused"), "regression.weight=0"))
+    network, card = load_network(teacher)
+    student, fake_score = distill.build_networks(cfg, network)
+    runtime = Runtime(LaunchConfig(cpu=True))
+    method = distill.build_method(cfg, distill.recipe_of(cfg, network), card, network, student, fake_score, runtime)
+    step = next(s for s in range(50) if Draws(0, "student", s, sample_range(0, 1)).shared_integer("rung", 4) == 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, metrics = method.student_loss(Draws(0, "student", step, sample_range(0, 4)))
+    assert loss.dtype == torch.float32 and metrics["dm"].dtype == torch.float32
+    loss.backward()
+    without = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
@@ -184,23 +228,29 @@ def test_regression_alone_trains_without_a_fake_score(teacher, tmp_path):
     assert "student/regression" in last and not any(key.startswith("fake_score") for key in last)
 
 
-def test_two_processes_equal_one(teacher, tmp_path):
-    whole = run(teacher, tmp_path / "one")
+def in_two_processes(*args: str) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", "distill.py", *arguments(teacher, tmp_path / "two")]
+    command += [f"--master_port={port}", "distill.py", *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_equal_one_and_are_refused_together(teacher, tmp_path):
+    whole = run(teacher, tmp_path / "one")
+    ran = in_two_processes(*arguments(teacher, tmp_path / "two"))
     assert ran.returncode == 0, ran.stderr[-2000:]
     both = load_file(tmp_path / "two" / "student" / "model.safetensors")
     for name, value in whole.items():
         torch.testing.assert_close(both[name], value, rtol=1e-4, atol=2e-5, msg=f"{name} differs")
+    refused = in_two_processes(*arguments(teacher, tmp_path / "two", "seed=5"))
+    assert refused.returncode != 0 and "another configuration" in refused.stderr
 
 
 def recipe_of(**changes) -> Recipe:
-    fields = {"teacher": "t", "prediction": "flow", "guidance_scale": 1.0, "rungs": (1.0, 0.5), "solver_steps": 2}
+    fields = {"teacher": "t", "guidance_scale": 1.0, "rungs": (1.0, 0.5), "solver_steps": 2}
     return Recipe(**{**fields, "seed": 0, "count": 3, "num_classes": 7, "shape": (3, 32, 32), **changes})
 
 
@@ -218,7 +268,7 @@ def test_trajectories_are_kept_by_their_recipe_and_a_damaged_file_is_made_anew(t
     assert len(calls) == made and torch.equal(first.ends, again.ends) and torch.equal(first.states, again.states)
     trajectories(recipe_of(guidance_scale=2.0), velocity, str(tmp_path), device)
     assert len(calls) == 2 * made
-    kept = tmp_path / recipe_of().name() / "trajectories.safetensors"
+    kept = tmp_path / f"{recipe_of().name()}.safetensors"
     kept.write_bytes(kept.read_bytes()[:-7])
     repaired = trajectories(recipe_of(), velocity, str(tmp_path), device)
     assert len(calls) == 3 * made and torch.equal(first.ends, repaired.ends)

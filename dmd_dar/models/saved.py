@@ -73,6 +73,8 @@ def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tupl
     return network.to(device).eval().requires_grad_(False), card
 
 
-def weights_hash(folder: str | Path) -> str:
-    """SHA-256 of model.safetensors, hexadecimal."""
-    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+def network_hash(folder: str | Path) -> str:
+    """SHA-256, hexadecimal, of all that decides what the network computes: weights, shape, routing, prediction."""
+    described = json.loads((Path(folder) / "model.json").read_text())
+    meaning = json.dumps([described["model"], described["prediction"]], sort_keys=True)
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes() + meaning.encode()).hexdigest()

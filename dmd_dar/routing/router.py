@@ -76,7 +76,11 @@ class History:
         self.outputs.append(v)
         self.stream, self.previous, self.count = self.stream + v, v, self.count + 1
         if len(self.outputs) == config.chunk_size and self.count < self.bank.num_sublayers:
-            self.summaries.append(torch.stack(self.outputs).sum(dim=0) if config.summary == "sum" else v)
+            self.summaries.append(self._sum_of_chunk() if config.summary == "sum" else v)
+
+    def _sum_of_chunk(self) -> Tensor:
+        dtype = torch.promote_types(self.previous.dtype, torch.float32)
+        return torch.stack([v.to(dtype) for v in self.outputs]).sum(dim=0)
 
     def state(self) -> Tensor:
         """h_{l+1} after v_l, (B, T, d); v_0 itself before the first sublayer."""

@@ -42,13 +42,13 @@ def save(root: Path, step: int, state: dict[str, Any], keep: int) -> None:
         shutil.rmtree(_folder(root, old))
 
 
-def load_latest(root: Path, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest checkpoint, or None. Raises DamagedFileError naming the file if it cannot be read."""
+def load_latest(root: Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, state on the CPU) of the newest checkpoint, or None. DamagedFileError names a file it cannot read."""
     steps = steps_saved(root)
     if not steps:
         return None
     path = _folder(root, steps[-1]) / "state.pt"
     try:
-        return steps[-1], torch.load(path, map_location=device, weights_only=True)
+        return steps[-1], torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DamagedFileError(f"{path} cannot be read ({error}); delete its folder to resume from an older") from error

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,62 +38,67 @@ def sample_grid(generator: Generator, seed: int, shape: tuple[int, ...], num_cla
     return tile(to_pixels(x0), columns=num_classes)
 
 
-def open_folder(cfg: Any, plain: dict[str, Any], runtime: Runtime) -> RunFolder | None:
-    """The run folder in the main process, None in the others. Where the main one is refused, all of them stop."""
+@contextlib.contextmanager
+def open_run(cfg: Any, runtime: Runtime) -> Iterator[RunFolder | None]:
+    """The locked run folder in the main process, None in the others; before anything costly is made.
+
+    Where the main process is refused, all of them stop. An uneven batch split is refused before anything is written.
+    """
+    runtime.micro_batches(cfg.batch_size)
     folder, refusal = None, None
     if runtime.is_main:
         try:
-            folder = RunFolder.open(cfg.out_dir, plain, resume=cfg.resume)
+            folder = RunFolder.open(cfg.out_dir, dataclasses.asdict(cfg), resume=cfg.resume)
         except UserError as error:
             refusal = error
     if runtime.any(refusal is not None):
         raise refusal or SystemExit(2)
-    return folder
+    with folder or contextlib.nullcontext():
+        yield folder
 
 
 def run_cycle(
     cfg: Any,
     runtime: Runtime,
+    folder: RunFolder | None,
     cycle: tuple[Phase, ...],
     *,
+    identity: dict[str, str],
     generator: Generator,
     shape: tuple[int, ...],
     num_classes: int,
     save: Callable[[Path], None],
 ) -> None:
-    """Open out_dir, resume, train, and save the result. `save` writes the trained network into a folder.
+    """Resume, train, and save the result. `save` writes the trained network into a folder.
 
     Exits with code 143 where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
     """
-    plain = dataclasses.asdict(cfg)
-    runtime.micro_batches(cfg.batch_size)  # refuses an uneven split before anything is written
-    with contextlib.ExitStack() as stack:
-        folder = open_folder(cfg, plain, runtime)
+
+    def draw_grid(step: int) -> None:
         if folder is not None:
-            stack.enter_context(folder)
+            picture = sample_grid(generator, cfg.seed, shape, num_classes, runtime)
+            write_atomic(folder.samples / f"step_{step:08d}.png", png_bytes(picture))
 
-        def draw_grid(step: int) -> None:
-            if folder is not None:
-                picture = sample_grid(generator, cfg.seed, shape, num_classes, runtime)
-                write_atomic(folder.samples / f"step_{step:08d}.png", png_bytes(picture))
-
-        loop = Loop(
-            cycle=cycle,
-            seed=cfg.seed,
-            steps=cfg.steps,
-            batch_size=cfg.batch_size,
-            runtime=runtime,
-            folder=folder,
-            checkpoints=cfg.checkpoint,
-            log_every=cfg.log.every,
-            samples_every=cfg.log.samples_every,
-            sample=draw_grid,
-        )
-        start = loop.restore(Path(cfg.out_dir) / "checkpoints")
-        log = stack.enter_context(RunLog.open(folder, cfg.log, plain, start))
+    loop = Loop(
+        cycle=cycle,
+        seed=cfg.seed,
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        runtime=runtime,
+        folder=folder,
+        identity=identity,
+        checkpoints=cfg.checkpoint,
+        log_every=cfg.log.every,
+        samples_every=cfg.log.samples_every,
+        sample=draw_grid,
+    )
+    start = loop.restore(Path(cfg.out_dir) / "checkpoints")
+    with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
         finished = loop.run(start, log)
-        if finished and folder is not None:
-            save(folder.student)
+    if finished and folder is not None:
+        save(folder.student)
     runtime.close()
     if not finished:
+        if folder is not None:
+            print(f"stopped with a checkpoint in {folder.checkpoints}; the same command continues", file=sys.stderr)
         raise SystemExit(143)

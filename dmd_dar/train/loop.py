@@ -4,12 +4,14 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmd_dar.draws import Draws
+from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.train import checkpoint
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.folder import RunFolder
@@ -45,7 +47,23 @@ class Phase:
 
 
 def update(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> dict[str, Tensor]:
-    """One optimiser step of one network over the global batch; its metrics, named after the phase."""
+    """One optimiser step of one network over the global batch; its metrics, named after the phase.
+
+    Raises DivergedError naming the network where a loss or gradient is not finite; its weights are then untouched.
+    """
+    try:
+        metrics = gradients(phase, seed, batch_size, runtime)
+        metrics["gradient_norm"] = torch.tensor(phase.optimiser.step(phase.steps))
+    except FloatingPointError as error:
+        raise DivergedError(f"{phase.name}, optimiser step {phase.steps}: {error}") from error
+    phase.steps += 1
+    if phase.ema is not None:
+        phase.ema.update(phase.network, phase.steps)
+    return {f"{phase.name}/{name}": value for name, value in metrics.items()}
+
+
+def gradients(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> Metrics:
+    """Gradients of the mean loss over the global batch, summed over micro-batches; the mean metrics."""
     parts = runtime.micro_batches(batch_size)
     total: Metrics = {}
     for samples in parts:
@@ -55,11 +73,7 @@ def update(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> dict[s
         for name, value in {"loss": loss, **metrics}.items():
             total[name] = total.get(name, 0) + value.detach() / len(parts)
     runtime.average_gradients(phase.optimiser.parameters)
-    total["gradient_norm"] = torch.tensor(phase.optimiser.step(phase.steps))
-    phase.steps += 1
-    if phase.ema is not None:
-        phase.ema.update(phase.network, phase.steps)
-    return {f"{phase.name}/{name}": value for name, value in total.items()}
+    return total
 
 
 class StopRequest:
@@ -94,6 +108,7 @@ class Loop:
     batch_size: int
     runtime: Runtime
     folder: RunFolder | None  # the main process's; None elsewhere
+    identity: dict[str, str]  # hashes of what the configuration names by path: teacher, data
     checkpoints: checkpoint.CheckpointConfig
     log_every: int
     samples_every: int
@@ -102,20 +117,26 @@ class Loop:
     def phases(self) -> list[Phase]:
         return list({phase.name: phase for phase in self.cycle}.values())
 
-    def restore(self, root: Any) -> int:
-        """Continue from the newest checkpoint under `root`; the step reached, 0 where there is none."""
-        latest = checkpoint.load_latest(root, self.runtime.device)
+    def restore(self, root: Path) -> int:
+        """Continue from the newest checkpoint under `root`; the step reached, 0 where there is none.
+
+        Raises UserError where the teacher or the data are not those that the checkpoint was made with.
+        """
+        latest = checkpoint.load_latest(root)
         if latest is None:
             return 0
         step, state = latest
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise UserError(f"{root}: this run's {name} has changed since; restore it, or use another out_dir")
         for phase in self.phases():
             phase.restore(state[phase.name])
         return step
 
     def save(self, step: int) -> None:
         if self.folder is not None:
-            state = {phase.name: phase.state() for phase in self.phases()}
-            checkpoint.save(self.folder.checkpoints, step, state, self.checkpoints.keep)
+            state: dict[str, Any] = {phase.name: phase.state() for phase in self.phases()}
+            checkpoint.save(self.folder.checkpoints, step, {"identity": self.identity, **state}, self.checkpoints.keep)
 
     def run(self, start: int, log: RunLog) -> bool:
         """Train from step `start` to the end; False where a signal stopped it early (a checkpoint is written)."""

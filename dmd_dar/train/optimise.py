@@ -52,7 +52,7 @@ class Optimiser:
         """Clip, update, clear. Returns the gradient norm before clipping; raises FloatingPointError if not finite."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} at step {step}: lower the learning rate")
+            raise FloatingPointError(f"the gradient norm is {norm}; lower its learning rate")
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * self.config.factor(step)
         self.adamw.step()

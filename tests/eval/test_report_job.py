@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmd_dar import config, distill
+from dmd_dar.data.photos import Photos
 from eval import arms, report, teacher
 from eval.report import ReportConfig
 from tests.tiny import tiny_teacher
@@ -54,7 +55,7 @@ def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
     assert routing["deviation"] < 1e-3 and abs(routing["hf_gain_shift_db"]) < 0.1
     assert rows["dar"]["facts"]["label"] == "router unused" and "router unused" in capsys.readouterr().out
     assert "label" not in rows["residual"]["facts"]
-    assert sum(sentence.startswith("dar is, against residual,") for sentence in result["conclusions"]) == 1
+    assert sum(sentence.startswith("dar against residual:") for sentence in result["conclusions"]) == 1
     page = (runs / "report" / "report.html").read_text()
     assert "What was found" in page and "<script" not in page
     assert result["provenance"]["runs"]["dar"]["student"]["routing"]["query"] == "timestep"
@@ -81,7 +82,7 @@ def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
     report.report(options(runs, "residual", cache=runs / "one"))
     report.report(options(runs, "residual", cache=runs / "two", batch_size=9))
     names = [sorted(path.name for path in (runs / cache).iterdir()) for cache in ("one", "two")]
-    assert names[0] == names[1] and len(names[0]) == 3
+    assert names[0] == names[1] and len(names[0]) == 4
     for name in names[0]:
         ours, theirs = (load_file(runs / cache / name)["images"].int() for cache in ("one", "two"))
         assert (ours - theirs).abs().max() <= 1
@@ -97,13 +98,35 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 
 
 def test_the_better_baseline_and_the_comparison_have_the_right_sign():
-    def check(name, gain, share):
-        return {"name": name, "hf_gain_db": gain, "fd_excess_share": share}
+    def check(name, gain, excess):
+        return {"name": name, "hf_gain_db": gain, "fd_excess": excess}
 
-    better = report.compare_pair(check("dar", -0.5, 0.2), check("residual", 2.0, 0.4))
-    assert "better: HF gain 1.50 dB nearer to 0" in better and "0.50 times" in better
-    worse = report.compare_pair(check("dar", 3.0, 0.4), check("residual", -2.0, 0.2))
-    assert "worse: HF gain 1.00 dB farther from 0" in worse and "worse: fd_wavelet above its null 2.00" in worse
+    better = report.compare_pair(check("dar", -0.5, -0.2), check("residual", 2.0, 0.4))
+    assert "HF gain better (-0.50 dB, there +2.00)" in better and "above its null better (-0.20, there 0.40)" in better
+    worse = report.compare_pair(check("dar", 3.0, 0.05), check("residual", -2.0, -0.01))
+    assert "HF gain worse" in worse and "above its null worse" in worse
+    assert "HF gain equal" in report.compare_pair(check("dar", 1.0, 1.0), check("residual", -1.0, 1.0))
+
+
+def test_runs_that_differ_in_more_than_routing_are_not_called_a_comparison(runs):
+    read = arms.read_arms(tuple(str(runs / name) for name in ("regression", "dar")))
+    checks = [{"name": arm.name, "hf_gain_db": 0.0, "fd_excess": 0.0} for arm in read]
+    (sentence,) = report.routing_comparisons(checks, read)
+    assert "matching.weight" in sentence and "not a comparison" in sentence
+
+
+def test_resetting_routers_that_add_detail_shows_as_a_negative_shift(runs, monkeypatch):
+    """The shift is what resetting does: here it empties the images, so the gain must fall."""
+    (arm,) = arms.read_arms((str(runs / "dar"),))
+    device = torch.device("cpu")
+    network = arms.Teacher.of(arm.cfg, device).network
+    bench = arms.Bench.of(options(runs, "dar"), network, device)
+    real, _ = arms.real_sets(bench, Photos(32))
+    given = iter([real.images, torch.div(real.images, 2, rounding_mode="floor")])
+    monkeypatch.setattr(arms.Bench, "cached", lambda self, facts, generator: (next(given), real.labels))
+    one = arms.student_set(arm, bench, real, lambda x: report.hf_gain_db(x, real.images))
+    assert one.facts["routing"]["hf_gain_shift_db"] == pytest.approx(-6.0, abs=0.2)
+    assert one.facts["label"] == "router used"
 
 
 def test_nearest_distance_in_levels():

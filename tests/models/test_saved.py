@@ -1,14 +1,14 @@
 """A saved network comes back bit for bit, and what is wrong with a folder is said with the file's name."""
 
-import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmd_dar.models.saved import ModelCard, load_network, save_network, weights_hash
+from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
 
@@ -46,22 +46,20 @@ def test_saving_again_replaces_both_files(tmp_path):
     assert loaded.dar is None and card == ModelCard()
 
 
-def test_the_hash_is_that_of_the_weights_alone(tmp_path):
+def test_the_hash_is_that_of_all_that_decides_the_function(tmp_path):
     save_network(tmp_path / "a", network(), CARD)
-    save_network(tmp_path / "b", network(), ModelCard())
+    save_network(tmp_path / "b", network(), replace(CARD, label_names=(), origin={}))
+    assert network_hash(tmp_path / "a") == network_hash(str(tmp_path / "b"))
     changed = network()
     changed.blocks[0].mlp.fc1.bias.data[0] += 1e-3
-    save_network(tmp_path / "c", changed, CARD)
-    assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b") != weights_hash(str(tmp_path / "c"))
-    assert weights_hash(tmp_path / "a") == hashlib.sha256((tmp_path / "a/model.safetensors").read_bytes()).hexdigest()
-
-
-@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
-def test_a_missing_file_is_named(tmp_path, name):
-    save_network(tmp_path, network(), CARD)
-    (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / name)):
-        load_network(tmp_path)
+    save_network(tmp_path / "weights", changed, CARD)
+    other = {"flow": "sit", "sit": "flow"}[CARD.prediction]
+    save_network(tmp_path / "prediction", network(), replace(CARD, prediction=other))
+    described = json.loads((tmp_path / "b" / "model.json").read_text())
+    described["model"]["heads"] += 1
+    (tmp_path / "b" / "model.json").write_text(json.dumps(described))
+    hashes = {network_hash(tmp_path / name) for name in ("a", "b", "weights", "prediction")}
+    assert len(hashes) == 4
 
 
 def described(folder: Path) -> dict:

@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ import torch
 from torch import nn
 
 from dmd_dar.draws import Draws
-from dmd_dar.errors import UserError
+from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.train import checkpoint
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
@@ -37,6 +39,7 @@ def loop_of(folder: RunFolder, steps: int, cycle: tuple[Phase, ...], **changes) 
         "batch_size": 8,
         "runtime": Runtime(LaunchConfig(cpu=True)),
         "folder": folder,
+        "identity": {"teacher": "a"},
         "checkpoints": CheckpointConfig(every=2, keep=2),
         "log_every": 1,
         "samples_every": 100,
@@ -99,11 +102,10 @@ def test_an_uneven_split_is_refused():
         Runtime(LaunchConfig(cpu=True, accumulation=3)).micro_batches(8)
 
 
-def test_a_stop_request_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path):
-    import os
-    import signal
-
-    phase = phase_of()
+def test_a_stopped_run_leaves_a_checkpoint_and_resumes_bit_for_bit(tmp_path):
+    whole, phase, second = phase_of(), phase_of(), phase_of()
+    with open_folder(tmp_path / "whole") as folder:
+        loop_of(folder, 7, (whole,)).run(0, RunLog(None))
     inner = phase.loss
 
     def loss(draws):
@@ -112,22 +114,42 @@ def test_a_stop_request_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path):
         return inner(draws)
 
     phase.loss = loss
+    with open_folder(tmp_path / "stopped") as folder:
+        assert not loop_of(folder, 7, (phase,)).run(0, RunLog(None))
+        loop = loop_of(folder, 7, (second,))
+        assert loop.restore(folder.checkpoints) == 3
+        assert loop.run(3, RunLog(None))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(states(second), states(whole), strict=True))
+
+
+def test_a_changed_teacher_is_refused_on_resume(tmp_path):
     with open_folder(tmp_path) as folder:
-        assert not loop_of(folder, 50, (phase,)).run(0, RunLog(None))
-        assert checkpoint.steps_saved(folder.checkpoints)[-1] == 3
+        loop_of(folder, 2, (phase_of(),)).run(0, RunLog(None))
+        with pytest.raises(UserError, match="teacher has changed"):
+            loop_of(folder, 4, (phase_of(),), identity={"teacher": "b"}).restore(folder.checkpoints)
+
+
+def test_a_loss_that_is_not_finite_names_its_network_and_leaves_the_weights():
+    phase = phase_of("fake_score")
+    before = [p.detach().clone() for p in phase.network.parameters()]
+    inner = phase.loss
+    phase.loss = lambda draws: (inner(draws)[0] * math.inf, {})
+    with pytest.raises(DivergedError, match="fake_score, optimiser step 0"):
+        update(phase, 0, 8, Runtime(LaunchConfig(cpu=True)))
+    assert all(torch.equal(p, q) for p, q in zip(phase.network.parameters(), before, strict=True))
 
 
 def test_an_unreadable_checkpoint_is_named(tmp_path):
     checkpoint.save(tmp_path, 4, {"x": {"steps": 1}}, keep=2)
     (tmp_path / "step_00000004" / "state.pt").write_bytes(b"torn")
     with pytest.raises(ValueError, match="step_00000004"):
-        checkpoint.load_latest(tmp_path, torch.device("cpu"))
+        checkpoint.load_latest(tmp_path)
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):
     checkpoint.save(tmp_path, 2, {"x": 1}, keep=2)
     (tmp_path / "partial_00000003").mkdir()
-    assert checkpoint.load_latest(tmp_path, torch.device("cpu")) == (2, {"x": 1})
+    assert checkpoint.load_latest(tmp_path) == (2, {"x": 1})
 
 
 def test_ema_follows_by_its_decay():
@@ -159,13 +181,14 @@ def test_the_rate_warms_up_and_decays():
     assert config.factor(150) == config.factor(900) == pytest.approx(0)
 
 
-def test_clipping_scales_and_non_finite_gradients_stop():
+def test_gradients_are_clipped_before_the_update_and_must_be_finite(monkeypatch):
     p = nn.Parameter(torch.zeros(2))
-    optimiser = Optimiser(OptimiserConfig(clip=1.0), [p])
+    optimiser, seen = Optimiser(OptimiserConfig(clip=1.0), [p]), []
+    monkeypatch.setattr(optimiser.adamw, "step", lambda: seen.append(p.grad.clone()))
     p.grad = torch.tensor([3.0, 4.0])
-    torch.nn.utils.clip_grad_norm_([p], 1.0)
-    torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=1e-6)
+    assert optimiser.step(0) == pytest.approx(5.0)
+    torch.testing.assert_close(seen[0], torch.tensor([0.6, 0.8]), rtol=1e-5, atol=1e-6)
     p.grad = torch.tensor([3.0, math.nan])
-    with pytest.raises(FloatingPointError, match="step 7"):
+    with pytest.raises(FloatingPointError, match="nan"):
         optimiser.step(7)
-    assert not p.isnan().any()
+    assert len(seen) == 1
