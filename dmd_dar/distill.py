@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from dmd_dar import config, flow, losses
-from dmd_dar.data.photos import NAMES, DataConfig, data_hash
+from dmd_dar.data.photos import DataConfig, data_hash
 from dmd_dar.guidance import guided
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
@@ -148,14 +148,13 @@ def build_method(
 
 
 def load_teacher(cfg: DistillConfig, device: torch.device) -> tuple[SiT, ModelCard]:
-    """The frozen teacher; a ConfigError where it does not fit the data."""
+    """The frozen teacher; a ConfigError where it does not fit `data`. Its classes may be others."""
     teacher, card = load_network(cfg.teacher.path, device)
     shape = teacher.config
-    ours, theirs = (shape.in_channels, shape.num_classes, shape.input_size), (3, len(NAMES), cfg.data.size)
-    if ours != theirs:
+    if (shape.in_channels, shape.input_size) != (3, cfg.data.size):
         raise config.ConfigError(
-            f"teacher.path = {cfg.teacher.path}: it has (channels, classes, side) {ours}, data.name {cfg.data.name} at"
-            f" data.size {cfg.data.size} has {theirs}; change data.size or name a teacher of this data"
+            f"teacher.path = {cfg.teacher.path}: it makes {shape.in_channels} channels of {shape.input_size} pixels,"
+            f" not 3 of data.size {cfg.data.size}; set data.size, or name a teacher of RGB images"
         )
     return teacher, card
 

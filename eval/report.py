@@ -186,6 +186,8 @@ def report(cfg: ReportConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     read = arms.read_arms(cfg.runs)
     teacher = arms.Teacher.of(read[0].cfg, device)
+    if teacher.network.config.num_classes != len(NAMES):
+        raise config.ConfigError("runs: their teacher has other classes than photos; nothing real to compare with")
     make_folder(cfg.out)
     bench = arms.Bench.of(cfg, teacher.network, device)
     print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)

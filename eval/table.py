@@ -68,8 +68,20 @@ def teacher_table(judged: dict[str, Any]) -> str:
     lines = ["| against training tiles, dB | " + " | ".join(bands) + " |", "|" + "---|" * (len(bands) + 1)]
     lines += [f"| {title} | " + " | ".join(f"{judged[name][b]:+.2f}" for b in bands) + " |" for title, name in rows]
     title = f"**Teacher** (`runs/photos32_teacher.sh`): {judged['n']} samples at {judged['evaluations']} evaluations."
-    median = f"\nMedian over classes of the HF gain: {judged['hf_gain_class_median']:+.2f} dB."
-    return "\n".join([title, "", *lines]) + "\n" + median + "\n"
+    by_class = ", ".join(f"{name} {gain:+.2f}" for name, gain in judged["hf_gain_by_class"].items())
+    distances = ", ".join(
+        f"{name} {mean_distance(classes):.1f}" for name, classes in judged["nearest_training_crop"].items()
+    )
+    notes = [
+        f"- HF gain by class, dB: {by_class}; median {judged['hf_gain_class_median']:+.2f}.",
+        "- Distance to the nearest training crop (levels of 255, median of each class, mean over classes; a copy would"
+        f" read near 0): {distances}.",
+    ]
+    return "\n".join([title, "", *lines, "", *notes]) + "\n"
+
+
+def mean_distance(classes: dict[str, dict[str, float]]) -> float:
+    return sum(distance["median"] for distance in classes.values()) / len(classes)
 
 
 def render() -> str:

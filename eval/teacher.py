@@ -72,15 +72,18 @@ def judge(result: dict[str, Any], teacher: str) -> dict[str, Any]:
         values = {band: interval["value"] for band, interval in rows[name]["gain_db"].items()}
         return {band: round(value, 3) for band, value in values.items() if value is not None}
 
+    def named(by_class: dict[str, float]) -> dict[str, float]:
+        return {NAMES[int(label)]: gain for label, gain in by_class.items()}
+
     ours = gains(teacher)
     bands_pass = all(abs(ours[band]) <= BAND_BAR_DB for band in BARRED_BANDS)
     return {
         "gain_db": ours,
         "gain_db_held_out": gains("held-out"),
         "gain_db_null": gains("real, again"),
-        "hf_gain_by_class": rows[teacher]["hf_gain_by_class"],
+        "hf_gain_by_class": named(rows[teacher]["hf_gain_by_class"]),
         "hf_gain_class_median": rows[teacher]["hf_gain_class_median"],
-        "hf_gain_by_class_held_out": rows["held-out"]["hf_gain_by_class"],
+        "hf_gain_by_class_held_out": named(rows["held-out"]["hf_gain_by_class"]),
         "fd_wavelet": rows[teacher]["fd_wavelet"],
         "fd_wavelet_held_out": rows["held-out"]["fd_wavelet"],
         "hf_kurtosis_ratio": rows[teacher]["hf_kurtosis_ratio"],

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import log
 from dmd_dar.train.runtime import LaunchConfig, Runtime
-from tests.tiny import tiny_sit, tiny_teacher
+from tests.tiny import TINY, tiny_sit, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "photos32"
@@ -202,6 +203,15 @@ def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, sa
         distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", wrong))
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and said in message
+
+
+def test_a_teacher_of_other_classes_is_distilled_and_sampled(tmp_path):
+    folder = tmp_path / "teacher"
+    save_network(folder, tiny_sit(dataclasses.replace(TINY, num_classes=30)), ModelCard())
+    run(folder, tmp_path / "run", "steps=1")
+    argv = [f"student={tmp_path / 'run' / 'student'}", f"out={tmp_path / 'images'}", "n=2", "label=29"]
+    sample.sample(config.load(sample.SampleConfig, argv))
+    assert json.loads((tmp_path / "images" / "samples.json").read_text())["labels"] == [29, 29]
 
 
 def test_a_dar_teacher_hands_its_routers_to_student_and_fake_score(tmp_path):

@@ -19,23 +19,24 @@ from dmd_dar.train.log import RunLog
 from dmd_dar.train.loop import Loop, Phase
 from dmd_dar.train.runtime import Runtime
 
-GRID_ROWS = 7
+GRID_ROWS, GRID_COLUMNS = 7, 8
 
 
 @torch.no_grad()
 def sample_grid(generator: Generator, seed: int, shape: tuple[int, ...], num_classes: int, runtime: Runtime) -> Tensor:
-    """uint8 (3, H, W): the same noise and labels at every step of a run, one column for each class."""
+    """uint8 (3, H, W): the same noise and labels at every step of a run, a column for each of the first classes."""
+    columns = min(num_classes, GRID_COLUMNS)
     with runtime.autocast():
         x0, _ = generate(
             generator,
-            GRID_ROWS * num_classes,
+            GRID_ROWS * columns,
             seed=seed,
             shape=shape,
-            num_classes=num_classes,
+            num_classes=columns,
             phase="grid",
             device=runtime.device,
         )
-    return tile(to_pixels(x0), columns=num_classes)
+    return tile(to_pixels(x0), columns=columns)
 
 
 @contextlib.contextmanager
