@@ -26,7 +26,7 @@ DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 MARKERS = "osD^vPX"
 BAND_GREY = "0.93"
 NEAR_DB, MOST_SPAN_DB = 2.0, 25.0
-GRID_ROWS, TILE, GAP, BLOCK_GAP, HEADER, ROW_LABEL = 8, 128, 4, 20, 40, 120
+GRID_ROWS, TILE, GAP, BLOCK_GAP, HEADER, ROW_LABEL = 8, 128, 4, 20, 52, 120
 HEADER_FONT, ROW_FONT = 20, 16
 GRID_WIDTH_IN_TILES = 14
 
@@ -224,8 +224,9 @@ def _detail_of(result: dict, sets: Sequence[ImageSet]) -> Callable[[torch.Tensor
 def sample_grid(result: dict, sets: Sequence[ImageSet], tiles_of: Callable[[torch.Tensor], np.ndarray]) -> bytes:
     """One block of columns per set and one class per row; a place in a block is the same noise seed in paired sets.
 
-    Pixels are enlarged without interpolation. Unpaired sets (real) show images of the row's class.
+    Pixels are enlarged without interpolation. Nulls are left out. Unpaired sets (real) show images of the row's class.
     """
+    sets = [one for one in sets if one.role != "null"]
     columns = max(1, min(4, GRID_WIDTH_IN_TILES // len(sets)))
     classes = sets[0].labels.unique()
     classes = classes[torch.linspace(0, len(classes) - 1, min(GRID_ROWS, len(classes))).round().long()].tolist()
@@ -235,9 +236,11 @@ def sample_grid(result: dict, sets: Sequence[ImageSet], tiles_of: Callable[[torc
     tile_h, tile_w, block = zoom * height, zoom * width, columns * (zoom * width + GAP) + BLOCK_GAP
     canvas = Image.new("RGB", (ROW_LABEL + len(sets) * block, HEADER + len(rows) * (tile_h + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
-    for place, one in enumerate(sets):
-        left = ROW_LABEL + place * block
-        draw.text((left, 8), _fitted(one.name, block - BLOCK_GAP, HEADER_FONT), fill="black", font=_font(HEADER_FONT))
+    for index, one in enumerate(sets):
+        left = ROW_LABEL + index * block
+        for line, part in enumerate(one.name.split(", ", 1)):
+            place = (left, 4 + line * (HEADER_FONT + 2))
+            draw.text(place, _fitted(part, block - BLOCK_GAP, HEADER_FONT), fill="black", font=_font(HEADER_FONT))
         for row, label in enumerate(rows):
             nth = rows[:row].count(label) * columns
             chosen = torch.nonzero(one.labels == label).flatten()[nth : nth + columns]
