@@ -72,8 +72,12 @@ def teacher_table(judged: dict[str, Any]) -> str:
     distances = ", ".join(
         f"{name} {mean_distance(classes):.1f}" for name, classes in judged["nearest_training_crop"].items()
     )
+    kurtosis = judged["hf_kurtosis_ratio"]
     notes = [
         f"- HF gain by class, dB: {by_class}; median {judged['hf_gain_class_median']:+.2f}.",
+        f"- Structure: kurtosis ratio {kurtosis['value']:.2f} [{kurtosis['low']:.2f}, {kurtosis['high']:.2f}];"
+        f" `fd_wavelet` above its null {judged['fd_wavelet']['excess']:.2f}, of held-out tiles"
+        f" {judged['fd_wavelet_held_out']['excess']:.2f}.",
         "- Distance to the nearest training crop (levels of 255, median of each class, mean over classes; a copy would"
         f" read near 0): {distances}.",
     ]
