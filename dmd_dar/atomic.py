@@ -31,7 +31,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _umask() -> int:
@@ -40,7 +40,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename itself must survive a power cut, too."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -198,8 +198,9 @@ def _check(root: type, schema: type, base: Any, values: dict[str, Any], where: s
     for name, value in values.items():
         path = f"{prefix}.{name}".lstrip(".")
         if name not in known:
-            hint = _nearest(root, list(known.values()), path)
-            raise ConfigError(f"{path} = {shown(value)} ({where}): unknown key; {hint}")
+            full, value = _typed_path(path, value)
+            hint = _nearest(root, list(known.values()) if full == path else [], full)
+            raise ConfigError(f"{full} = {shown(value)} ({where}): unknown key; {hint}")
         slot = known[name]
         if slot.section is None:
             leaf(value, slot, where)
@@ -210,6 +211,14 @@ def _check(root: type, schema: type, base: Any, values: dict[str, Any], where: s
             raise ConfigError(f"{path} = {shown(value)} ({where}): {path} is a section; set its keys, such as {some}")
 
 
+def _typed_path(path: str, value: Any) -> tuple[str, Any]:
+    """`a: {b: 1}` as it is typed on a command line, a.b and 1; anything else as it is."""
+    while isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+        path = f"{path}.{name}"
+    return path, value
+
+
 def _nearest(root: type, siblings: list[Slot], path: str) -> str:
     name = path.rpartition(".")[2]
     near = difflib.get_close_matches(name, [slot.name for slot in siblings], 1)
@@ -217,6 +226,7 @@ def _nearest(root: type, siblings: list[Slot], path: str) -> str:
         return f"nearest valid key: {next(slot.path for slot in siblings if slot.name == near[0])}"
     everywhere = [slot.path for slot in walk(root)]
     same_name = [other for other in everywhere if other.rpartition(".")[2] == name]
+    same_name.sort(key=lambda other: -difflib.SequenceMatcher(None, path, other).ratio())
     near = same_name[:1] or difflib.get_close_matches(path, everywhere, 1, cutoff=0.0)
     return f"nearest valid key: {near[0]}" if near else "see --help"
 

@@ -189,6 +189,7 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
         ("rungs=[0.9,0.5]", "rungs"),
         ("student.routing.scale=convex", "allow_change"),
         ("student.routing.chunksize=4", "chunk_size"),
+        ("studnt.lr=1e-4", "nearest valid key: student.lr"),
         ("teacher.path=/nowhere", "teacher.path"),
         ("regression.metric=lpips", "DMD_DAR_WEIGHTS_DIR"),
         ("data.size=64", "data.size"),

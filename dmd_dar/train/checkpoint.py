@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dmd_dar.atomic import sync_folder
 from dmd_dar.errors import DamagedFileError
 from dmd_dar.keys import key
 
@@ -38,6 +39,7 @@ def save(root: Path, step: int, state: dict[str, Any], keep: int) -> None:
         os.fsync(file.fileno())
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
+    sync_folder(root)
     for old in steps_saved(root)[:-keep]:
         shutil.rmtree(_folder(root, old))
 
