@@ -87,10 +87,6 @@ class Draws:
         word = _words(self.seed, self.phase, self.step, "shared", name)[0]
         return word * high >> 32
 
-    def at(self, phase: str) -> "Draws":
-        """The same samples and step under another phase, for draws that must not coincide with this phase's."""
-        return Draws(self.seed, phase, self.step, self.samples)
-
 
 def sample_range(start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """(stop - start,) global sample indices."""

@@ -34,7 +34,7 @@ class RegressionConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the trajectories; its hash names their folder."""
+    """All that decides the trajectories; its hash names their file."""
 
     teacher: str  # models.saved.network_hash
     guidance_scale: float

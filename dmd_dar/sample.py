@@ -27,12 +27,12 @@ class SampleConfig:
     student: str = key("", "folder of a student, RUN/student", path=True)
     out: str = key("out/samples", "folder for 000000.png ..., grid.png and samples.json")
     n: int = key(64, "images", least=1)
-    seed: int = key(0, "of the noise; image i depends on seed and i alone", least=0)
+    seed: int = key(0, "of the noise; that of image i depends on seed and i alone", least=0)
     label: int = key(-1, "class of all images; -1 takes the classes in turn", least=-1)
     steps: int = key(0, "network calls; 0 takes the student's own", least=0)
     rungs: tuple[float, ...] = key((), "times of the calls; empty takes the student's own", above=0, most=1)
     sampler: Sampler = key("stochastic", "stochastic re-noises between calls; deterministic follows the ODE")
-    batch_size: int = key(64, "images at a time; does not change any image", least=1)
+    batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -78,16 +80,18 @@ class Bench:
         return to_pixels(x0).cpu(), labels.cpu()
 
     def cached(self, facts: dict[str, Any], generator: Generator) -> tuple[Tensor, Tensor]:
-        """The images that `facts` and this bench determine, made once."""
+        """The images that `facts` and this bench determine, made once; a damaged file is made anew."""
         identity = {**facts, "count": self.count, "seed": self.seed, "shape": self.shape, "classes": self.num_classes}
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         path = self.cache / f"{name}.safetensors"
-        if not path.is_file():
-            images, labels = self.images(generator)
-            make_folder(self.cache)
-            write_atomic(path, save({"images": images, "labels": labels}, metadata={"identity": json.dumps(identity)}))
-        kept = load_file(path)
-        return kept["images"], kept["labels"]
+        if path.is_file():
+            with contextlib.suppress(SafetensorError):
+                kept = load_file(path)
+                return kept["images"], kept["labels"]
+        images, labels = self.images(generator)
+        make_folder(self.cache)
+        write_atomic(path, save({"images": images, "labels": labels}, metadata={"identity": json.dumps(identity)}))
+        return images, labels
 
     @staticmethod
     def of(cfg: Any, network: SiT, device: torch.device) -> "Bench":

@@ -35,7 +35,7 @@ class ReportConfig:
     n: int = key(1024, "images of each set", least=64)
     seed: int = key(0, "of the evaluation noise, the real crops and the bootstrap", least=0)
     solver_steps: int = key(15, "Heun steps of the teacher, two evaluations each", unit="steps", least=1)
-    batch_size: int = key(64, "images at a time; does not change any image", least=1)
+    batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cache: str = key("out/cache", "folder in which the teacher's images are kept and found again")
     title: str = key("Did the detail survive?", "heading of the page")
     cpu: bool = key(False, "compute on the CPU although a GPU is there")

@@ -40,7 +40,7 @@ class TeacherReportConfig:
     solver_steps: int = key(32, "Heun steps, two evaluations each", unit="steps", least=1)
     neighbours: int = key(4096, "training crops of each class among which the nearest is looked for", least=1)
     seed: int = key(0, "of the noise, the crops and the bootstrap", least=0)
-    batch_size: int = key(64, "images at a time; does not change any image", least=1)
+    batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cache: str = key("out/cache", "folder in which the teacher's images are kept and found again")
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
 

@@ -59,7 +59,6 @@ def test_a_sample_is_the_same_in_any_batch(kind, splits):
     [
         draws(seed=1).normal("x", 256),
         draws(phase="fake_score").normal("x", 256),
-        draws().at("fake_score").normal("x", 256),
         draws(step=4).normal("x", 256),
         draws(samples=range(64, 128)).normal("x", 256),
         draws(samples=range(2**16, 2**16 + 64)).normal("x", 256),
@@ -68,16 +67,12 @@ def test_a_sample_is_the_same_in_any_batch(kind, splits):
         draws().normal("y", 256),
         draws().normal("x", 257)[:, 1:],
     ],
-    ids=["seed", "phase", "at", "step", "sample", "sample>16bit", "sample>32bit", "sample>40bit", "name", "neighbour"],
+    ids=["seed", "phase", "step", "sample", "sample>16bit", "sample>32bit", "sample>40bit", "name", "neighbour"],
 )
 def test_each_part_of_the_key_gives_other_draws(other):
     here = draws().normal("x", 256)
     assert (here == other).sum() <= 2
     assert abs(correlation(here, other)) < 4 / math.sqrt(here.numel())
-
-
-def test_at_changes_the_phase_alone():
-    assert torch.equal(draws().at("pairs").uniform("x", 4), draws(phase="pairs").uniform("x", 4))
 
 
 def test_uniform_is_uniform_on_the_open_interval():

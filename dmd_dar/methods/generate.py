@@ -1,4 +1,4 @@
-"""Images from a network, in batches of any size: sample i depends on (seed, phase, i) alone."""
+"""Images from a network, in batches of any size: all draws of sample i depend on (seed, phase, i) alone."""
 
 from collections.abc import Callable
 

@@ -140,7 +140,6 @@ class Loop:
 
     def run(self, start: int, log: RunLog) -> bool:
         """Train from step `start` to the end; False where a signal stopped it early (a checkpoint is written)."""
-        saved = start
         with StopRequest() as stop, Progress(self.steps, start, enabled=self.folder is not None) as progress:
             for step in range(start + 1, self.steps + 1):
                 metrics: dict[str, Tensor] = {}
@@ -156,7 +155,6 @@ class Loop:
                 stopping = self.runtime.any(stop.asked)
                 if last or stopping or step % self.checkpoints.every == 0:
                     self.save(step)
-                    saved = step
                 if stopping and not last:
                     return False
-        return saved == self.steps
+        return True

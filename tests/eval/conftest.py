@@ -60,8 +60,9 @@ def shaped_noise(blur, eight_bit) -> Callable[[Tensor, float], Tensor]:
         noise = torch.fft.irfft2(lost.clamp(min=0).sqrt() * phase / phase.abs(), s=shape)
         result, target = blurred + noise, band_energies(images).mean(0)
         for _ in range(8):  # clipping and rounding move the bands again
-            ratio = (target / band_energies(eight_bit(result).double() / 255).mean(0)).sqrt()
-            gains = torch.cat([ratio.nan_to_num(1.0), ratio.new_ones(1)])[modes(*shape).band]
+            energy = band_energies(eight_bit(result).double() / 255).mean(0)
+            ratio = torch.where(energy > 0, target / energy, 1.0).sqrt()  # B0 is empty at 32 px
+            gains = torch.cat([ratio, ratio.new_ones(1)])[modes(*shape).band]
             result = torch.fft.irfft2(torch.fft.rfft2(result) * gains, s=shape)
         return result
 

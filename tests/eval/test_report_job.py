@@ -88,6 +88,17 @@ def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
         assert (ours - theirs).abs().max() <= 1
 
 
+def test_damaged_kept_images_are_made_anew(runs, tmp_path):
+    (arm,) = arms.read_arms((str(runs / "residual"),))
+    network = arms.Teacher.of(arm.cfg, torch.device("cpu")).network
+    bench = arms.Bench.of(options(runs, "residual", cache=tmp_path), network, torch.device("cpu"))
+    made = bench.cached({"a": 1}, lambda cond, draws, noise: noise)
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-5])
+    again = bench.cached({"a": 1}, lambda cond, draws, noise: noise)
+    assert torch.equal(made[0], again[0]) and torch.equal(load_file(kept)["images"], made[0])
+
+
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     with pytest.raises(config.ConfigError, match="no config.yaml"):
         arms.read_arms((str(tmp_path),))
