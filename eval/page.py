@@ -41,6 +41,7 @@ th, td { padding: .4rem 0 .4rem 1.1rem; text-align: right; border-bottom: 1px so
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; color: var(--ink); padding-left: 0; }
 .facts td { white-space: normal; overflow-wrap: anywhere; max-width: 18rem; }
+.facts td:first-child { white-space: nowrap; overflow-wrap: normal; max-width: none; }
 .verdicts :is(th, td):nth-child(2) { text-align: left; }
 td small { display: block; color: var(--soft); }
 .verdict { display: inline-block; padding: 0 .55rem; border-radius: 1rem; border: 1.5px solid; font-weight: 600; }
@@ -345,8 +346,9 @@ def _facts(result: dict) -> str:
 
 
 def _shown_facts(facts: dict) -> dict:
-    """All but what each router did, which stays in report.json."""
-    return {key: value for key, value in _flat(facts).items() if not key.startswith("routing.by_router")}
+    """All but what each router did; a network's hash by its first digits. report.json holds everything whole."""
+    shown = {key: value for key, value in _flat(facts).items() if not key.startswith("routing.by_router")}
+    return shown | {"network": shown["network"][:8]} if "network" in shown else shown
 
 
 def _flat(facts: dict, prefix: str = "") -> dict:

@@ -16,6 +16,7 @@ HEADINGS = (
     "calls",
     "verdict",
     "HF gain, dB",
+    "HF gain of a class, dB",
     "kurtosis ratio",
     "`fd_wavelet` above null",
     "share of undistilled",
@@ -31,11 +32,13 @@ def interval(value: dict[str, float]) -> str:
 def row(one: dict[str, Any], shares: dict[str, float]) -> str:
     """One network against the teacher."""
     against, share = one["against"]["teacher"], shares.get(one["name"])
+    by_class = against["hf_gain_by_class"].values()
     cells = [
         one["name"],
         str(one["facts"]["evaluations"]),
         against["verdict"]["word"],
         interval(against["gain_db"]["HF"]),
+        f"{min(by_class):+.1f} to {max(by_class):+.1f}",
         f"{against['hf_kurtosis_ratio']['value']:.2f}",
         f"{against['fd_wavelet']['excess']:.2f}",
         "" if share is None else f"{share:.2f}",
