@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from dmd_dar.keys import key
 from dmd_dar.routing.layout import Query, RoutingConfig, Scale, Summary
-from dmd_dar.routing.router import History, Observer, RouterBank
+from dmd_dar.routing.history import History, Observer
+from dmd_dar.routing.router import RouterBank
 
 PRESETS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # d, depth, heads
 FREQUENCIES = 256

@@ -7,7 +7,8 @@ import torch
 
 from dmd_dar.routing import ops
 from dmd_dar.routing.layout import RoutingConfig
-from dmd_dar.routing.router import History, RouterBank
+from dmd_dar.routing.history import History
+from dmd_dar.routing.router import RouterBank
 
 FORMS = ["convex", "count", "stream"]
 QUERIES = ["static", "timestep", "dynamic"]

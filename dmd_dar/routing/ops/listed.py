@@ -1,0 +1,44 @@
+"""A history held as lists of tensors, for backends that read whole sources at every router."""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dmd_dar.routing.ops import naive
+
+if TYPE_CHECKING:
+    from dmd_dar.routing.router import RouterBank
+
+
+class ListedReader:
+    """Sources in lists; `route_of` (the signature of naive.route) builds each state from them."""
+
+    def __init__(self, bank: "RouterBank", t_embedding: Tensor | None, route_of: Callable[..., Tensor]):
+        self.bank, self.t_embedding, self.route_of = bank, t_embedding, route_of
+        self.summaries: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def summary(self, v: Tensor) -> None:
+        """c_n of the chunk that ends here; its outputs are read no more."""
+        self.summaries.append(v)
+        self.outputs = []
+
+    def output(self, v: Tensor) -> None:
+        self.outputs.append(v)
+
+    def route(
+        self, router: int, previous: Tensor, stream: Tensor | None, observed: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """h_l, and alpha (n, B, T) if observed."""
+        bank = self.bank
+        sources = self.summaries + self.outputs
+        query, gain = bank.query_of(router, self.t_embedding, previous), bank.gain[bank.row(router)]
+        alpha = naive.weights(sources, query, gain) if observed else None
+        return self.route_of(sources, query, gain, scale=bank.config.scale, stream=stream), alpha
+
+    def snapshot(self) -> "ListedReader":
+        twin = copy.copy(self)
+        twin.summaries, twin.outputs = list(self.summaries), list(self.outputs)
+        return twin
