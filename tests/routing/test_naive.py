@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dmd_dar.routing import ops
+from dmd_dar.routing.ops import naive
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.history import History
 from dmd_dar.routing.router import RouterBank
@@ -131,26 +131,26 @@ def test_stream_equals_count_for_every_query_where_no_source_was_dropped(chunk_s
 def test_stream_is_the_stream_bit_for_bit_at_a_zero_query(dtype, n):
     v = (randn(n, 2, 3, 8) * 10.0 ** torch.arange(-3, 3).repeat(10)[:n, None, None, None]).to(dtype)
     stream = randn(2, 3, 8, seed=1).to(dtype)
-    h = ops.route(list(v), torch.zeros(8, dtype=dtype), torch.ones(8), scale="stream", stream=stream)
+    h = naive.route(list(v), torch.zeros(8, dtype=dtype), torch.ones(8), scale="stream", stream=stream)
     assert h.dtype == dtype and torch.equal(h, stream)
 
 
 def test_stream_adds_n_alpha_minus_one_times_each_source():
     v, stream, query, gain = list(randn(4, 2, 3, 8)), randn(2, 3, 8, seed=1), randn(2, 3, 8, seed=2), randn(8, seed=3)
-    alpha = ops.weights(v, query, gain)
+    alpha = naive.weights(v, query, gain)
     assert torch.allclose(alpha.sum(0), torch.ones(2, 3).double()) and alpha.min() > 0
     added = sum((4 * a - 1)[..., None] * x for a, x in zip(alpha, v, strict=True))
-    assert torch.allclose(ops.route(v, query, gain, scale="stream", stream=stream) - stream, added, atol=1e-13)
+    assert torch.allclose(naive.route(v, query, gain, scale="stream", stream=stream) - stream, added, atol=1e-13)
     with pytest.raises(ValueError, match="needs the residual stream"):
-        ops.route(v, query, gain, scale="stream")
+        naive.route(v, query, gain, scale="stream")
 
 
 @pytest.mark.parametrize("scale", FORMS)
 def test_bfloat16_is_routed_in_float32_and_cast_once(scale):
     v, stream = randn(5, 2, 3, 8).bfloat16(), randn(2, 3, 8, seed=1).bfloat16()
     query, gain = randn(8, seed=2).float(), randn(8, seed=3).float()
-    h = ops.route(list(v), query, gain, scale=scale, stream=stream)
-    above = ops.route(list(v.float()), query, gain, scale=scale, stream=stream.float())
+    h = naive.route(list(v), query, gain, scale=scale, stream=stream)
+    above = naive.route(list(v.float()), query, gain, scale=scale, stream=stream.float())
     assert h.dtype == torch.bfloat16 and torch.equal(h, above.bfloat16())
 
 
@@ -158,22 +158,22 @@ def test_large_logits_do_not_overflow():
     v = [torch.full((1, 1, 8), x) for x in (1.0, -1.0, 2.0)]
     query = torch.full((8,), 1e4)
     for scale, expected in (("convex", 1.5), ("count", 4.5), ("stream", 10 + 0.5 + 1 + 1)):
-        h = ops.route(v, query, torch.ones(8), scale=scale, stream=torch.full((1, 1, 8), 10.0))
+        h = naive.route(v, query, torch.ones(8), scale=scale, stream=torch.full((1, 1, 8), 10.0))
         assert torch.allclose(h, torch.full((1, 1, 8), expected), atol=1e-2), scale
 
 
 def test_order_and_scale_of_sources():
     v, query, gain = list(randn(4, 2, 3, 8)), randn(8, seed=2), randn(8, seed=3)
-    alpha = ops.weights(v, query, gain)
-    assert torch.allclose(ops.weights(v[::-1], query, gain), alpha.flip(0))
+    alpha = naive.weights(v, query, gain)
+    assert torch.allclose(naive.weights(v[::-1], query, gain), alpha.flip(0))
     for scale in ("convex", "count"):
-        ahead, back = (ops.route(x, query, gain, scale=scale) for x in (v, v[::-1]))
+        ahead, back = (naive.route(x, query, gain, scale=scale) for x in (v, v[::-1]))
         assert torch.allclose(ahead, back, atol=1e-14)
-    louder = ops.weights([1000 * v[0], *v[1:]], query, gain)
+    louder = naive.weights([1000 * v[0], *v[1:]], query, gain)
     assert torch.allclose(louder, alpha, rtol=1e-4)  # the keys' RMSNorm takes the scale out, up to its eps
-    assert torch.allclose(ops.weights(v, query / 2, 2 * gain), alpha)
+    assert torch.allclose(naive.weights(v, query / 2, 2 * gain), alpha)
     odds = alpha[0] / alpha[1]
-    negated = ops.weights([-x for x in v], query, gain)
+    negated = naive.weights([-x for x in v], query, gain)
     assert torch.allclose(negated[0] / negated[1], 1 / odds)
 
 
@@ -181,7 +181,7 @@ def test_order_and_scale_of_sources():
 def test_a_zero_source_has_a_finite_gradient(scale):
     v = [x.requires_grad_() for x in (torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), torch.ones(2, 3, 8))]
     query = torch.ones(8, requires_grad=True)
-    ops.route(v, query, torch.ones(8), scale=scale, stream=torch.zeros(2, 3, 8)).square().sum().backward()
+    naive.route(v, query, torch.ones(8), scale=scale, stream=torch.zeros(2, 3, 8)).square().sum().backward()
     for x in (*v, query):
         assert torch.isfinite(x.grad).all()
     assert v[0].grad.abs().max() > 0
@@ -194,7 +194,7 @@ def test_gradients_of_the_route(scale, query_shape):
 
     def route(stream, *rest):
         *v, query, gain = rest
-        return ops.route(v, query, gain, scale=scale, stream=stream)
+        return naive.route(v, query, gain, scale=scale, stream=stream)
 
     assert torch.autograd.gradcheck(route, [x.requires_grad_() for x in inputs])
 

@@ -1,12 +1,71 @@
-"""The routing operation; the choice among implementations is made here and nowhere else."""
+"""The routing operation; the choice among implementations is made here and nowhere else.
 
-from torch import Tensor, dtype
+`naive` is the equations, `torch` the fast default on every device, `triton` fused kernels for CUDA. A backend that
+cannot serve a forward pass gives way to another, and says so once in the log.
+"""
 
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from torch import Tensor, compiler
+from torch import dtype as Dtype
+from torch._C import _functorch
+
+from dmd_dar.routing.ops import naive
 from dmd_dar.routing.ops.listed import ListedReader
-from dmd_dar.routing.ops.naive import route, weights
+from dmd_dar.routing.ops.torch import TorchReader
 
-__all__ = ["reader", "route", "weights"]
+if TYPE_CHECKING:
+    from dmd_dar.routing.router import RouterBank
+
+BACKENDS = ("torch", "naive", "triton")
+VARIABLE = "DMD_DAR_ROUTING_BACKEND"
+Reader = ListedReader | TorchReader
+
+log = logging.getLogger(__name__)
 
 
-def reader(bank, v_0: Tensor, t_embedding: Tensor | None, dtype: dtype):
-    return ListedReader(bank, t_embedding, route)
+def reader(bank: "RouterBank", v_0: Tensor, t_embedding: Tensor | None, dtype: Dtype) -> Reader:
+    """What holds the sources of one forward pass and builds the states from them. v_0 (B, T, d); dtype: the sources'.
+
+    Raises ValueError for an unknown backend in `bank.backend` or the environment variable DMD_DAR_ROUTING_BACKEND.
+    """
+    if compiler.is_compiling():
+        _compiled()
+        return ListedReader(bank, t_embedding, naive.route)
+    name = chosen(bank.backend)
+    if name == "triton":
+        from dmd_dar.routing.ops import triton
+
+        reason = triton.refusal(bank, v_0, dtype)
+        if reason is None:
+            return ListedReader(bank, t_embedding, triton.route)
+        name = give_way("triton", "torch", reason)
+    if name == "torch" and _functorch.peek_interpreter_stack() is not None:
+        name = give_way("torch", "naive", "it does not work inside torch.func transforms")
+    return (
+        TorchReader(bank, v_0, t_embedding, dtype) if name == "torch" else ListedReader(bank, t_embedding, naive.route)
+    )
+
+
+def chosen(backend: str | None) -> str:
+    """`backend`, else the environment's, else torch."""
+    name = backend or os.environ.get(VARIABLE) or BACKENDS[0]
+    if name not in BACKENDS:
+        raise ValueError(f"unknown routing backend {name!r} (bank.backend or {VARIABLE}): choose one of {BACKENDS}")
+    return name
+
+
+@functools.cache
+def give_way(name: str, other: str, reason: str) -> str:
+    """The backend that serves instead; logged once for each reason."""
+    log.warning("routing backend %s gives way to %s: %s", name, other, reason)
+    return other
+
+
+@compiler.assume_constant_result
+def _compiled() -> str:
+    """Runs while a graph is traced, not when it runs."""
+    return give_way("torch", "naive", "under torch.compile the equations are traced, and the compiler fuses them")
