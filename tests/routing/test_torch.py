@@ -1,0 +1,349 @@
+import copy
+import itertools
+import logging
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dmd_dar.routing import ops
+from dmd_dar.routing.history import History
+from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.router import RouterBank
+from tests.routing.chain import chain, loss_of
+
+QUERIES, SCALES, SUMMARIES = ("static", "timestep", "dynamic"), ("convex", "count", "stream"), ("last", "sum")
+FORMS = list(itertools.product(QUERIES, SCALES, SUMMARIES))
+SHAPES = [(1, 1), (2, 1), (4, 4), (7, 3), (11, 1), (12, 4)]  # sublayers, chunk size
+
+
+def routing(query="timestep", scale="stream", summary="sum", chunk_size=4, final="dedicated") -> RoutingConfig:
+    return RoutingConfig(query=query, scale=scale, summary=summary, chunk_size=chunk_size, final=final)
+
+
+def worst(found: dict, expected: dict) -> float:
+    """Largest error of any leaf over that leaf's largest entry."""
+    assert found.keys() == expected.keys()
+    return max(((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-30)).item() for n, g in expected.items())
+
+
+def assert_equal_backends(one, value_tol: float, gradient_tol: float) -> None:
+    ours, theirs = one.states("torch"), one.states("naive")
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).abs().max() <= value_tol * b.abs().max()
+    assert worst(one.gradients(loss_of(ours)), one.gradients(loss_of(theirs))) <= gradient_tol
+
+
+@pytest.mark.parametrize("sublayers, chunk_size", SHAPES)
+@pytest.mark.parametrize("query, scale, summary", FORMS)
+def test_equals_the_equations_in_float64(query, scale, summary, sublayers, chunk_size):
+    assert_equal_backends(chain(routing(query, scale, summary, chunk_size), sublayers, 6), 1e-12, 1e-10)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_equals_the_equations_in_float32(query, scale):
+    one = chain(routing(query, scale), 10, 48, tokens=7, dtype=torch.float32)
+    assert_equal_backends(one, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_the_last_routers_row_serves_the_head_too(query):
+    assert_equal_backends(chain(routing(query, chunk_size=3, final="reuse_last"), 7, 6), 1e-12, 1e-10)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("width, tokens, sublayers, chunk_size", [(33, 5, 6, 1), (1152, 3, 5, 2), (4, 1, 127, 1)])
+def test_odd_widths_odd_tokens_and_128_sources(query, width, tokens, sublayers, chunk_size):
+    one = chain(routing(query, "convex", chunk_size=chunk_size), sublayers, width, tokens=tokens)
+    assert_equal_backends(one, 1e-11, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("query, scale", list(itertools.product(QUERIES, SCALES)))
+def test_half_precision_is_routed_in_float32(query, scale, dtype):
+    one = chain(routing(query, scale, chunk_size=2), 5, 16, dtype=dtype)
+    ulp = torch.finfo(dtype).eps
+    assert_equal_backends(one, 3 * ulp, 20 * ulp)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("query, chunk_size", list(itertools.product(QUERIES, (1, 4))))
+def test_zero_queries_return_the_stream_bit_for_bit(query, chunk_size, dtype):
+    one = chain(routing(query, chunk_size=chunk_size), 30, 24, dtype=dtype)
+    one.bank.reset()
+    history, stream = History(one.bank, one.v_0, one.t_embedding), one.v_0
+    for f in one.sublayers:
+        v = torch.sin(3 * stream * f)
+        stream = stream + v
+        history.append(v)
+        assert torch.equal(history.state(), stream)
+
+
+def test_a_narrow_block_of_wide_copies_changes_nothing(monkeypatch):
+    one = chain(routing("dynamic"), 6, 16, tokens=9, dtype=torch.bfloat16)
+    whole = one.states("torch")
+    monkeypatch.setattr("dmd_dar.routing.ops.torch.BLOCK_BYTES", 1000)
+    assert all(torch.equal(a, b) for a, b in zip(whole, one.states("torch"), strict=True))
+
+
+@pytest.mark.parametrize("query, scale", list(itertools.product(QUERIES, SCALES)))
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_gradcheck(backend, query, scale):
+    one = chain(routing(query, scale, chunk_size=2), 3, 3, batch=1, tokens=2)
+    leaves = list(one.leaves().values())
+    assert torch.autograd.gradcheck(lambda *_: one.states(backend)[1:], leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_two_forwards_before_one_backward(query):
+    one, losses = chain(routing(query), 9, 6), {}
+    for backend in ("torch", "naive"):
+        first, second = one.states(backend), one.states(backend)
+        losses[backend] = one.gradients(loss_of(first) * loss_of(second))
+    assert worst(losses["torch"], losses["naive"]) < 1e-10
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_second_backward_starts_afresh(query):
+    """The first pass reaches all routers, the second stops at an early state: nothing of the first may remain."""
+    one = chain(routing(query, chunk_size=3), 8, 6)
+    states, expected = one.states("torch"), one.states("naive")
+    for some in (states[:], states[2:4], states[-1:]):
+        chosen = [expected[[id(s) for s in states].index(id(h))] for h in some]
+        ours = one.gradients(loss_of(some), retain_graph=True)
+        assert worst(ours, one.gradients(loss_of(chosen), retain_graph=True)) < 1e-10
+
+
+def test_gradient_to_a_state_stops_there():
+    one = chain(routing(), 8, 6)
+    found = {}
+    for backend in ("torch", "naive"):
+        states = one.states(backend)
+        found[backend] = torch.autograd.grad(states[-1].square().sum(), states[5], retain_graph=True)[0]
+        later = torch.autograd.grad(states[4].square().sum(), one.v_0)[0]
+        found[f"{backend} later"] = later
+    torch.testing.assert_close(found["torch"], found["naive"])
+    torch.testing.assert_close(found["torch later"], found["naive later"])
+
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("frozen", [["query", "gate", "gain", "w_q"], ["v_0"], ["sublayers", "v_0"], ["gain"]])
+def test_frozen_leaves(query, frozen):
+    one = chain(routing(query, chunk_size=3), 7, 6)
+    for name in frozen:
+        if name in one.leaves():
+            one.leaves()[name].requires_grad_(False)
+    ours, theirs = one.gradients(loss_of(one.states("torch"))), one.gradients(loss_of(one.states("naive")))
+    assert worst(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_sources_of_any_stride(query):
+    one = chain(routing(query, chunk_size=3), 5, 8, tokens=6)
+    found = {}
+    for backend in ("torch", "naive"):
+        one.bank.backend = backend
+        history = History(one.bank, one.v_0.flip(1), one.t_embedding)
+        for f in one.sublayers:
+            transposed = torch.tanh(history.state() * f).transpose(1, 2).contiguous().transpose(1, 2)
+            history.append(transposed if backend == "torch" else transposed.contiguous())
+        state = history.state()
+        grad = torch.randn(8, 6, 2, generator=torch.Generator().manual_seed(1), dtype=state.dtype).permute(2, 1, 0)
+        found[backend] = one.gradients((state * grad).sum())
+    assert worst(found["torch"], found["naive"]) < 1e-10
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_recomputed_blocks_have_equal_gradients(query):
+    """Gradient checkpointing: each sublayer is recomputed on a snapshot of the history."""
+    one = chain(routing(query, chunk_size=3), 9, 6)
+    expected = one.gradients(loss_of(one.states("naive")))
+    one.bank.backend = "torch"
+    history, states = History(one.bank, one.v_0, one.t_embedding), []
+    for f in one.sublayers:
+        entry = history.snapshot()
+        ran = []
+
+        def block(f, entry=entry, ran=ran):
+            mine = entry.snapshot()
+            ran.append(mine)
+            h = mine.state()
+            mine.append(torch.tanh(h * f))
+            return h, mine.stream
+
+        h, _ = checkpoint(block, f, use_reentrant=False)
+        history = ran[0]
+        states.append(h)
+    assert worst(one.gradients(loss_of([*states, history.state()])), expected) < 1e-10
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_saved_tensors_may_be_moved_away(query):
+    one = chain(routing(query, chunk_size=3), 9, 6)
+    expected = one.gradients(loss_of(one.states("torch")))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        states = one.states("torch")
+    assert worst(one.gradients(loss_of(states)), expected) == 0
+
+
+def test_a_state_changed_in_place_is_refused():
+    states = chain(routing(scale="count"), 5, 6).states("torch")
+    states[3].data.add_(0)  # unseen by autograd
+    with torch.no_grad():
+        states[3].add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss_of(states[-1:]).backward()
+
+
+def test_what_a_pass_gathered_is_let_go():
+    loss = loss_of(chain(routing(), 9, 6).states("torch"))
+    (gathered,) = passes_under(loss)
+    loss.backward()
+    assert gathered.dh is gathered.query_grad is None and not gathered.rows
+
+
+def passes_under(loss) -> set:
+    """What the routing nodes under a loss share."""
+    found, stack, seen = set(), [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "shared"):
+            found.add(node.shared)
+        stack += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def test_autocast_keeps_half_precision_sources():
+    found = {}
+    for backend in ("torch", "naive"):
+        one = chain(routing("timestep", "stream"), 6, 16, dtype=torch.float32)
+        one.bank.backend = backend
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            history = History(one.bank, one.v_0, one.t_embedding)
+            for f in one.sublayers:
+                weight = torch.diag(f)
+                history.append(torch.nn.functional.linear(history.state(), weight))
+            state = history.state()
+        assert history.dtype == torch.bfloat16 and state.dtype == torch.float32
+        found[backend] = one.gradients(state.square().sum())
+    assert worst(found["torch"], found["naive"]) < 0.05
+
+
+def test_alpha_is_shown_to_an_observer():
+    one, seen = chain(routing("timestep", chunk_size=3), 7, 6), {}
+    for backend in ("torch", "naive"):
+        one.bank.backend = backend
+        history = History(one.bank, one.v_0, one.t_embedding, seen.setdefault(backend, {}).__setitem__)
+        for f in one.sublayers:
+            history.append(torch.tanh(history.state() * f))
+        history.state()
+    for router in range(2, 9):
+        alpha = seen["torch"][router]
+        torch.testing.assert_close(alpha, seen["naive"][router])
+        torch.testing.assert_close(alpha.sum(dim=0), torch.ones_like(alpha[0]))
+
+
+def test_two_streams_join():
+    """Histories of two token streams, then routers of their concatenation: all backends agree."""
+    config, found = routing("timestep", chunk_size=3), {}
+    text, image = (chain(config, 9, 6, tokens=tokens, seed=tokens) for tokens in (2, 5))
+    joint = RouterBank(config, 9, 6, routers=range(5, 11)).double()
+    for parameter in joint.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    for backend in ("torch", "naive"):
+        histories = []
+        for one in (text, image):
+            one.bank.routers = range(2, 5)
+            one.bank.backend = backend
+            history = History(one.bank, one.v_0, one.t_embedding, joinable=True)
+            for f in one.sublayers[:4]:
+                history.append(torch.tanh(history.state() * f))
+            histories.append(history)
+        joint.backend = backend
+        history = History.joined(*histories, joint, text.t_embedding)
+        for f in text.sublayers[4:]:
+            history.append(torch.tanh(history.state() * f))
+        state = history.state()
+        leaves = [*joint.parameters(), text.v_0, image.v_0, text.sublayers, image.sublayers]
+        found[backend] = dict(enumerate([state, *torch.autograd.grad(state.cos().sum(), leaves)]))
+    assert found["torch"][0].shape == (2, 7, 6)
+    assert worst(found["torch"], found["naive"]) < 1e-10
+
+
+def test_histories_that_are_not_equally_far_do_not_join():
+    one = chain(routing(), 5, 6)
+    a, b = (History(one.bank, one.v_0, one.t_embedding, joinable=True) for _ in range(2))
+    b.append(b.state())
+    with pytest.raises(ValueError, match="equally far: 0 and 1 sublayers"):
+        History.joined(a, b, one.bank)
+    with pytest.raises(ValueError, match="joinable"):
+        History.joined(History(one.bank, one.v_0, one.t_embedding), a, one.bank)
+
+
+def test_a_deep_copy_routes_alike():
+    one = chain(routing(), 6, 6)
+    twin = copy.deepcopy(one.bank)
+    expected = one.states("torch")[-1]
+    other = type(one)(twin, one.v_0, one.t_embedding, one.sublayers)
+    assert torch.equal(other.states("torch")[-1], expected)
+
+
+def test_an_unknown_backend_is_named(monkeypatch):
+    one = chain(routing(), 5, 6)
+    with pytest.raises(ValueError, match="unknown routing backend 'fast'.*torch"):
+        one.states("fast")
+    monkeypatch.setenv(ops.VARIABLE, "faster")
+    one.bank.backend = None
+    with pytest.raises(ValueError, match="unknown routing backend 'faster'.*DMD_DAR_ROUTING_BACKEND"):
+        History(one.bank, one.v_0, one.t_embedding)
+
+
+def test_the_environment_chooses(monkeypatch):
+    one = chain(routing(), 5, 6)
+    monkeypatch.setenv(ops.VARIABLE, "naive")
+    one.bank.backend = None
+    assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, ops.ListedReader)
+    one.bank.backend = "torch"
+    assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, ops.TorchReader)
+
+
+def test_giving_way_is_logged_once(caplog):
+    """Inside torch.func the equations serve, with the same values; a compiled graph traces them."""
+    ops.give_way.cache_clear()
+    one = chain(routing("static"), 5, 6)
+    expected = torch.autograd.grad(one.states("torch")[-1].sum(), one.v_0)[0]
+
+    def total(v_0):
+        return type(one)(one.bank, v_0, one.t_embedding, one.sublayers).states("torch")[-1].sum()
+
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            torch.testing.assert_close(torch.func.grad(total)(one.v_0), expected)
+    assert [record.message for record in caplog.records] == [
+        "routing backend torch gives way to naive: it does not work inside torch.func transforms"
+    ]
+
+
+def test_a_compiled_chain_is_one_graph(caplog):
+    ops.give_way.cache_clear()
+    one = chain(routing("timestep", chunk_size=2), 5, 6)
+    expected = one.gradients(loss_of(one.states("torch")))
+    compiled = torch.compile(lambda: loss_of(one.states("torch")), backend="aot_eager", fullgraph=True)
+    with caplog.at_level(logging.WARNING):
+        assert worst(one.gradients(compiled()), expected) < 1e-10
+        compiled()
+    assert sum("gives way to naive: under torch.compile" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sublayers, chunk_size", [(56, 1), (56, 4), (56, 56), (24, 5), (127, 11), (13, 2)])
+@pytest.mark.parametrize("query, scale, summary", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_forms_at_depth(query, scale, summary, sublayers, chunk_size, dtype):
+    one = chain(routing(query, scale, summary, chunk_size), sublayers, 33, tokens=5, dtype=dtype)
+    assert_equal_backends(one, *((1e-5, 1e-4) if dtype == torch.float32 else (1e-11, 1e-9)))
