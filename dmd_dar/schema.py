@@ -144,7 +144,7 @@ def _kind_name(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_kind_name(option) for option in inner)
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in inner)
+        return "one of " * (len(inner) > 1) + ", ".join(str(choice) for choice in inner)
     if origin in (tuple, list):
         entries = [_kind_name(part) for part in inner if part is not Ellipsis]
         return f"list of {entries[0]}" if inner[-1] is Ellipsis or origin is list else f"list [{', '.join(entries)}]"

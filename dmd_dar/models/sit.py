@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmd_dar.keys import key
-from dmd_dar.routing.layout import Query, RoutingConfig, Scale, Summary
 from dmd_dar.routing.history import History, Observer
+from dmd_dar.routing.layout import ChunkSize, Query, RoutingConfig, Scale, Summary
 from dmd_dar.routing.router import RouterBank
 
 PRESETS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # d, depth, heads
@@ -40,8 +40,9 @@ class SiTConfig:
             raise ValueError(f"input_size must be a multiple of patch, got {self.input_size} and {self.patch}")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width must be divisible by heads and by 4, got {self.width} and {self.heads} heads")
-        if self.routing.query != "residual" and self.routing.chunk_size > 2 * self.depth:
-            raise ValueError(f"routing.chunk_size {self.routing.chunk_size} exceeds the {2 * self.depth} sublayers")
+        chunk_size = self.routing.resolved(2 * self.depth).chunk_size
+        if self.routing.query != "residual" and chunk_size > 2 * self.depth:
+            raise ValueError(f"routing.chunk_size {chunk_size} exceeds the {2 * self.depth} sublayers")
 
 
 def sin_cos_positions(width: int, side: int) -> Tensor:
@@ -152,7 +153,7 @@ class SiT(nn.Module):
 
     def __init__(self, config: SiTConfig):
         super().__init__()
-        self.config = config
+        self.config = config = replace(config, routing=config.routing.resolved(2 * config.depth))
         d, side = config.width, config.input_size // config.patch
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.x_embedder = PatchEmbed(config.patch, config.in_channels, d)
@@ -229,7 +230,7 @@ def build_sit(
     preset: str,
     *,
     routing: Query = "residual",
-    chunk_size: int = 4,
+    chunk_size: ChunkSize = 4,
     summary: Summary = "sum",
     scale: Scale = "stream",
     num_classes: int = 1000,
@@ -266,7 +267,7 @@ def with_routing(model: SiT, routing: RoutingConfig, allow_change: bool = False)
     Raises ValueError, unless `allow_change`, where that would change the function: the form does (keeps_function), or
     `model` has trained routers of another form, which would be dropped.
     """
-    own = model.config.routing
+    own, routing = model.config.routing, routing.resolved(2 * model.config.depth)
     if routing == own:
         return copy.deepcopy(model)
     if not allow_change and model.dar is not None and not (own.keeps_function and model.dar.at_start):

@@ -46,14 +46,14 @@ class History:
         self.count, self.previous = self.count + 1, v
         if config.scale == "stream":
             self.stream = self.stream + v if stream is None else stream
-        summed = config.summary == "sum" and config.chunk_size > 1
+        summed = config.summary == "sum" and self.bank.chunk_size > 1
         if summed:
             wide = torch.promote_types(v.dtype, torch.float32)
             self.partial = v.to(wide) if self.partial is None else self.partial + v
-        if self.count % config.chunk_size or self.count == self.bank.num_sublayers:
+        if self.count % self.bank.chunk_size or self.count == self.bank.num_sublayers:
             self._take("output", v)
             return
-        self._take("summary", self.partial if summed else v)
+        self._take("summary", v if self.partial is None else self.partial)
         self.partial = None
 
     def _take(self, kind: str, v: Tensor) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dmd_dar.routing.layout import RoutingConfig, reads
+from dmd_dar.routing.layout import RoutingConfig, chunk_length, reads
 
 
 class RouterBank(nn.Module):
@@ -19,8 +19,9 @@ class RouterBank(nn.Module):
         super().__init__()
         if config.query == "residual":
             raise ValueError("a residual network has no routers: build the bank only for static, timestep or dynamic")
-        self.config, self.num_sublayers = config, num_sublayers
-        self.layout = reads(num_sublayers, config.chunk_size)
+        self.config, self.num_sublayers = config.resolved(num_sublayers), num_sublayers
+        self.chunk_size = chunk_length(num_sublayers, config.chunk_size)
+        self.layout = reads(num_sublayers, self.chunk_size)
         self.routers = range(2, num_sublayers + 2) if routers is None else routers
         shares = config.final == "reuse_last" and self.routers[-1] == num_sublayers + 1 and len(self.routers) > 1
         rows = len(self.routers) - shares

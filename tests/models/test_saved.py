@@ -39,6 +39,12 @@ def test_round_trip(tmp_path, query):
     assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {"model.json", "model.safetensors"}
 
 
+def test_an_automatic_chunk_size_is_saved_as_a_number(tmp_path):
+    save_network(tmp_path, SiT(SiTConfig(8, 2, 4, 16, 2, 2, routing=RoutingConfig("static", "auto"))), CARD)
+    assert described(tmp_path)["model"]["routing"]["chunk_size"] == 1
+    assert load_network(tmp_path)[0].config.routing == RoutingConfig("static", 1)
+
+
 def test_saving_again_replaces_both_files(tmp_path):
     save_network(tmp_path, network("dynamic"), CARD)
     save_network(tmp_path, network("residual"), ModelCard())
@@ -76,6 +82,7 @@ def described(folder: Path) -> dict:
         (lambda it: it["model"].update(colour="red"), "colour"),
         (lambda it: it["model"].update(width=18), "divisible"),
         (lambda it: it["model"]["routing"].update(query="dense"), "query must be one of"),
+        (lambda it: it["model"]["routing"].update(chunk_size="dense"), "chunk_size must be a whole number"),
         (lambda it: it.update(weather="fine"), "weather"),
         (lambda it: it.update(prediction="eps"), "prediction must be one of"),
     ],

@@ -266,6 +266,17 @@ def test_a_router_s_query_changes_the_function_and_its_reset_restores_it():
             assert torch.equal(model(*given), plain(*given))
 
 
+def test_an_automatic_chunk_size_is_a_number_in_the_network():
+    auto, fixed = RoutingConfig("static", "auto"), RoutingConfig("static", 1)  # L = 6: S* = 1.41, and 2 costs more
+    assert SiT(SiTConfig(8, 2, 4, 16, 3, 2, num_classes=3, routing=auto)).config.routing == fixed
+    converted = with_routing(perturbed(), auto)
+    assert converted.config.routing == converted.dar.config == fixed
+    converted.dar.query.data += 1
+    again = with_routing(converted, auto)  # the same form: trained routers are kept
+    assert torch.equal(again.dar.query, converted.dar.query)
+    assert build_sit("S/8", routing="static", chunk_size="auto").config.routing.chunk_size == 3
+
+
 def test_a_conversion_leaves_its_original_alone_and_may_be_undone():
     plain = perturbed()
     converted = with_routing(plain, RoutingConfig("static", 4))

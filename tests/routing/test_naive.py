@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dmd_dar.routing.ops import naive
-from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.history import History
+from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.ops import naive
 from dmd_dar.routing.router import RouterBank
 
 FORMS = ["convex", "count", "stream"]

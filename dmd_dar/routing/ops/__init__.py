@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, compiler
 from torch import dtype as Dtype
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from dmd_dar.routing.ops import naive
 from dmd_dar.routing.ops.listed import ListedReader

@@ -109,7 +109,7 @@ class _Source(torch.autograd.Function):
             slot, rms, folded, ctx.rows, ctx.column = reader.store(v, summary)
         # .data: later sources enter the same buffer, which does not change this one
         ctx.save_for_backward(slot.data, rms, *([] if folded is None else [folded]))
-        ctx.reader, ctx.shared, ctx.like = reader.facts, reader.shared, (v.shape, v.dtype)
+        ctx.form, ctx.shared, ctx.like = reader.form, reader.shared, (v.shape, v.dtype)
         return token.new_zeros(())
 
     @staticmethod
@@ -118,30 +118,30 @@ class _Source(torch.autograd.Function):
         if ctx.shared.dh is None:  # no reader of any source took part
             return None, token, None, None
         v, rms, *folded = ctx.saved_tensors
-        shared, rows, facts = ctx.shared, ctx.rows, ctx.reader
+        shared, rows, form = ctx.shared, ctx.rows, ctx.form
         dh, key = shared.read(rows), v * rms[:, None]
         alpha = torch.stack([shared.rows[row][0][:, ctx.column] for row in rows], dim=1)  # (M, readers)
-        w = alpha if facts.scale == "convex" else alpha * alpha.new_tensor([facts.counts[row] for row in rows])
+        w = alpha if form.scale == "convex" else alpha * alpha.new_tensor([form.counts[row] for row in rows])
         if folded:
             delta = torch.stack([shared.rows[row][1] for row in rows], dim=1)
             ds = w * (dots(dh, v.to(w.dtype)) - delta)
-            u = _through_queries(shared, folded[0], ds, key, rows, facts)
+            u = _through_queries(shared, folded[0], ds, key, rows, form)
         else:
             ds = torch.stack([shared.rows[row][1][:, ctx.column] for row in rows], dim=1)
             u = mix(ds[:, None], shared.asked[:, rows.start : rows.stop])[:, 0]
         if not ctx.needs_input_grad[0]:
             return None, token, None, None
-        dv = mix((w - 1 if facts.scale == "stream" else w)[:, None], dh)[:, 0]
+        dv = mix((w - 1 if form.scale == "stream" else w)[:, None], dh)[:, 0]
         u -= key * ((key * u).sum(dim=-1, keepdim=True) / v.shape[-1])
         shape, dtype = ctx.like
         return dv.addcmul_(u, rms[:, None]).to(dtype).view(shape), token, None, None
 
 
-def _through_queries(shared: Pass, folded: Tensor, ds: Tensor, key: Tensor, rows: range, facts: "Facts") -> Tensor:
+def _through_queries(shared: Pass, folded: Tensor, ds: Tensor, key: Tensor, rows: range, form: "Form") -> Tensor:
     """u = sum_l ds_l q_l, (M, d); adds sum ds_l k to the queries' gradient. folded: rows of (R, d) or (B, R, d)."""
     if folded.ndim == 3:
         ds, key = ds.unflatten(0, (len(folded), -1)), key.unflatten(0, (len(folded), -1))
-    if facts.learns:
+    if form.learns:
         if shared.query_grad is None:
             shared.query_grad = folded.new_zeros(*folded.shape[:-2], shared.shape[1], folded.shape[-1])
         shared.query_grad[..., rows.start : rows.stop, :] += ds.transpose(-1, -2) @ key
@@ -169,7 +169,7 @@ class _Route(torch.autograd.Function):
                 asked = query.reshape(-1, query.shape[-1]) * (gain * gain.shape[-1] ** -0.5)
                 h, alpha, mean = reader.asked(row, x, asked)
         h = h.to(reader.dtype if stream is None else stream.dtype).view(reader.shape)
-        ctx.reader, ctx.shared, ctx.row = reader.facts, reader.shared, row
+        ctx.form, ctx.shared, ctx.row = reader.form, reader.shared, row
         seen = [] if query is None else [query, gain, asked, *reader.seen()]
         ctx.save_for_backward(alpha, h if mean is None else mean, *seen)
         ctx.mean_saved = mean is not None
@@ -180,15 +180,16 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh: Tensor, _: Any):
         alpha, state, *seen = ctx.saved_tensors
-        facts, shared, row = ctx.reader, ctx.shared, ctx.row
-        flat, c = dh.reshape(-1, dh.shape[-1]), 1 if facts.scale == "convex" else facts.counts[row]
+        form, shared, row = ctx.form, ctx.shared, ctx.row
+        flat, c = dh.reshape(-1, dh.shape[-1]), 1 if form.scale == "convex" else form.counts[row]
         d_query = d_gain = None
         if seen:
             query, gain, asked, rms, *parts = seen
             g = torch.cat([dots(part, flat.to(alpha.dtype)) for part in parts], dim=1)
             rest = c * alpha * (g - (alpha * g).sum(dim=1, keepdim=True))  # ds (M, n)
-            by_part = (rest * rms).split([part.shape[1] for part in parts], dim=1)
-            d_asked = sum(mix(ds[:, None], part)[:, 0] for ds, part in zip(by_part, parts, strict=True))
+            by_part = (rest * rms)[:, None].split([part.shape[1] for part in parts], dim=2)
+            mixed = [mix(ds, part) for ds, part in zip(by_part, parts, strict=True)]
+            d_asked = torch.cat(mixed, dim=1).sum(dim=1)  # (M, d)
             root = gain.shape[-1] ** -0.5
             d_query = (d_asked * (gain * root)).view(query.shape)
             d_gain = (d_asked * query.reshape(d_asked.shape)).sum(dim=0) * root
@@ -197,16 +198,28 @@ class _Route(torch.autograd.Function):
         shared.take(row, flat, alpha, rest)
         if seen:
             shared.ask(row, asked)
-        return flat.new_zeros(()), dh if facts.scale == "stream" else None, d_query, d_gain, None, None
+        return flat.new_zeros(()), dh if form.scale == "stream" else None, d_query, d_gain, None, None
 
 
 @dataclass(frozen=True)
-class Facts:
+class Form:
     """What the backward pass needs to know of a bank."""
 
     scale: Scale
     counts: tuple[int, ...]  # n of every row
     learns: bool  # whether the queries want a gradient
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is kept of a source beside itself: RMS^-1 (M,) and, unless dynamic, its logits (M, readers)."""
+
+    rms: Tensor
+    logits: Tensor
+    readers: range
+
+    def logits_of(self, rows: range) -> Tensor:
+        return self.logits[:, rows.start - self.readers.start : rows.stop - self.readers.start]
 
 
 @dataclass(frozen=True)
@@ -228,24 +241,24 @@ class TorchReader:
         self.bank, self.shape, self.dtype = bank, v_0.shape, dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         tokens, width = v_0[..., 0].numel(), v_0.shape[-1]
-        self.size, self.last = bank.config.chunk_size, bank.routers[-1]
+        self.size, self.last = bank.chunk_size, bank.routers[-1]
         self.shared = Pass(tokens, len(bank.routers), width)
         self.group: Shared | None = None
         self.sums = v_0.new_empty(tokens, -(-bank.num_sublayers // self.size), width, dtype=dtype)
         self.outs = self.sums[:, :0]
-        self.sum_facts: list[tuple[Tensor, Tensor | None, range]] = []  # RMS^-1 (M,), logits (M, readers), readers
-        self.out_facts: list[tuple[Tensor, Tensor | None, range]] = []
+        self.sum_known: list[Known] = []  # of the summaries; of the chunk's outputs:
+        self.out_known: list[Known] = []
         self.token, self.folded, learns = v_0.new_zeros(()), None, False
         if bank.config.query != "dynamic":
             folded = bank.folded_queries(t_embedding, self.wide)
             self.folded, learns = folded.detach(), folded.requires_grad
             self.token = _Begin.apply(folded, self.shared)
         counts = tuple(bank.layout[router].count for router in bank.routers)
-        self.facts = Facts(bank.config.scale, counts, learns)
+        self.form = Form(bank.config.scale, counts, learns)
 
     def summary(self, v: Tensor) -> None:
         """c_n of the chunk that ends here; the chunk's outputs are read no more."""
-        self.outs, self.out_facts = self.sums[:, :0], []
+        self.outs, self.out_known = self.sums[:, :0], []
         self._register(v, True)
 
     def output(self, v: Tensor) -> None:
@@ -257,32 +270,32 @@ class TorchReader:
 
     def _chunk_end(self) -> int:
         """The last sublayer of the chunk that is being built."""
-        return min(len(self.sum_facts) * self.size, self.bank.num_sublayers)
+        return min(len(self.sum_known) * self.size, self.bank.num_sublayers)
 
     def _readers(self, summary: bool) -> range:
         """Rows of the routers that read the next source of a kind."""
         first, last = self.bank.routers[0], self.last
-        taken = len(self.sum_facts)
-        after = taken * self.size if summary else (taken - 1) * self.size + len(self.out_facts) + 1
+        taken = len(self.sum_known)
+        after = taken * self.size if summary else (taken - 1) * self.size + len(self.out_known) + 1
         if not summary and self._chunk_end() < self.bank.num_sublayers:
             last = min(last, self._chunk_end())
         return range(max(after + 1, first) - first, last + 1 - first)
 
     def store(self, v: Tensor, summary: bool) -> tuple[Tensor, Tensor, Tensor | None, range, int]:
         """Keeps v: its slot (M, d), RMS^-1 (M,), the folded queries of its readers, their rows, its column in alpha."""
-        rows, facts = self._readers(summary), self.sum_facts if summary else self.out_facts
-        column = len(self.sum_facts) + (0 if summary else len(self.out_facts))
-        if not summary and not facts:
+        rows, known = self._readers(summary), self.sum_known if summary else self.out_known
+        column = len(self.sum_known) + (0 if summary else len(self.out_known))
+        if not summary and not known:
             self.outs = v.new_empty(len(self.sums), len(rows), v.shape[-1])
-        slot = (self.sums if summary else self.outs)[:, len(facts)]
+        slot = (self.sums if summary else self.outs)[:, len(known)]
         slot.copy_(v.reshape(slot.shape))
         wide = v.to(self.wide)
         rms = (torch.linalg.vector_norm(wide, dim=-1).square() / v.shape[-1] + EPS).rsqrt()  # (B, T)
-        folded = logits = None
+        folded, logits = None, wide[..., :0]
         if self.folded is not None:
             folded = self.folded[..., rows.start : rows.stop, :]
-            logits = ((wide @ folded.transpose(-1, -2)) * rms[..., None]).flatten(0, 1)
-        facts.append((rms.flatten(), logits, rows))
+            logits = (wide @ folded.transpose(-1, -2)) * rms[..., None]
+        known.append(Known(rms.flatten(), logits.flatten(0, 1), rows))
         return slot, rms.flatten(), folded, rows, column
 
     def route(
@@ -297,7 +310,7 @@ class TorchReader:
 
     def snapshot(self) -> "TorchReader":
         twin = copy.copy(self)
-        twin.sum_facts, twin.out_facts, twin.group = list(self.sum_facts), list(self.out_facts), None
+        twin.sum_known, twin.out_known, twin.group = list(self.sum_known), list(self.out_known), None
         return twin
 
     def _group_of(self, row: int) -> range:
@@ -310,30 +323,30 @@ class TorchReader:
         )
 
     def _share(self, row: int) -> Shared:
-        rows, base = self._group_of(row), len(self.sum_facts)
-        parts = [logits[:, rows.start - of.start : rows.stop - of.start] for _, logits, of in self.sum_facts]
-        s = torch.stack(parts, dim=2)  # (M, G, base)
+        rows, base = self._group_of(row), len(self.sum_known)
+        shared = [one.logits_of(rows) for one in self.sum_known]
+        s = torch.stack(shared, dim=2)  # (M, G, base)
         top = s.amax(dim=2)
         p = (s - top[..., None]).exp()
-        w = torch.cat([p - 1, torch.ones_like(p[:, :1])], dim=1) if self.facts.scale == "stream" else p
+        w = torch.cat([p - 1, torch.ones_like(p[:, :1])], dim=1) if self.form.scale == "stream" else p
         return Shared(rows, base, top, p, p.sum(dim=2), mix(w, self.sums[:, :base]))
 
     def merged(self, row: int, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """h (M, d) of a router whose logits are known, alpha (M, n), and sum alpha_i v_i where h does not tell it."""
         if self.group is None or row not in self.group.rows:
             self.group = self._share(row)
-        group, n = self.group, self.facts.counts[row]
+        group, n = self.group, self.form.counts[row]
         one = row - group.rows.start
         p, z, r, fresh = group.p[:, one], group.z[:, one], torch.ones_like(group.z[:, one]), None
-        newer = self.sum_facts[group.base :] + self.out_facts
+        newer = self.sum_known[group.base :] + self.out_known
         if newer:
-            s = torch.stack([logits[:, row - of.start] for _, logits, of in newer], dim=1)
+            s = torch.cat([one.logits_of(range(row, row + 1)) for one in newer], dim=1)
             top = torch.maximum(group.top[:, one], s.amax(dim=1))
             r, fresh = (group.top[:, one] - top).exp(), (s - top[:, None]).exp()
             p, z = torch.cat([p * r[:, None], fresh], dim=1), z * r + fresh.sum(dim=1)
         alpha, shared = p / z[:, None], group.sums[:, one]
-        if self.facts.scale != "stream":
-            c = n if self.facts.scale == "count" else 1
+        if self.form.scale != "stream":
+            c = n if self.form.scale == "count" else 1
             h = shared * (c * r / z)[:, None]
             return self._add_newer(h, c * alpha[:, group.base :], group.base), alpha, None
         assert x is not None
@@ -348,10 +361,10 @@ class TorchReader:
 
     def _add_newer(self, h: Tensor, w: Tensor, base: int) -> Tensor:
         """h += sum_i w_i v_i over the summaries after the first `base` and the chunk's outputs, in place."""
-        summaries = len(self.sum_facts) - base
+        summaries = len(self.sum_known) - base
         for part, weights in (
             (self.sums[:, base : base + summaries], w[:, :summaries]),
-            (self.outs[:, : len(self.out_facts)], w[:, summaries:]),
+            (self.outs[:, : len(self.out_known)], w[:, summaries:]),
         ):
             if part.shape[1]:
                 h += mix(weights[:, None], part)[:, 0]
@@ -359,8 +372,8 @@ class TorchReader:
 
     def seen(self) -> list[Tensor]:
         """RMS^-1 (M, n) and the sources of the next router, (M, chunks, d) and (M, outputs, d)."""
-        rms = torch.stack([one for one, _, _ in self.sum_facts + self.out_facts], dim=1)
-        return [rms, self.sums[:, : len(self.sum_facts)].data, self.outs[:, : len(self.out_facts)].data]
+        rms = torch.stack([one.rms for one in self.sum_known + self.out_known], dim=1)
+        return [rms, self.sums[:, : len(self.sum_known)].data, self.outs[:, : len(self.out_known)].data]
 
     def asked(self, row: int, x: Tensor | None, asked: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`merged` for queries that come with the token: asked (M, d), gain and 1 / sqrt(d) folded in."""
@@ -369,7 +382,7 @@ class TorchReader:
         s = torch.cat([dots(part, asked) for part in parts], dim=1) * rms
         p = (s - s.amax(dim=1, keepdim=True)).exp()
         z = p.sum(dim=1, keepdim=True)
-        scale = self.facts.scale
+        scale = self.form.scale
         w = (n * p - z) / z if scale == "stream" else (n if scale == "count" else 1) * p / z
         h = torch.zeros_like(asked) if x is None else x.clone()
         return self._add_newer(h, w, 0), p / z, asked[:, :0]
