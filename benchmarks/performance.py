@@ -1,0 +1,165 @@
+"""docs/performance.md from the benchmarks' JSON: python -m benchmarks.performance"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+from dmd_dar.atomic import write_atomic
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+OPEN = "not measured"
+
+HEAD = """# Performance
+
+Written by `python -m benchmarks.performance` from `benchmarks/results/*.json`; every table has the machine, the commit
+and the command it was measured with. Ratios are medians over rounds that ran side by side in one process.
+"""
+
+
+def page() -> str:
+    """The whole page; a section whose JSON is missing says that it is not measured."""
+    return "\n".join([HEAD, *(section(load) for section in SECTIONS)])
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def stand(result: dict[str, Any]) -> str:
+    """Where and how a result was measured."""
+    m = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
+    return (
+        f"{m['device']}, {m['threads']} threads of {m['cores']} cores, {m['memory_gib']} GiB; Python {m['python']}, "
+        f"{versions}; commit `{m['commit']}`; `{m['command']}`.\n"
+    )
+
+
+def milli(spread: dict[str, float]) -> str:
+    return f"{1000 * spread['median']:.4g}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def mega(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def routing(name: str, title: str, targets: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
+    """The section of one device's routing benchmark."""
+
+    def section(read: Callable[[str], dict[str, Any] | None]) -> str:
+        result = read(name)
+        body = f"{OPEN}: run `python -m benchmarks.routing` on such a machine.\n"
+        if result is not None:
+            bandwidth = f"Copy bandwidth {result['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s (read and written)."
+            body = "\n".join([stand(result), bandwidth + "\n", *_chains(result), *_routers(result), _step(result)])
+        return f"## {title}\n\n{targets}\n\n{body}"
+
+    return section
+
+
+def _chains(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for chain in result.get("chain", []):
+        for backend in chain["training_s"]:
+            settled = chain.get("settled")
+            rows.append(
+                [
+                    chain["form"],
+                    backend,
+                    milli(chain["training_s"][backend]),
+                    times(chain["training_ratio"][backend]),
+                    times(settled["training_ratio"][backend]) if settled else "",
+                    milli(chain["sampling_s"][backend]),
+                    times(chain["sampling_ratio"][backend]),
+                    mega(chain["extra_bytes"][backend]),
+                    f"1/{chain['extra_bytes']['naive'] / chain['extra_bytes'][backend]:.0f}",
+                    f"{100 * chain['share_of_copy_bandwidth']:.0f} %" if backend == "torch" else "",
+                ]
+            )
+    if not rows:
+        return [f"Chain of all routers: {OPEN}.\n"]
+    shape = result["chain"][0]["shape"]
+    size = f"{shape['routers']} routers, B {shape['B']}, T {shape['T']}, d {shape['d']}, {shape['dtype']}"
+    head = ["chain", "backend", "forward + backward, ms", "speed-up", "without page faults", "forward alone, ms"]
+    head += ["speed-up", "extra peak memory", "of naive's", "counted traffic over copy bandwidth"]
+    return [
+        f"**All routers of a network** ({size}; `timestep` queries). Speed-ups are against `naive`, the equations on"
+        " stacked sources. Extra memory is the peak above the same chain with plain additions.\n",
+        table(head, rows),
+    ]
+
+
+def _routers(result: dict[str, Any]) -> list[str]:
+    parts = []
+    for name, title in (
+        ("router", "One router, `triton` against `naive`"),
+        ("public", "Published kernels, static query"),
+    ):
+        if name not in result:
+            parts.append(f"**{title}**: {OPEN} (needs a GPU).\n")
+            continue
+        rows = []
+        for row in result[name]:
+            for kernel in row["forward_s"]:
+                forward, backward = row["forward_ratio"][kernel], row["backward_ratio"][kernel]
+                share = f"{100 * row['forward_share_of_copy_bandwidth']:.0f} %" if kernel == "triton" else ""
+                cells = [milli(row["forward_s"][kernel]), times(forward), milli(row["backward_s"][kernel])]
+                rows.append([str(row["sources"]), kernel, *cells, times(backward), share])
+            rows += [
+                [str(row["sources"]), kernel, "fails: " + why, "", "", "", ""] for kernel, why in row["failed"].items()
+            ]
+            rows += [[str(row["sources"]), kernel, "not installed", "", "", "", ""] for kernel in row["missing"]]
+        head = [
+            "sources",
+            "kernel",
+            "forward, ms",
+            "over `triton`'s",
+            "backward, ms",
+            "over `triton`'s",
+            "of copy bandwidth",
+        ]
+        parts += [f"**{title}** (B {result[name][0]['B']}, T 256, d 1152, bf16).\n", table(head, rows)]
+    return parts
+
+
+def _step(result: dict[str, Any]) -> str:
+    if "step" not in result:
+        return f"Training step: {OPEN}.\n"
+    step = result["step"]
+    rows = [[form, milli(step["seconds"][form]), times(step["ratio"][form])] for form in step["seconds"]]
+    return (
+        f"**One training step** of {step['model']}, B {step['B']}: loss, backward, AdamW; S = 4, `timestep`.\n\n"
+        + table(["residual additions", "ms", "over residual"], rows)
+    )
+
+
+SECTIONS = [
+    routing(
+        "routing_cpu",
+        "Routing on a CPU",
+        "Aims: `torch` at least 8x faster than `naive` (4x without page faults) with at most 1/8 of its extra memory;"
+        " a training step at most 1.25x the residual one.",
+    ),
+    routing(
+        "routing_cuda",
+        "Routing on a GPU",
+        "Aims on an H200: extra memory of `torch` at most 1/4 of `naive`'s; one `triton` router 11.5x (forward) and"
+        " 8.5x (backward) faster than `naive`, its forward at 80 % of the copy bandwidth, and not slower than published"
+        " kernels up to 9 sources; a SiT-XL/2 step at most 1.15x the residual one.",
+    ),
+]
+
+if __name__ == "__main__":
+    write_atomic(PAGE, page())

@@ -1,0 +1,313 @@
+"""What routing costs in time and memory: python -m benchmarks.routing
+
+Rows: `chain` all routers of a network, one after the other, with a cheap sublayer between them; `router` one router
+alone, `triton` against `naive`; `public` the published kernels for static queries; `step` one training step of a SiT.
+Times are medians of interleaved rounds in one process, memory is the peak of a fresh process above the inputs.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks.memory import SETTLED, alone, peak_above
+from benchmarks.record import interleaved, ratio, save, spread
+from dmd_dar import config
+from dmd_dar.errors import UserError
+from dmd_dar.flow import interpolate
+from dmd_dar.keys import key
+from dmd_dar.losses import flow_matching_loss
+from dmd_dar.models.sit import build_sit
+from dmd_dar.routing.history import History
+from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.ops import naive
+from dmd_dar.routing.router import RouterBank
+from dmd_dar.routing.traffic import forward_passes
+
+Row = Literal["chain", "router", "public", "step"]
+SUBLAYERS, TOKENS = 56, 256  # SiT-XL/2 at 256 px: 57 routers of at most 57 sources
+
+
+@dataclass(frozen=True)
+class Bench:
+    """python -m benchmarks.routing"""
+
+    rows: tuple[Row, ...] = key(get_args(Row), "what to measure")
+    rounds: int = key(5, "interleaved rounds of each row", least=1)
+    cpu: bool = key(False, "measure on the CPU although a GPU is there")
+    chain_batch: int = key(1, "B of the chains", least=1)
+    step_batch: int = key(4, "B of the training steps", least=1)
+    router_batch: int = key(32, "B of the single routers (GPU only)", least=1)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+
+
+@dataclass(frozen=True)
+class Links:
+    """A chain's shape: v_l = h_l f_l."""
+
+    device: str
+    width: int
+    dtype: torch.dtype
+    batch: int
+    routing: RoutingConfig
+
+    def build(self) -> tuple[RouterBank, Tensor, Tensor, Tensor]:
+        rng = torch.Generator(self.device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=rng, device=self.device).to(self.dtype).requires_grad_()
+
+        bank = RouterBank(self.routing, SUBLAYERS, self.width).to(self.device)
+        with torch.no_grad():
+            for parameter in bank.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng, device=self.device))
+        inputs = draw(self.batch, TOKENS, self.width), draw(self.batch, self.width), draw(SUBLAYERS, self.width)
+        return (bank, *inputs)
+
+
+def forward(bank: RouterBank, v_0: Tensor, t_embedding: Tensor, sublayers: Tensor, backend: str) -> Tensor:
+    """h_{L+1} of a chain; `residual` adds instead of routing."""
+    if backend == "residual":
+        h = v_0
+        for f in sublayers:
+            h = h + h * f
+        return h
+    bank.backend = backend
+    history = History(bank, v_0, t_embedding)
+    for f in sublayers:
+        history.append(history.state() * f)
+    return history.state()
+
+
+def both_ways(links: Links, backend: str):
+    """A call that runs a chain forward and backward."""
+    parts = links.build()
+
+    def run() -> None:
+        forward(*parts, backend).float().square().mean().backward()
+        for leaf in (*parts[0].parameters(), *parts[1:]):
+            leaf.grad = None
+
+    return run
+
+
+def timed_chain(links: Links, backends: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """Seconds of forward and backward, and of a forward alone without gradients, for every backend."""
+    device = torch.device(links.device)
+    parts = links.build()
+
+    def ahead(backend: str):
+        def run() -> None:
+            with torch.no_grad():
+                forward(*parts, backend)
+
+        return run
+
+    training = interleaved({name: both_ways(links, name) for name in backends}, rounds, device)
+    sampling = interleaved({name: ahead(name) for name in backends}, rounds, device)
+    return {
+        "training_s": {name: spread(samples) for name, samples in training.items()},
+        "sampling_s": {name: spread(samples) for name, samples in sampling.items()},
+        "training_ratio": {name: ratio(training, "naive", name) for name in backends},
+        "sampling_ratio": {name: ratio(sampling, "naive", name) for name in backends},
+    }
+
+
+def peak_of_chain(links: Links, backend: str) -> int:
+    return peak_above(both_ways(links, backend), torch.device(links.device))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, 7, device)["copy"]
+    return 2 * source.numel() * source.element_size() / sorted(times)[len(times) // 2]
+
+
+def chain(bench: Bench, backends: tuple[str, ...], bandwidth: float) -> list[dict[str, Any]]:
+    """Dense and chunked chains; also with the allocator's page faults out of the way, on the CPU."""
+    cuda = bench.device.type == "cuda"
+    width, dtype = (1152, torch.bfloat16) if cuda else (384, torch.float32)
+    rows = []
+    for name, routing in (
+        ("dense, convex", RoutingConfig("timestep", chunk_size=1, scale="convex")),
+        ("chunks of 4, stream", RoutingConfig("timestep", chunk_size=4, scale="stream")),
+    ):
+        links = Links(str(bench.device), width, dtype, bench.chain_batch, routing)
+        row = {"form": name, "shape": _shape(links), **timed_chain(links, backends, bench.rounds)}
+        if not cuda:
+            row["settled"] = alone(timed_chain, links, backends, bench.rounds, **SETTLED)
+        plain = alone(peak_of_chain, links, "residual")
+        row["extra_bytes"] = {backend: alone(peak_of_chain, links, backend) - plain for backend in backends}
+        passes = forward_passes(SUBLAYERS, routing, (8,))
+        counted = passes["dense, groups of 8"] if routing.chunk_size == 1 else passes["as configured"]
+        row["sampling_passes"] = counted
+        moved = counted * bench.chain_batch * TOKENS * width * dtype.itemsize
+        row["share_of_copy_bandwidth"] = moved / row["sampling_s"]["torch"]["median"] / bandwidth
+        rows.append(row)
+        print(_line(row), flush=True)
+    return rows
+
+
+def _shape(links: Links) -> dict[str, Any]:
+    shape = {"routers": SUBLAYERS + 1, "B": links.batch, "T": TOKENS, "d": links.width}
+    return {**shape, "dtype": str(links.dtype).removeprefix("torch."), "routing": asdict(links.routing)}
+
+
+def _line(row: dict[str, Any]) -> str:
+    shares = ", ".join(f"{name} {value:.1f}x" for name, value in row["training_ratio"].items() if name != "naive")
+    return f"{row['form']}: forward and backward against naive: {shares}"
+
+
+def one_router(bench: Bench, sources: int, route, dtype=torch.bfloat16):
+    """Calls that run one static router forward, and backward alone, over `sources` tensors."""
+    rng = torch.Generator(bench.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device=bench.device).to(dtype)
+
+    v = [draw(bench.router_batch, TOKENS, 1152).requires_grad_() for _ in range(sources)]
+    query, gain = (
+        draw(1152).float().mul_(0.2).requires_grad_(),
+        torch.ones(1152, device=bench.device, requires_grad=True),
+    )
+    h, dh = route(v, query, gain), draw(bench.router_batch, TOKENS, 1152)
+
+    def ahead() -> None:
+        with torch.no_grad():
+            route(v, query, gain)
+
+    def back() -> None:
+        torch.autograd.grad(h, [*v, query, gain], dh, retain_graph=True)
+
+    return ahead, back
+
+
+def routes() -> dict[str, Any]:
+    """The kernels that are here: ours, and published ones for static queries."""
+    from dmd_dar.routing.ops import triton
+
+    def ours(v, query, gain):
+        return triton.route(v, query, gain, scale="convex")
+
+    found = {"naive": lambda v, query, gain: naive.route(v, query, gain, scale="convex"), "triton": ours}
+    try:
+        from fla.ops.attnres import fused_attnres  # type: ignore[import-not-found]
+
+        found["flash-linear-attention"] = lambda v, query, gain: fused_attnres(query, v, gain, scale=1152**-0.5)
+    except ImportError:
+        pass
+    try:
+        from liger_kernel.transformers.functional import liger_attn_res  # type: ignore[import-not-found]
+
+        found["liger-kernel"] = lambda v, query, gain: liger_attn_res(torch.stack(v), query * 1152**-0.5, gain)
+    except ImportError:
+        pass
+    return found
+
+
+def router(bench: Bench, sources: tuple[int, ...], names: tuple[str, ...], bandwidth: float) -> list[dict[str, Any]]:
+    """One router of bf16 sources, d 1152: forward and backward of each kernel; a kernel that fails says why."""
+    rows, known = [], routes()
+    for count in sources:
+        row: dict[str, Any] = {
+            "sources": count,
+            "B": bench.router_batch,
+            "missing": [n for n in names if n not in known],
+        }
+        calls, failed = {}, {}
+        for name in names:
+            if name in known:
+                try:
+                    calls[name] = one_router(bench, count, known[name])
+                except Exception as error:  # a published kernel may not serve this many sources
+                    failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        ahead = interleaved({name: pair[0] for name, pair in calls.items()}, bench.rounds, bench.device)
+        back = interleaved({name: pair[1] for name, pair in calls.items()}, bench.rounds, bench.device)
+        moved = (count + 1) * bench.router_batch * TOKENS * 1152 * 2
+        row |= {
+            "failed": failed,
+            "forward_s": {name: spread(samples) for name, samples in ahead.items()},
+            "backward_s": {name: spread(samples) for name, samples in back.items()},
+            "forward_ratio": {name: ratio(ahead, name, "triton") for name in calls},
+            "backward_ratio": {name: ratio(back, name, "triton") for name in calls},
+            "forward_share_of_copy_bandwidth": moved / spread(ahead["triton"])["median"] / bandwidth,
+        }
+        rows.append(row)
+        del calls
+    return rows
+
+
+def training_step(preset: str, batch: int, device: torch.device, routing: RoutingConfig):
+    """A call that makes one training step: velocity loss, backward, AdamW."""
+    torch.manual_seed(0)
+    form = asdict(routing)
+    model = build_sit(preset, routing=form["query"], chunk_size=4, summary=form["summary"], scale=form["scale"])
+    model.to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    x0, eps = torch.randn(2, batch, 4, 32, 32, device=device)
+    t, labels = torch.rand(batch, device=device), torch.randint(1000, (batch,), device=device)
+
+    def run() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            velocity = model(interpolate(x0, eps, t), t, labels)[:, :4]
+        flow_matching_loss(velocity.float(), x0, eps).backward()
+        optimiser.step()
+
+    return run
+
+
+def step(bench: Bench, backend: str) -> dict[str, Any]:
+    """A SiT with the paper's aggregate and with the converted network's, S = 4, against the residual one."""
+    preset = "XL/2" if bench.device.type == "cuda" else "S/2"
+    paper = RoutingConfig("timestep", chunk_size=4, summary="last", scale="convex")
+    forms = {
+        "residual": RoutingConfig(),
+        "convex, last": paper,
+        "stream, sum": replace(paper, summary="sum", scale="stream"),
+    }
+    runs = {name: training_step(preset, bench.step_batch, bench.device, form) for name, form in forms.items()}
+    times = interleaved(runs, bench.rounds, bench.device)
+    found = {name: ratio(times, name, "residual") for name in forms}
+    print(f"SiT-{preset} training step against residual:", {n: round(r, 3) for n, r in found.items()}, flush=True)
+    return {
+        "model": f"SiT-{preset}",
+        "B": bench.step_batch,
+        "backend": backend,
+        "seconds": {name: spread(samples) for name, samples in times.items()},
+        "ratio": found,
+    }
+
+
+def measure(bench: Bench) -> None:
+    cuda = bench.device.type == "cuda"
+    if "router" in bench.rows and cuda is False:
+        print("no GPU: the rows router and public stay open")
+    bandwidth = copy_bandwidth(bench.device)
+    result: dict[str, Any] = {"copy_bandwidth_bytes_per_s": bandwidth, "rounds": bench.rounds}
+    if "chain" in bench.rows:
+        result["chain"] = chain(bench, ("torch", "triton", "naive") if cuda else ("torch", "naive"), bandwidth)
+    if "router" in bench.rows and cuda:
+        result["router"] = router(bench, (57,), ("naive", "triton"), bandwidth)
+    if "public" in bench.rows and cuda:
+        names = ("triton", "flash-linear-attention", "liger-kernel")
+        result["public"] = router(bench, (2, 5, 9, 57), names, bandwidth)
+    if "step" in bench.rows:
+        result["step"] = step(bench, "torch")
+    if len(result) == 2:
+        raise UserError(f"rows = {list(bench.rows)}: nothing of it is measured on {bench.device}; choose chain or step")
+    print(save(f"routing_{bench.device.type}", bench.device, result))
+
+
+if __name__ == "__main__":
+    config.run_job(Bench, measure, description=__doc__ or "")

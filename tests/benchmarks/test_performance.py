@@ -1,0 +1,30 @@
+import torch
+
+from benchmarks import performance
+from benchmarks.memory import alone, peak_above
+from benchmarks.record import interleaved, ratio
+
+
+def test_the_page_is_what_the_results_say():
+    """After a new measurement: python -m benchmarks.performance"""
+    assert performance.PAGE.read_text() == performance.page()
+
+
+def test_a_device_that_was_not_measured_says_so():
+    section = performance.routing("nowhere", "Title", "Aims.")(lambda name: None)
+    assert section.startswith("## Title") and "not measured" in section
+
+
+def test_rounds_are_interleaved_and_ratios_are_of_neighbours():
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))
+    assert order == ["a", "b"] * 3 and [len(samples) for samples in times.values()] == [2, 2]
+    assert ratio({"a": [1.0, 6.0, 30.0], "b": [1.0, 2.0, 10.0]}, "a", "b") == 3.0
+
+
+def test_peak_memory_of_a_call_in_its_own_process():
+    assert 64e6 < alone(peak_of_ones, 2**24) < 90e6
+
+
+def peak_of_ones(count: int) -> int:
+    return peak_above(lambda: torch.ones(count).add_(1), torch.device("cpu"))
