@@ -2,7 +2,7 @@
 
     d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1^.5 S_2 S_1^.5)^.5
 
-None of these numbers is an FID; each carries comparable_to_published = False.
+Over features that need no network none of these numbers is an FID; each carries comparable_to_published = False.
 Legend: N images, D features, A = centred features / sqrt(N - 1), so that S = A^T A.
 """
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dmd_dar.spectrum import QUANTISATION_POWER
+from eval.images import UnfitError
+from eval.moments import Gaussian, finite
 from eval.structure import details, luma
 
 LEVELS = 3
@@ -34,13 +36,10 @@ class Distance:
 
 
 def validate_features(features: Tensor, name: str) -> Tensor:
-    """(N, D) as float64. ValueError naming the set when there are fewer than 2 rows or a number is not finite."""
+    """(N, D) as float64. UnfitError naming the set when there are fewer than 2 rows or a number is not finite."""
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"{name}: expected features (N >= 2, D), got {tuple(features.shape)}")
-    bad = (~torch.isfinite(features)).sum().item()
-    if bad:
-        raise ValueError(f"{name}: {bad} of {features.numel()} features are not finite")
-    return features.double()
+        raise UnfitError(f"{name}: expected features (N >= 2, D), got {tuple(features.shape)}")
+    return finite(features, name)
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,31 +67,54 @@ def trace_term_eigh(covariance: Tensor, other: Tensor) -> float:
 
 
 def trace_term_nuclear(root: Tensor, other: Tensor) -> float:
-    """The same as the nuclear norm of A B^T, with A (N, D) and B (M, D): for N < D, no square root of a D x D."""
+    """The same as the nuclear norm of A B^T, with A (N, D) and B (M, D) whose squares are the covariances.
+
+    For N < D: no square root of a D x D. B may be S_2^.5 (D, D) where only the covariance is known.
+    """
     return torch.linalg.svdvals(root @ other.T).sum().item()
 
 
-def frechet_from_statistics(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
-    """Squared Frechet distance of two Gaussians, means (D,) and covariances (D, D) in float64."""
-    trace = trace_term_eigh(covariance, other_covariance)
-    return _assemble(mean, covariance.trace(), other_mean, other_covariance.trace(), trace)
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians, means (D,) and covariances (D, D), computed in float64.
+
+    arXiv:1706.08500 Eq. 6. UnfitError where the shapes do not fit each other or a number is not finite.
+    """
+    mean_a, cov_a, mean_b, cov_b = (torch.as_tensor(part).double() for part in (mean_a, cov_a, mean_b, cov_b))
+    size = mean_a.numel()
+    shapes = [tuple(part.shape) for part in (mean_a, cov_a, mean_b, cov_b)]
+    if shapes != 2 * [(size,), (size, size)]:
+        raise UnfitError(f"means and covariances of shapes {shapes}; expected (D,), (D, D) twice, with the same D")
+    if not all(torch.isfinite(part).all() for part in (mean_a, cov_a, mean_b, cov_b)):
+        raise UnfitError("a mean or a covariance is not finite")
+    return _assemble(mean_a, cov_a.trace(), mean_b, cov_b.trace(), trace_term_eigh(cov_a, cov_b))
 
 
 def _assemble(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor, trace: float) -> float:
     return ((mean - other_mean).square().sum() + variance + other_variance).item() - 2 * trace
 
 
-def frechet_distance(features: Tensor, reference: Tensor, names: tuple[str, str] = ("set", "reference")) -> float:
-    """Squared Frechet distance of features (N, D) and (M, D); the route is chosen by whether N, M >= D.
+def feature_distance(
+    features: Tensor, reference: Tensor | Gaussian, names: tuple[str, str] = ("set", "reference")
+) -> float:
+    """Squared Frechet distance of features (N, D) from others (M, D) or from a Gaussian; N, M >= D choose the route.
 
-    ValueError naming the set when its features are not finite.
+    UnfitError naming the set when its features are not finite, fewer than 2, or of another D than the reference's.
     """
-    features, reference = (validate_features(f, name) for f, name in zip((features, reference), names, strict=True))
-    if min(len(features), len(reference)) >= features.shape[1]:
-        return frechet_from_statistics(*statistics(features), *statistics(reference))
-    a, b = centred_root(features), centred_root(reference)
-    variances = (a.square().sum(), b.square().sum())
-    return _assemble(features.mean(0), variances[0], reference.mean(0), variances[1], trace_term_nuclear(a, b))
+    features = validate_features(features, names[0])
+    given = isinstance(reference, Gaussian)
+    if not given:
+        reference = validate_features(reference, names[1])
+    size = features.shape[1]
+    other_size = reference.mean.numel() if given else reference.shape[1]
+    if size != other_size:
+        raise UnfitError(f"{names[0]}: {size} features, but {other_size} in {names[1]}; take both from one extractor")
+    if min(len(features), size if given else len(reference)) >= size:
+        other = (reference.mean, reference.covariance) if given else statistics(reference)
+        return frechet_distance(*statistics(features), *other)
+    a = centred_root(features)
+    b = symmetric_root(reference.covariance) if given else centred_root(reference)
+    mean = reference.mean if given else reference.mean(0)
+    return _assemble(features.mean(0), a.square().sum(), mean, b.square().sum(), trace_term_nuclear(a, b))
 
 
 def wavelet_features(images: Tensor) -> Tensor:
@@ -123,27 +145,39 @@ def standardise(features: Tensor, reference: Tensor) -> Tensor:
 
 def fd_wavelet(features: Tensor, reference: Tensor, null: float, names: tuple[str, str]) -> Distance:
     """Squared Frechet distance over `wavelet_features` in units of the reference's spread, with its null."""
-    value = frechet_distance(standardise(features, reference), standardise(reference, reference), names)
+    value = feature_distance(standardise(features, reference), standardise(reference, reference), names)
     return Distance(value, null)
 
 
 def fd_null(reference: Tensor, size: int, rng: np.random.Generator, second: Tensor | None = None) -> float:
-    """What `fd_wavelet` reads for a set of `size` images of the reference's own source, against this reference.
+    """`null_distance` over features in units of the reference's spread, as `fd_wavelet` reads them."""
+    scaled = None if second is None else standardise(second, reference)
+    return null_distance(standardise(reference, reference), size, rng, scaled)[0]
 
-    From `second`, another set of that source, or else the mean over random disjoint halves of the reference. Both
-    are rescaled by (1/size + 1/M) over the same for the sets that were compared, to which the bias is proportional.
+
+def null_distance(
+    reference: Tensor, size: int, rng: np.random.Generator, second: Tensor | None = None
+) -> tuple[float, int]:
+    """What a set of `size` images of the reference's own source would read against it, and the size that holds for.
+
+    From `second`, another set of that source, or else the mean over random disjoint halves of the reference. Where
+    both are larger than D the bias is proportional to 1/N + 1/M, and the value is rescaled to `size` and M; below
+    there is no such law, and the value holds for the sizes that were compared. UnfitError for a reference of fewer than
+    4 images and no `second`.
     """
-    wanted = 1 / size + 1 / len(reference)
-    scaled = standardise(reference, reference)
-    if second is not None:
-        got = frechet_distance(standardise(second, reference), scaled, ("second real set", "reference"))
-        return got * wanted / (1 / len(second) + 1 / len(reference))
     half = len(reference) // 2
-    values = []
-    for _ in range(NULL_SPLITS):
-        order = torch.from_numpy(rng.permutation(len(reference)))
-        values.append(frechet_distance(scaled[order[:half]], scaled[order[half : 2 * half]]))
-    return float(np.mean(values)) * wanted / (2 / half)
+    if second is not None:
+        value = feature_distance(second, reference, ("second real set", "reference"))
+        sizes = (len(second), len(reference))
+    elif half < 2:
+        raise UnfitError(f"reference: {len(reference)} images are too few for a null; give at least 4")
+    else:
+        splits = [torch.from_numpy(rng.permutation(len(reference))) for _ in range(NULL_SPLITS)]
+        parts = [(reference[order[:half]], reference[order[half : 2 * half]]) for order in splits]
+        value, sizes = float(np.mean([feature_distance(a, b) for a, b in parts])), (half, half)
+    if min(sizes) <= reference.shape[1]:
+        return value, sizes[0]
+    return value * (1 / size + 1 / len(reference)) / sum(1 / n for n in sizes), size
 
 
 def class_diversity(features: Tensor, labels: Tensor) -> dict[int, float]:

@@ -13,8 +13,10 @@ JOBS = {"pretrain", "distill", "sample", "pairs"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "diagnostics", "train"}
 ROOT_JOBS = {"distill.py"}
-FLOOR_JOBS = {"dmd_dar/routing/layout/__main__.py"}  # a table printed by a floor's package; nothing imports it
-EVAL_JOBS = {"eval/report.py", "eval/arms.py", "eval/teacher.py"}  # they read the runs of jobs back
+# commands of a floor; nothing imports them
+FLOOR_JOBS = {"dmd_dar/routing/layout/__main__.py", "dmd_dar/diagnostics/__main__.py"}
+# they read the configuration, and some the runs of jobs back
+EVAL_JOBS = {f"eval/{name}.py" for name in ("report", "arms", "teacher", "compare", "pairing", "weights", "sensitivity")}
 
 SEES = {
     "routing": {"routing"},

@@ -12,13 +12,17 @@ from eval.frechet import (
     diversity_ratio,
     fd_null,
     fd_wavelet,
+    feature_distance,
     frechet_distance,
-    frechet_from_statistics,
+    null_distance,
     statistics,
+    symmetric_root,
     trace_term_eigh,
     trace_term_nuclear,
     wavelet_features,
 )
+from eval.images import UnfitError
+from eval.moments import Gaussian
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,23 +37,61 @@ def test_closed_form(rotated):
     turn = torch.linalg.qr(draw(12, 12, seed=2))[0] if rotated else torch.eye(12, dtype=torch.float64)
     first, second = (turn @ torch.diag(s**2) @ turn.T for s in (sigma, other_sigma))
     expected = (mean - other_mean).square().sum() + (sigma - other_sigma).square().sum()
-    assert frechet_from_statistics(mean, first, other_mean, second) == pytest.approx(expected.item(), abs=1e-10)
+    assert frechet_distance(mean, first, other_mean, second) == pytest.approx(expected.item(), abs=1e-10)
 
 
-def test_three_routes_agree():
-    a, b = draw(300, 64), draw(400, 64, seed=1) @ draw(64, 64, seed=2) * 0.2
+@pytest.mark.parametrize("size", [64, 256])
+def test_three_routes_agree(size):
+    a, b = draw(2 * size, size), draw(3 * size, size, seed=1) @ draw(size, size, seed=2) * 0.2
     (_, first), (_, second) = statistics(a), statistics(b)
     root = scipy.linalg.sqrtm(first.numpy() @ second.numpy())
     expected = np.trace(root.real)
     assert trace_term_eigh(first, second) == pytest.approx(expected, rel=1e-6)
     assert trace_term_nuclear(centred_root(a), centred_root(b)) == pytest.approx(expected, rel=1e-6)
+    assert trace_term_nuclear(centred_root(a), symmetric_root(second)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_routes_agree_where_the_covariances_are_rank_deficient():
+    """12 and 30 images of 40 features: the distance is a number, and the same one by each route."""
+    a, b = draw(12, 40), draw(30, 40, seed=1) + 0.5
+    by_eigh = frechet_distance(*statistics(a), *statistics(b))
+    assert feature_distance(a, b) == pytest.approx(by_eigh, abs=1e-3)
+    assert feature_distance(a, Gaussian(*statistics(b))) == pytest.approx(by_eigh, abs=1e-3)
+    assert feature_distance(a, Gaussian(*statistics(a))) == pytest.approx(0.0, abs=1e-3)
+    assert by_eigh > 40 * 0.25
+
+
+def test_a_gaussian_reference_is_as_good_as_its_features():
+    a, b = draw(100, 8), 1.5 * draw(300, 8, seed=1)
+    assert feature_distance(a, Gaussian(*statistics(b))) == pytest.approx(feature_distance(a, b), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda m, s: (m, s[:3]), r"\(3, 4\).*expected"),
+        (lambda m, s: (m[:3], s), r"\(3,\), \(4, 4\)"),
+        (lambda m, s: (m * torch.nan, s), "not finite"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_named(spoil, said):
+    mean, covariance = torch.zeros(4), torch.eye(4)
+    with pytest.raises(UnfitError, match=said):
+        frechet_distance(mean, covariance, *spoil(mean, covariance))
+
+
+def test_sets_of_one_image_or_of_other_features_are_named():
+    with pytest.raises(UnfitError, match=r"student: expected features \(N >= 2, D\), got \(1, 4\)"):
+        feature_distance(draw(1, 4), draw(9, 4), ("student", "teacher"))
+    with pytest.raises(UnfitError, match="student: 4 features, but 5 in teacher"):
+        feature_distance(draw(9, 4), draw(9, 5), ("student", "teacher"))
 
 
 @pytest.mark.parametrize("count", [200, 12])
 def test_a_set_is_at_no_distance_from_itself_and_a_shift_at_its_square(count):
     features = draw(count, 20)
-    assert frechet_distance(features, features.flip(0)) == pytest.approx(0.0, abs=1e-3)
-    assert frechet_distance(features + 2.0, features) == pytest.approx(80.0, abs=1e-3)
+    assert feature_distance(features, features.flip(0)) == pytest.approx(0.0, abs=1e-3)
+    assert feature_distance(features + 2.0, features) == pytest.approx(80.0, abs=1e-3)
 
 
 def test_statistics_are_those_of_numpy():
@@ -62,7 +104,7 @@ def test_a_feature_that_is_not_finite_names_its_set():
     broken = draw(10, 4)
     broken[3, 2] = torch.nan
     with pytest.raises(ValueError, match="student: 1 of 40"):
-        frechet_distance(draw(10, 4), broken, ("teacher", "student"))
+        feature_distance(draw(10, 4), broken, ("teacher", "student"))
 
 
 def test_features_do_not_depend_on_the_split(crops):
@@ -108,8 +150,22 @@ def test_null_is_for_the_sizes_that_were_compared():
     """For a Gaussian source the distance of two draws falls as (1/N + 1/M)."""
     features = draw(4000, 5)
     null = fd_null(features[:1000], 3000, np.random.default_rng(0))
-    direct = np.mean([frechet_distance(draw(3000, 5, seed=s), draw(1000, 5, seed=s + 50)) for s in range(20)])
+    direct = np.mean([feature_distance(draw(3000, 5, seed=s), draw(1000, 5, seed=s + 50)) for s in range(20)])
     assert null == pytest.approx(direct, rel=0.35)
+
+
+def test_without_a_law_for_the_bias_the_null_says_what_it_holds_for():
+    """Below D images the bias does not fall as 1/N: the value is left as it was measured, and its size is told."""
+    features = draw(60, 100)
+    null, images = null_distance(features, 500, np.random.default_rng(0))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(60))
+    one = feature_distance(features[order[:30]], features[order[30:]])
+    assert images == 30 and null == pytest.approx(one, rel=0.1)
+    second = draw(50, 100, seed=1)
+    given = null_distance(features, 500, np.random.default_rng(0), second)
+    assert given == (pytest.approx(feature_distance(second, features)), 50)
+    with pytest.raises(UnfitError, match="3 images are too few"):
+        null_distance(features[:3], 10, np.random.default_rng(0))
 
 
 def test_distance_does_not_depend_on_the_unit_of_a_feature():
@@ -129,4 +185,4 @@ def test_diversity_is_within_classes():
 
 def test_routes_are_chosen_by_size(monkeypatch):
     monkeypatch.setattr(frechet, "trace_term_eigh", lambda *_: pytest.fail("a D x D root for N < D"))
-    frechet_distance(draw(5, 20), draw(50, 20, seed=1))
+    feature_distance(draw(5, 20), draw(50, 20, seed=1))

@@ -1,0 +1,88 @@
+"""What sampling costs: latency and peak memory of any callable."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+RUNS = 7
+WARM_UP = 1
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one call: median, least and most over `runs`."""
+
+    median_ms: float
+    least_ms: float
+    most_ms: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by which one call raised the memory in use at its peak, and how that was measured."""
+
+    peak_bytes: int
+    method: str
+
+
+def latencies(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device | str = "cpu",
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Latency]:
+    """Of each call without gradients, after `warm_up` rounds.
+
+    The calls take turns, in alternating order: a machine that slows down slows all of them. `clock` gives seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(warm_up + runs):
+        for name in names if turn % 2 == 0 else reversed(names):
+            seconds = _timed(calls[name], torch.device(device), clock)
+            if turn >= warm_up:
+                times[name].append(1000 * seconds)
+    return {name: Latency(float(np.median(t)), min(t), max(t), runs) for name, t in times.items()}
+
+
+def _timed(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
+    _wait(device)
+    began = clock()
+    with torch.no_grad():
+        call()
+    _wait(device)
+    return clock() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> Memory:
+    """Of one call without gradients, above what was in use before: what the call holds, not the weights.
+
+    On CUDA the allocator's own peak; elsewhere the peak of the tensors that torch allocated on the CPU, from its
+    profiler, which leaves out what the libraries below torch allocate for themselves.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.no_grad():
+            call()
+        _wait(device)
+        return Memory(torch.cuda.max_memory_allocated(device) - before, "CUDA allocator, peak above the start")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, torch.no_grad():
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return Memory(int(max(np.cumsum([0, *steps]))), "tensors allocated by torch on the CPU, peak above the start")

@@ -1,0 +1,38 @@
+"""Latency is the median of interleaved calls; peak memory is what the call held at once."""
+
+import torch
+
+from eval.cost import latencies, peak_memory
+
+
+def test_calls_take_turns_and_the_first_round_does_not_count():
+    now, order = [0.0], []
+    slow = iter([100.0, 3.0, 1.0, 2.0])
+
+    def call(name, seconds):
+        def run():
+            order.append((name, torch.is_grad_enabled()))
+            now[0] += next(slow) if seconds is None else seconds
+
+        return run
+
+    result = latencies({"a": call("a", None), "b": call("b", 0.5)}, runs=3, clock=lambda: now[0])
+    assert "".join(name for name, _ in order) == "abbaabba" and not any(grad for _, grad in order)
+    assert result["a"].median_ms == 2000 and (result["a"].least_ms, result["a"].most_ms) == (1000, 3000)
+    assert result["b"].median_ms == 500 and result["b"].runs == 3
+
+
+def test_peak_memory_is_that_of_tensors_held_at_once():
+    unit = torch.zeros(250_000)  # 1 MB, held before and so not counted
+
+    def call():
+        first = unit + 1
+        second = torch.cat([first, unit])
+        del first
+        third = second + second
+        del second, third
+        return unit + 2
+
+    measured = peak_memory(call)
+    assert abs(measured.peak_bytes - 4_000_000) < 10_000 and "CPU" in measured.method
+    assert peak_memory(lambda: None).peak_bytes == 0
