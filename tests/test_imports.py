@@ -16,7 +16,8 @@ ROOT_JOBS = {"distill.py"}
 # commands of a floor; nothing imports them
 FLOOR_JOBS = {"dmd_dar/routing/layout/__main__.py", "dmd_dar/diagnostics/__main__.py"}
 # they read the configuration, and some the runs of jobs back
-EVAL_JOBS = {f"eval/{name}.py" for name in ("report", "arms", "teacher", "compare", "pairing", "weights", "sensitivity")}
+COMMANDS = ("report", "arms", "teacher", "compare", "pairing", "weights", "sensitivity")
+EVAL_JOBS = {f"eval/{name}.py" for name in COMMANDS}
 
 SEES = {
     "routing": {"routing"},

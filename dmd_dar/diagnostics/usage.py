@@ -11,6 +11,11 @@ from dmd_dar.draws import Draws
 from dmd_dar.models.sit import SiT
 
 
+def deviation(alpha: Tensor) -> Tensor:
+    """Scalar mean |n alpha - 1| of alpha (n, B, T): 0 is the residual stream."""
+    return (alpha * len(alpha) - 1).abs().mean()
+
+
 @torch.no_grad()
 def routing_usage(network: SiT, x0: Tensor, cond: Tensor, times: tuple[float, ...], draws: Draws) -> dict[str, Any]:
     """alpha of every router on x0 (B, C, S, S) noised to each of `times`.
@@ -24,9 +29,8 @@ def routing_usage(network: SiT, x0: Tensor, cond: Tensor, times: tuple[float, ..
     deviations: dict[int, list[float]] = defaultdict(list)
 
     def observe(router: int, alpha: Tensor) -> None:
-        relative = alpha * len(alpha)  # (n, B, T)
-        mixtures[router].append(relative.mean(dim=(1, 2)))
-        deviations[router].append((relative - 1).abs().mean().item())
+        mixtures[router].append(len(alpha) * alpha.mean(dim=(1, 2)))
+        deviations[router].append(deviation(alpha).item())
 
     for time in times:
         t = torch.full((len(x0),), time, dtype=x0.dtype, device=x0.device)
@@ -35,8 +39,8 @@ def routing_usage(network: SiT, x0: Tensor, cond: Tensor, times: tuple[float, ..
     for router, rows in mixtures.items():
         mixture = torch.stack(rows)  # (times, n)
         change = (mixture.amax(dim=0) - mixture.amin(dim=0)).mean().item()
-        deviation = sum(deviations[router]) / len(times)
-        by_router[router] = {"deviation": deviation, "change_over_t": change, "n_alpha": mixture.tolist()}
+        moved = sum(deviations[router]) / len(times)
+        by_router[router] = {"deviation": moved, "change_over_t": change, "n_alpha": mixture.tolist()}
 
     def mean(name: str) -> float:
         return sum(row[name] for row in by_router.values()) / len(by_router)
