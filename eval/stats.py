@@ -1,17 +1,24 @@
-"""Bootstrap confidence intervals over images: stratified by class, paired by (noise, class) where rows correspond.
+"""Intervals and tests: the bootstrap over images, and what is exact or simultaneous over a few training seeds.
 
-Legend: N images, R resamples. Randomness is an argument: a numpy Generator made by the caller.
+Images are resampled stratified by class, paired by (noise, class) where rows correspond.
+Legend: N images, R resamples, K training seeds, F points of a curve. Randomness is an argument: a numpy Generator made
+by the caller.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from scipy import special
 
 RESAMPLES = 1000
 LEVEL = 0.95
 VALUES_PER_CHUNK = 1 << 22  # resampled values held at once, 32 MB
+LARGEST_EXACT = 16  # differences whose 2^K sign patterns are enumerated
+BAND_CHUNK = 500  # simulated samples of curves held at once
+LARGEST_FREEDOM = 1e6  # beyond, Student's t is normal
 
 
 @dataclass(frozen=True)
@@ -98,3 +105,110 @@ def images_for_half_width(interval: Interval, images: int, target: float) -> int
     if not interval.defined:
         return None
     return max(2, math.ceil(images * (interval.half_width / target) ** 2))
+
+
+@lru_cache(maxsize=4)
+def _subsets(count: int) -> np.ndarray:
+    """Every subset of `count` things as a row of zeros and ones, (2^count, count); the last column halves the rows."""
+    if not 1 <= count <= LARGEST_EXACT:
+        raise ValueError(f"{count} seeds: the exact test enumerates all signs of 1 to {LARGEST_EXACT} differences")
+    return (np.arange(1 << count)[:, None] >> np.arange(count) & 1).astype(np.float64)
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Exact two-sided p-value of "symmetric about 0", from differences (K,), one for each training seed.
+
+    The share of all 2^K sign patterns whose |mean| is at least the observed one: no less than 2 / 2^K, so that five
+    seeds cannot reach 0.05. ValueError for no difference or more than LARGEST_EXACT.
+    """
+    sums = (1 - 2 * _subsets(len(differences))) @ differences
+    rounding = 1e-12 * np.abs(differences).sum()
+    return float((np.abs(sums) >= abs(differences.sum()) - rounding).mean())
+
+
+def sign_flip_interval(differences: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """The shifts that `sign_flip_p` does not reject at 1 - level: (low, high), for differences (..., K).
+
+    Flipping the signs of a subset F of d - shift raises |mean| exactly where `shift` lies between the mean of F and
+    that of the rest. So the end is the k-th smallest lower one of these pairs, k = floor((1 - level) 2^(K-1)), and
+    likewise above; infinite for k = 0, at 95 % for fewer than six seeds.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    count = differences.shape[-1]
+    order = math.floor((1 - level) * 2 ** (count - 1))
+    if order == 0:
+        return np.full(differences.shape[:-1], -np.inf), np.full(differences.shape[:-1], np.inf)
+    chosen = _subsets(count)[1 : 1 << (count - 1)]  # one of each pair of a subset and the rest
+    size = chosen.sum(1)
+    part = differences @ chosen.T
+    means = part / size, (differences.sum(-1, keepdims=True) - part) / (count - size)
+    low = np.partition(np.minimum(*means), order - 1, axis=-1)[..., order - 1]
+    high = -np.partition(-np.maximum(*means), order - 1, axis=-1)[..., order - 1]
+    return low, high
+
+
+def student_t(
+    values: np.ndarray, extra_variance: np.ndarray | float = 0.0, level: float = LEVEL
+) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of the mean over the last axis of values (..., K): (low, high).
+
+    `extra_variance` is the variance of an error that all K values share, known from elsewhere; the degrees of freedom
+    are then Welch and Satterthwaite's. ValueError for fewer than two values.
+    """
+    count = values.shape[-1]
+    if count < 2:
+        raise ValueError(f"{count} value has no spread: Student's t needs at least two")
+    spread = values.var(-1, ddof=1) / count
+    total = spread + extra_variance
+    freedom = (count - 1) * np.divide(total, spread, out=np.full_like(total, np.inf), where=spread > 0) ** 2
+    half = special.stdtrit(np.minimum(freedom, LARGEST_FREEDOM), (1 + level) / 2) * np.sqrt(total)
+    return values.mean(-1) - half, values.mean(-1) + half
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Holm's step-down adjustment: compare with 0.05 to hold the chance of any false alarm in the family at 5 %."""
+    adjusted, least = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = least
+    return {name: adjusted[name] for name in p_values}
+
+
+def max_t_band(
+    curves: np.ndarray,
+    rng: np.random.Generator,
+    extra_variance: np.ndarray | float = 0.0,
+    level: float = LEVEL,
+    draws: int = 4000,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean curve of K curves (K, F) with a band that covers it at all F points at once: (value, low, high).
+
+    value +- c s / sqrt(K), with c the `level` quantile of max_f |t_f| over K normal curves, studentised as these are.
+    Their correlations are the sample's, shrunk by 1 / K towards independence: K curves leave out directions of which
+    the truth may have more. `extra_variance` (F,) of the mean, shared by all curves, widens s only.
+    """
+    count = len(curves)
+    if count < 2:
+        raise ValueError(f"{count} curve has no spread: a band needs at least two")
+    deviations = curves - curves.mean(0)
+    spread = curves.std(0, ddof=1)
+    scaled = deviations / np.where(spread > 0, spread, 1.0) / math.sqrt(count - 1)  # rows combine to unit variance
+    largest = [_largest_t(_normal_curves(scaled, BAND_CHUNK, rng)) for _ in range(math.ceil(draws / BAND_CHUNK))]
+    half = np.quantile(np.concatenate(largest), level) * np.sqrt(spread**2 / count + extra_variance)
+    value = curves.mean(0)
+    return value, value - half, value + half
+
+
+def _normal_curves(scaled: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Samples of K normal curves of unit variance (draws, K, F) with the shrunk correlations of `scaled` (K, F)."""
+    count, points = scaled.shape
+    alike = rng.standard_normal((draws, count, count)) @ scaled
+    free = rng.standard_normal((draws, count, points)) * scaled.any(0)
+    return math.sqrt(1 - 1 / count) * alike + math.sqrt(1 / count) * free
+
+
+def _largest_t(curves: np.ndarray) -> np.ndarray:
+    """max_f |mean| sqrt(K) / s of samples of K curves, (R, K, F) -> (R,); a point without variation is left out."""
+    spread = curves.std(1, ddof=1)
+    t = np.divide(np.abs(curves.mean(1)), spread, out=np.zeros_like(spread), where=spread > 0)
+    return math.sqrt(curves.shape[1]) * t.max(-1)

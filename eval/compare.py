@@ -1,0 +1,354 @@
+"""Does DAR keep more detail? python -m eval.compare arms.residual=[RUN,..] arms.dar=[RUN,..] out=DIR
+
+Students trained from several seeds, sampled on the same noise and classes, against their teacher. The endpoint is
+fixed: D = |gain_HF(residual)| - |gain_HF(DAR)| in dB, above 0 in favour of DAR. Writes compare.json.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmd_dar import config
+from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.keys import key
+from dmd_dar.methods.generate import Generator, balanced_labels, few_step_generator
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.saved import ModelCard, load_network, network_hash
+from dmd_dar.models.sit import SiT
+from dmd_dar.spectrum import BAND_NAMES, band_energies, image_psd, log_spectral_distance, with_hf
+from eval import frechet, structure
+from eval.arms import LATENCY_BATCH, Arm, Bench, Teacher, network_facts
+from eval.conclusion import conclusion, table
+from eval.controls import frozen_at_mean
+from eval.cost import latencies
+from eval.measure import ImageSet, jsonable
+from eval.pairing import ArmsConfig, Groups, Role, read_groups
+from eval.report import git_state
+from eval.seeds import LEAST_COVERAGE, PILOT_BELOW, Arms, decibel, differences, endpoint, image_spread
+from eval.spectrum import POWER_FLOOR
+from eval.stats import LARGEST_EXACT, holm, max_t_band, sign_flip_p, student_t
+
+SCHEMA_VERSION = 1
+HF = BAND_NAMES.index("HF")
+AT_MEAN = "frozen_at_mean"  # the DAR students themselves, their routers held at the mean over the rungs
+# What is tested beside the endpoint: how far a run is from the teacher in another way, 0 being best.
+SECONDARIES = {
+    "lsd": ("log-spectral distance, dB", lambda row: row["lsd"]),
+    "fd_wavelet": ("fd_wavelet above its null", lambda row: row["fd_wavelet"]["excess"]),
+    "hf_kurtosis_ratio": ("|log kurtosis ratio|", lambda row: _log_distance(row["hf_kurtosis_ratio"])),
+    "diversity_ratio": ("|log least class diversity|", lambda row: _log_distance(row["diversity_ratio"])),
+}
+# What DAR is paid for with: told beside the tests, and no part of their family.
+COSTS = {
+    "latency_ms": ("ms per image", lambda row: row["latency_ms_per_image"]),
+    "parameters": ("parameters", lambda row: row["parameters"]),
+}
+
+
+def _log_distance(ratio: float) -> float:
+    """How far a ratio is from 1, either way; infinite where it is not positive."""
+    return abs(math.log(ratio)) if ratio > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """python -m eval.compare"""
+
+    arms: ArmsConfig = key(factory=ArmsConfig)
+    reference: Literal["teacher"] = key("teacher", "what the gains are against")
+    out: str = key("out/compare", "folder for compare.json")
+    n: int = key(1024, "images of each network", least=64)
+    seed: int = key(0, "of the evaluation noise, the resampling and the simulations", least=0)
+    solver_steps: int = key(15, "Heun steps of the teacher, two evaluations each", unit="steps", least=1)
+    batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
+    cache: str = key("out/cache", "folder in which images are kept and found again")
+    cpu: bool = key(False, "compute on the CPU although a GPU is there")
+
+    def __post_init__(self) -> None:
+        for name in ("residual", "dar"):
+            runs = len(getattr(self.arms, name))
+            if not 2 <= runs <= LARGEST_EXACT:
+                raise ValueError(
+                    f"arms.{name} names {runs} runs: name 2 to {LARGEST_EXACT}, one for each training seed"
+                )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the comparisons need of one set of N images."""
+
+    labels: np.ndarray  # (N,)
+    frequencies: Tensor  # (F,)
+    power: np.ndarray  # (N, F) radial power
+    energies: np.ndarray  # (N, 6), columns of BAND_NAMES
+    kurtosis: float  # median over images
+    features: Tensor  # (N, 20)
+    diversity: dict[int, float]  # of each class, in pixels
+
+    @staticmethod
+    def of(images: Tensor, labels: Tensor) -> "Measured":
+        """uint8 (N, 3, H, W) and (N,); powers are held above POWER_FLOOR, so that an empty set reads a large loss."""
+        unit = images.float() / 255
+        frequencies, power = image_psd(unit)
+        return Measured(
+            labels=labels.cpu().numpy(),
+            frequencies=frequencies.cpu(),
+            power=power.clamp(min=POWER_FLOOR).cpu().numpy(),
+            energies=with_hf(band_energies(unit)).clamp(min=POWER_FLOOR).cpu().numpy(),
+            kurtosis=float(np.median(structure.hf_kurtosis(unit))),
+            features=frechet.wavelet_features(unit),
+            diversity=frechet.class_diversity(images.flatten(1), labels),
+        )
+
+
+def measure_run(ours: Measured, teacher: Measured, null: float, name: str) -> dict[str, Any]:
+    """The numbers of one run against the teacher."""
+    gains = decibel(ours.energies.mean(0) / teacher.energies.mean(0))
+    powers = [torch.from_numpy(one.power.mean(0)) for one in (ours, teacher)]
+    distance, signed = log_spectral_distance(teacher.frequencies, *powers)
+    fd = frechet.fd_wavelet(ours.features, teacher.features, null, (name, "teacher"))
+    tails = teacher.kurtosis >= structure.LEAST_KURTOSIS  # else there are none to preserve
+    empty = teacher.energies.mean(0) <= POWER_FLOOR  # B0 of 32-px images has no mode
+    return {
+        "gain_db": {band: None if empty[b] else float(gains[b]) for b, band in enumerate(BAND_NAMES)},
+        "lsd": distance.item(),
+        "lsd_signed": signed.item(),
+        "fd_wavelet": {**dataclasses.asdict(fd), "excess": fd.excess},
+        "hf_kurtosis_ratio": ours.kurtosis / teacher.kurtosis if tails else math.nan,
+        "diversity_ratio": min(frechet.diversity_ratio(ours.diversity, teacher.diversity).values(), default=math.nan),
+    }
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is measured: rows of numbers and the images' energies, by arm, in the order of the seeds."""
+
+    teacher: Measured
+    rows: dict[str, list[dict[str, Any]]]
+    sets: dict[str, list[Measured]]
+
+    def arms(self, baseline: str, select: Any) -> Arms:
+        """`select` takes what is compared, (N, ...), from a Measured."""
+        baselines, routed = (np.stack([select(one) for one in self.sets[arm]]) for arm in (baseline, "dar"))
+        return Arms(baselines, routed, select(self.teacher), self.teacher.labels)
+
+
+@dataclass(frozen=True)
+class Student:
+    """One network to sample: a run's own, or a variant of it; `identity` names its images in the cache."""
+
+    run: Arm
+    network: SiT
+    card: ModelCard
+    identity: dict[str, Any]
+
+    @property
+    def generator(self) -> Generator:
+        return few_step_generator(velocity_of(self.network, self.card.prediction), self.card.rungs)
+
+
+def students(runs: dict[Role, Arm], device: torch.device) -> dict[str, Student]:
+    """The networks of one training seed by arm, and timestep-routed DAR once more with its routers frozen over t."""
+    found = {}
+    for role, run in runs.items():
+        network, card = load_network(run.folder / "student", device)
+        identity = {"student": network_hash(run.folder / "student"), "rungs": card.rungs}
+        found[role] = Student(run, network, card, identity)
+        if role == "dar" and network.config.routing.query == "timestep":
+            times = tuple(1 - t for t in card.rungs) if card.prediction == "sit" else card.rungs
+            found[AT_MEAN] = Student(run, frozen_at_mean(network, times), card, {**identity, "routers": AT_MEAN})
+    return found
+
+
+def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Study:
+    """Every run of every arm, seed by seed."""
+    teacher = Measured.of(reference.images, reference.labels)
+    null = frechet.fd_null(teacher.features, bench.count, np.random.default_rng(bench.seed))
+    rows: dict[str, list[dict[str, Any]]] = {}
+    sets: dict[str, list[Measured]] = {}
+    for index in range(len(groups["residual"])):
+        found = students({role: runs[index] for role, runs in groups.items()}, bench.device)
+        latency = latencies_ms(found, bench)
+        for name, one in found.items():
+            print(f"{name}: {one.run.folder}", file=sys.stderr)
+            images, labels = bench.cached(one.identity, one.generator)
+            sets.setdefault(name, []).append(Measured.of(images, labels))
+            row = {"folder": str(one.run.folder), "seed": one.run.cfg.seed, "updates": one.run.cfg.steps}
+            row |= network_facts(one.network, len(one.card.rungs), latency[name], one.identity["student"])
+            row |= measure_run(sets[name][-1], teacher, null, str(one.run.folder))
+            if name == "dar":
+                row["reset_shift_db"] = reset_shift_db(one, sets[name][-1], bench)
+            rows.setdefault(name, []).append(row)
+    return Study(teacher, rows, sets)
+
+
+def reset_shift_db(student: Student, ours: Measured, bench: Bench) -> float:
+    """By how much the HF gain moves when the routers are reset: near 0, they are not used."""
+    plain = copy.deepcopy(student.network)
+    plain.dar.reset()
+    reset = dataclasses.replace(student, network=plain, identity={**student.identity, "routers": "reset"})
+    images, labels = bench.cached(reset.identity, reset.generator)
+    high = [one.energies[:, HF].mean() for one in (Measured.of(images, labels), ours)]
+    return float(decibel(high[0] / high[1]))
+
+
+def latencies_ms(found: dict[str, Student], bench: Bench) -> dict[str, float]:
+    """Milliseconds per image of the networks of one seed, timed in turns so that a busy machine slows all of them."""
+    draws = Draws(bench.seed, "latency", 0, sample_range(0, LATENCY_BATCH, bench.device))
+    cond, noise = balanced_labels(draws.samples, bench.num_classes), draws.normal("noise", *bench.shape)
+    calls = {name: partial(one.generator, cond, draws, noise) for name, one in found.items()}
+    return {name: one.median_ms / LATENCY_BATCH for name, one in latencies(calls, bench.device).items()}
+
+
+def compare_arms(study: Study, baseline: str, seed: int) -> dict[str, Any]:
+    """The endpoint of the DAR arm against `baseline`, with its gain curves; JSON-able."""
+    high = study.arms(baseline, lambda one: one.energies[:, HF])
+    result = endpoint(high, seed)
+    seeds = [row["seed"] for row in study.rows["dar"]]
+    return {
+        "baseline": baseline,
+        "seeds": seeds,
+        "pilot": result.pilot,
+        "per_seed": [
+            {"seed": s, "gain_db": {baseline: g[0], "dar": g[1]}, "difference_db": d}
+            for s, g, d in zip(seeds, result.gains.T.tolist(), result.per_seed, strict=True)
+        ],
+        "gain_db": dict(zip((baseline, "dar"), result.gains.mean(1).tolist(), strict=True)),
+        "absolute_gain_db": dict(zip((baseline, "dar"), np.abs(result.gains).mean(1).tolist(), strict=True)),
+        "difference_db": result.difference,
+        "method": result.method,
+        "reason": result.reason,
+        "intervals": result.intervals,
+        "coverage": result.coverage,
+        "least_coverage": LEAST_COVERAGE,
+        "p": result.p,
+        "least_p": 2 / 2 ** len(seeds),
+        "variance_db2": result.variance,
+        "power": result.power,
+        "curve": curves(study, baseline, seed),
+    }
+
+
+def curves(study: Study, baseline: str, seed: int) -> dict[str, Any]:
+    """Gain over frequency of both arms, and |gain baseline| - |gain DAR|, with simultaneous 95 % bands over seeds."""
+    arms = study.arms(baseline, lambda one: one.power)
+    gains, spread, images = arms.gains, image_spread(arms), len(arms.labels)
+    shared, _ = spread.of_difference(gains)
+    kinds = {
+        baseline: (gains[0], np.maximum(spread.shared[0, 0], 0.0)),
+        "dar": (gains[1], np.maximum(spread.shared[1, 1], 0.0)),
+        "difference": (differences(gains), shared),
+    }
+    result: dict[str, Any] = {"frequencies": study.teacher.frequencies.tolist()}
+    for name, (values, variance) in kinds.items():
+        band = max_t_band(values, np.random.default_rng([seed, 2]), variance / images)
+        result[name] = dict(zip(("value", "low", "high"), (part.tolist() for part in band), strict=True))
+    return result
+
+
+def residual_minus_dar(study: Study, quantities: dict[str, tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each quantity of the runs in both arms and its paired difference, above 0 in favour of DAR; see `paired`."""
+    return {
+        name: {
+            "title": title,
+            **paired(*(np.array([of(row) for row in study.rows[arm]]) for arm in ("residual", "dar"))),
+        }
+        for name, (title, of) in quantities.items()
+    }
+
+
+def adjust(family: dict[str, dict[str, Any]]) -> None:
+    """Give every test of a family its p-value after Holm, `p_holm`; None where it was skipped."""
+    adjusted = holm({name: one["p"] for name, one in family.items() if one["p"] is not None})
+    for name, one in family.items():
+        one["p_holm"] = adjusted.get(name)
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Means of two arms (K,), the mean paired difference with its Student-t interval, and the exact p-value."""
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return {"residual": None, "dar": None, "difference": None, "p": None, "skipped": "undefined for a run"}
+    each = ours - theirs
+    low, high = student_t(each)
+    difference = {"value": float(each.mean()), "low": float(low), "high": float(high)}
+    means = {"residual": float(ours.mean()), "dar": float(theirs.mean())}
+    return {**means, "difference": difference, "per_seed": each.tolist(), "p": sign_flip_p(each)}
+
+
+def command_line(cfg: CompareConfig) -> str:
+    """The command that makes this comparison again, with every key that is not at its default."""
+    default = dataclasses.replace(cfg, **{f.name: f.default for f in dataclasses.fields(cfg) if f.name != "arms"})
+    given = {name: value for name, _, value in config.differences(default, cfg)}
+    given |= {f"arms.{role}": folders for role, folders in config.to_dict(cfg.arms).items() if folders}
+    values = {name: f"[{','.join(value)}]" if isinstance(value, list) else value for name, value in given.items()}
+    return shlex.join(["python", "-m", "eval.compare", *(f"{name}={value}" for name, value in values.items())])
+
+
+def provenance(cfg: CompareConfig, groups: Groups, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "command": command_line(cfg),
+        "git": git_state(),
+        "configs": {str(run.folder): run.raw for runs in groups.values() for run in runs},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": f"{device}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
+        "seconds": round(seconds, 1),
+    }
+
+
+def conclude(study: Study, cfg: CompareConfig) -> dict[str, Any]:
+    """All comparisons of what was measured, and the conclusion in words; JSON-able."""
+    primary = compare_arms(study, "residual", cfg.seed)
+    controls = {name: compare_arms(study, name, cfg.seed) for name in study.rows if name not in ("residual", "dar")}
+    secondaries = residual_minus_dar(study, SECONDARIES)
+    for family in (controls, secondaries):  # two questions: is it adaptive routing that helps, what else has changed
+        adjust(family)
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "label": f"pilot: fewer than {PILOT_BELOW} training seeds" if primary["pilot"] else "",
+        "images": cfg.n,
+        "primary": primary,
+        "controls": controls,
+        "secondaries": secondaries,
+        "costs": residual_minus_dar(study, COSTS),
+        "runs": study.rows,
+    }
+    result = jsonable(result)
+    return {**result, "conclusion": conclusion(result)}
+
+
+def compare(cfg: CompareConfig) -> None:
+    """Sample, measure, compare; write compare.json and print tables and conclusion."""
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    groups = read_groups(cfg.arms)
+    out = make_folder(cfg.out)
+    teacher = Teacher.of(groups["residual"][0].cfg, device)
+    bench = Bench.of(cfg, teacher.network, device)
+    print(f"sampling {cfg.n} images of the teacher and of {sum(map(len, groups.values()))} runs", file=sys.stderr)
+    reference = teacher.sample_set(bench, cfg.solver_steps)
+    result = conclude(sample_and_measure(groups, reference, bench), cfg)
+    result["reference"] = jsonable(reference.facts)
+    result["provenance"] = jsonable(provenance(cfg, groups, device, time.monotonic() - began))
+    write_atomic(out / "compare.json", json.dumps(result, indent=1, allow_nan=False))
+    print(table(result))
+    print(f"\n{result['conclusion']}\nwritten: {Path(out) / 'compare.json'}")
+
+
+if __name__ == "__main__":
+    config.run_job(CompareConfig, compare, sys.argv[1:], description=__doc__ or "")

@@ -1,0 +1,236 @@
+"""The command over real runs of tiny networks: pairing by seed, the numbers it writes, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dmd_dar import config, distill
+from dmd_dar.methods.generate import few_step_generator
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.saved import ModelCard, load_network, save_network
+from dmd_dar.models.sit import with_routing
+from dmd_dar.routing.layout import RoutingConfig
+from eval import arms, compare, pairing
+from eval.compare import CompareConfig
+from eval.pairing import ArmsConfig, read_groups
+from eval.report import hf_gain_db
+from eval.stats import holm
+from tests.tiny import tiny_sit, tiny_teacher
+
+RECIPES = Path(__file__).parents[2] / "configs" / "photos32"
+QUERIES = {"residual": "residual", "dar": "timestep", "frozen": "static"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """residual_0, residual_1, dar_0 ... of two training seeds, two steps each."""
+    root = tmp_path_factory.mktemp("runs")
+    folder = tiny_teacher(root / "teacher")
+    for name in QUERIES:
+        for seed in (0, 1):
+            distill.main(
+                [
+                    f"config={RECIPES / f'pilot_{name}.yaml'}",
+                    f"teacher.path={folder}",
+                    f"out_dir={root / f'{name}_{seed}'}",
+                    f"seed={seed}",
+                    f"regression.cache={root / 'pairs'}",
+                    "steps=2",
+                    "batch_size=4",
+                    "student.lr=0.03",
+                    "student.warmup=0",
+                    "student.ema=0.0",
+                    "student.routing.chunk_size=2",
+                    "student.routing.lr=3.0",
+                    "fake_score.updates=1",
+                    "regression.count=4",
+                    "regression.solver_steps=4",
+                    "launch.cpu=true",
+                ]
+            )
+    return root
+
+
+def options(root: Path, **groups: tuple[str, ...]) -> CompareConfig:
+    given = {"residual": ("residual_0", "residual_1"), "dar": ("dar_1", "dar_0"), **groups}
+    argv = [f"arms.{role}=[{','.join(str(root / name) for name in names)}]" for role, names in given.items()]
+    argv += [f"out={root / 'compare'}", "n=70", "solver_steps=2", f"cache={root / 'cache'}", "cpu=true"]
+    return config.load(CompareConfig, argv)
+
+
+@pytest.fixture(scope="module")
+def written(runs) -> dict:
+    compare.compare(options(runs, frozen=("frozen_0", "frozen_1")))
+    return json.loads((runs / "compare" / "compare.json").read_text())
+
+
+def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
+    """Against images made here from the same noise: whatever the order on the command line, seeds meet."""
+    cfg, device = options(runs), torch.device("cpu")
+    (arm,) = arms.read_arms((str(runs / "dar_0"),))
+    teacher = arms.Teacher.of(arm.cfg, device)
+    bench = arms.Bench.of(cfg, teacher.network, device)
+    reference = teacher.sample_set(bench, 2).images
+    for seed, row in enumerate(written["primary"]["per_seed"]):
+        expected = {}
+        for role in ("residual", "dar"):
+            network, card = load_network(runs / f"{role}_{seed}" / "student")
+            images, _ = bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs))
+            expected[role] = hf_gain_db(images, reference)
+        assert row["seed"] == seed and row["gain_db"] == pytest.approx(expected, abs=1e-3)
+        difference = abs(expected["residual"]) - abs(expected["dar"])
+        assert row["difference_db"]["value"] == pytest.approx(difference, abs=1e-3) and abs(difference) > 0.02
+        curve = written["primary"]["curve"]
+        assert len(curve["frequencies"]) == len(curve["difference"]["low"]) == len(curve["residual"]["value"])
+
+
+def test_two_seeds_are_a_pilot_everywhere(written, capsys):
+    assert written["label"].startswith("pilot") and written["primary"]["pilot"]
+    assert written["conclusion"].startswith("Pilot: 2 training seeds cannot decide")
+    assert compare.table(written).startswith("PILOT")
+    assert all(control["pilot"] for control in written["controls"].values())
+    assert written["primary"]["p"] >= written["primary"]["least_p"] == 0.5
+
+
+def test_secondaries_are_residual_minus_dar_and_controls_a_family_of_their_own(written):
+    rows, secondaries, controls = written["runs"], written["secondaries"], written["controls"]
+    lsd = [sum(row["lsd"] for row in rows[arm]) / 2 for arm in ("residual", "dar")]
+    assert secondaries["lsd"]["difference"]["value"] == pytest.approx(lsd[0] - lsd[1])
+    for family in (secondaries, controls):
+        tested = {name: one["p"] for name, one in family.items() if one["p"] is not None}
+        assert {name: family[name]["p_holm"] for name in tested} == holm(tested) and len(tested) > 1
+    costs = written["costs"]
+    latency = [sum(row["latency_ms_per_image"] for row in rows[arm]) / 2 for arm in ("residual", "dar")]
+    assert costs["latency_ms"]["difference"]["value"] == pytest.approx(latency[0] - latency[1])
+    assert "p_holm" not in costs["latency_ms"]
+    assert costs["parameters"]["difference"]["value"] == -rows["dar"][0]["router_parameters"]
+
+
+def test_frozen_routers_are_other_networks_of_the_same_runs(written):
+    assert list(written["controls"]) == ["frozen_at_mean", "frozen"]
+    trained, held = written["runs"]["dar"], written["runs"]["frozen_at_mean"]
+    assert [row["folder"] for row in trained] == [row["folder"] for row in held]
+    assert trained[0]["gain_db"]["HF"] != held[0]["gain_db"]["HF"]
+    assert trained[0]["router_parameters"] > held[0]["router_parameters"] > 0
+    assert "parameter-matched" not in written["conclusion"]  # routers add less than 1 % here
+
+
+def test_resetting_the_routers_shows_what_they_did(runs, written):
+    network, card = load_network(runs / "dar_0" / "student")
+    bench = arms.Bench.of(options(runs), network, torch.device("cpu"))
+    images = []
+    for _ in range(2):
+        images.append(bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs))[0])
+        network.dar.reset()
+    shift = written["runs"]["dar"][0]["reset_shift_db"]
+    assert shift == pytest.approx(hf_gain_db(images[1], images[0]), abs=1e-3) and abs(shift) > 0.01
+
+
+def test_a_matched_arm_of_another_size_is_refused(tmp_path):
+    found = []
+    for query in ("residual", "dynamic"):
+        save_network(tmp_path / query / "student", with_routing(tiny_sit(), RoutingConfig(query, 2)), ModelCard())
+        found.append(SimpleNamespace(folder=tmp_path / query))
+    with pytest.raises(config.ConfigError, match=r"arms\.matched: .*residual has \d+ parameters, .*dynamic .* has \d+"):
+        pairing._same_size(*found)
+    pairing._same_size(found[0], found[0])
+
+
+def test_the_command_is_told_so_that_it_can_be_given_again(runs, written):
+    cfg = options(runs, frozen=("frozen_0", "frozen_1"))
+    command = compare.command_line(cfg)
+    assert command == written["provenance"]["command"]
+    assert config.load(CompareConfig, command.removeprefix("python -m eval.compare ").replace("'", "").split()) == cfg
+
+
+def changed(run: Path, folder: Path, name: str, value: object) -> str:
+    """A copy of a run whose configuration says otherwise in one key."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "samples"))
+    saved = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(saved, name, value)
+    OmegaConf.save(saved, folder / "config.yaml")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "value"),
+    [
+        ("dar", "rungs", [1.0, 0.9, 0.7, 0.5]),
+        ("dar", "guidance_scale", 1.5),
+        ("dar", "data.size", 64),
+        ("dar", "matching.weight", 0.5),
+        ("dar", "student.lr", 1e-3),
+        ("residual", "batch_size", 8),
+        ("residual", "launch.precision", "bf16"),
+        ("frozen", "student.routing.lr", 1.0),
+        ("matched", "student.ema", 0.5),
+    ],
+)
+def test_runs_that_differ_in_more_than_their_arm_are_refused(runs, tmp_path, role, name, value):
+    groups = {one: tuple(str(runs / f"{one}_{seed}") for seed in (0, 1)) for one in QUERIES}
+    groups["matched"] = groups["residual"]
+    for changes in ((0, 1), (1,)):  # the whole arm, or one run of it
+        new = list(groups[role])
+        for seed in changes:
+            source = Path(groups[role][seed])
+            new[seed] = changed(source, tmp_path / f"{len(changes)}{role}_{seed}", name, value)
+        with pytest.raises(config.ConfigError, match=rf"arms\.\w+: .* has {name} = .*, but .* has ") as error:
+            read_groups(ArmsConfig(**{**groups, role: tuple(new)}))
+        assert str(value) in str(error.value)
+
+
+def test_book_keeping_may_differ_and_a_residual_arm_of_the_same_size_is_a_matched_one(runs, tmp_path):
+    dar = tuple(changed(runs / f"dar_{s}", tmp_path / f"dar_{s}", "log.every", 3 + s) for s in (1, 0))
+    groups = read_groups(
+        options(runs, dar=dar, matched=("residual_0", "residual_1"), frozen=("frozen_1", "frozen_0")).arms
+    )
+    assert all([run.cfg.seed for run in group] == [0, 1] for group in groups.values()) and len(groups) == 4
+
+
+def test_wrong_seeds_arms_and_folders_are_named(runs, tmp_path):
+    other = changed(runs / "dar_1", tmp_path / "dar_7", "seed", 7)
+    twin = changed(runs / "dar_0", tmp_path / "dar_9", "seed", 9)
+    pairs = {"residual": ("residual_0", "residual_1")}
+    for dar, message in (
+        (("dar_0", other), r"arms\.dar: no run of seed = 1, the partner of .*residual_1 in arms\.residual"),
+        (("dar_0", "dar_0"), r"arms\.dar: .*dar_0 and .*dar_0 both have seed = 0"),
+        (("dar_0", twin), r"arms\.dar: .*dar_0 and .*dar_9 hold the same student"),
+        (("dar_0", "residual_1"), r"arms\.dar: .*residual_1 has student.routing.query = residual, where timestep"),
+        (("dar_0", "teacher"), r"arms\.dar: .*teacher holds no config.yaml"),
+    ):
+        with pytest.raises(config.ConfigError, match=message):
+            read_groups(options(runs, **pairs, dar=dar).arms)
+    with pytest.raises(config.ConfigError, match=r"arms\.dar names 1 runs: name 2 to 16"):
+        options(runs, dar=("dar_0",))
+
+
+def test_a_run_on_other_data_is_refused(runs, tmp_path):
+    copy = Path(changed(runs / "dar_1", tmp_path / "dar_1", "log.every", 3))
+    card = copy / "student" / "model.json"
+    card.write_text(card.read_text().replace('"data": "', '"data": "other'))
+    cfg = options(runs, dar=("dar_0", str(copy)))
+    with pytest.raises(config.ConfigError, match=r"arms\.dar: .*dar_1 was trained on data of hash other"):
+        read_groups(cfg.arms)
+
+
+def test_an_undefined_metric_is_skipped_and_the_rest_kept():
+    result = compare.paired(np.array([1.0, float("nan")]), np.array([1.0, 2.0]))
+    assert result["p"] is None and result["skipped"]
+    assert compare._log_distance(0.5) == pytest.approx(compare._log_distance(2.0)) and compare._log_distance(-1.0) > 1e9
+
+
+def test_the_pilots_arms_differ_in_their_routing_only(monkeypatch):
+    monkeypatch.chdir(RECIPES.parents[1])
+    dar, residual, frozen = (
+        config.load(distill.DistillConfig, [f"config={RECIPES}/pilot_{name}.yaml"])
+        for name in ("dar", "residual", "frozen")
+    )
+    assert {key for key, _, _ in config.differences(dar, residual)} == {"out_dir", "student.routing.query"}
+    assert {key for key, _, _ in config.differences(dar, frozen)} == {"out_dir", "student.routing.query"}
+    assert dar.regression.weight > 0 and len(dar.rungs) == 4 and dar.student.routing.chunk_size == 4
