@@ -8,7 +8,9 @@ v_l = x_{l+1} - x_l holds whatever else (ControlNet, IP-adapter) is added on the
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -55,8 +57,8 @@ SUBLAYERS = {
     "WanTransformer3DModel": Form("WanTransformerBlock", "blocks", "norm1 norm2 norm3", widens=True),
 }
 REFUSED = {
-    "AuraFlowTransformer2DModel": "its blocks normalise x + attention before the MLP but add only the MLP's output to x,"
-    " so the attention's output never enters the residual stream"
+    "AuraFlowTransformer2DModel": "its blocks normalise x + attention before the MLP but add only the MLP's output to"
+    " x, so the attention's output never enters the residual stream"
 }
 
 
@@ -120,11 +122,10 @@ def sublayer_plan(model: nn.Module, form: Form) -> Plan:
     wrong = {type(block).__name__ for block in blocks.values()} - {form.block}
     if not blocks or wrong:
         raise ValueError(f"{type(model).__name__}.{form.blocks} must hold {form.block}s, found {wrong or 'none'}")
-    image, text, joint = _consumers(blocks, form.image), _consumers(blocks, form.text), []
-    if form.joint:
-        seam, consumer = form.joint.split()
-        joint, blocks = _consumers(_blocks(model, seam), consumer), blocks | _blocks(model, seam)
-    else:  # the last block's text output is dropped: a router behind its attention would have no gradient
+    seam, consumer = form.joint.split() if form.joint else ("", "")
+    behind = _blocks(model, seam) if seam else {}
+    image, text, joint = _consumers(blocks, form.image), _consumers(blocks, form.text), _consumers(behind, consumer)
+    if not joint:  # the last block's text output is dropped: a router behind its attention would have no gradient
         text = text[: len(form.text.split()) * (len(blocks) - 1) + 1]
 
     total = len(image) + len(joint)
@@ -138,7 +139,7 @@ def sublayer_plan(model: nn.Module, form: Form) -> Plan:
         taps += [Tap(path, "joint", router) for router, path in enumerate(joint, start=len(image) + 1)]
     taps += [Tap(path, "joint" if joint else "image", total + 1) for path in _heads(model, form.head)]
     first = next(iter(blocks)) if form.widens else None
-    return Plan(tuple(taps), streams, tuple(blocks), _product(model, form.width), "sublayer", first)
+    return Plan(tuple(taps), streams, (*blocks, *behind), _width(model, form), "sublayer", first)
 
 
 def block_plan(model: nn.Module) -> Plan:
@@ -156,7 +157,7 @@ def block_plan(model: nn.Module) -> Plan:
         taps += [Tap(path, name, router) for router, path in enumerate(blocks, start=1)]
         taps += [Tap(list(blocks)[-1], name, len(blocks) + 1, output=True)]
     paths = tuple(path for blocks in lists.values() for path in blocks)
-    return Plan(tuple(taps), streams, paths, _width(model), "block")
+    return Plan(tuple(taps), streams, paths, _width(model, SUBLAYERS.get(type(model).__name__)), "block")
 
 
 def time_embedder(model: nn.Module) -> str | None:
@@ -176,7 +177,8 @@ def _blocks(model: nn.Module, path: str) -> dict[str, nn.Module]:
 
 
 def _consumers(blocks: dict[str, nn.Module], names: str) -> list[str]:
-    return [f"{path}.{name}" for path, block in blocks.items() for name in names.split() if getattr(block, name, None)]
+    read = ((path, block, name) for path, block in blocks.items() for name in names.split())
+    return [f"{path}.{name}" for path, block, name in read if getattr(block, name, None) is not None]
 
 
 def _heads(model: nn.Module, path: str) -> list[str]:
@@ -188,13 +190,12 @@ def _is_block(module: nn.Module) -> bool:
     return any("attn" in name or "attention" in name for name, _ in module.named_modules())
 
 
-def _product(model: nn.Module, keys: str) -> int:
-    return math.prod(model.config[key] for key in keys.split())
-
-
-def _width(model: nn.Module) -> int:
-    """d of a class that is not in the table, from what diffusers' configurations call it."""
-    for keys in ("hidden_size", "dim", "num_attention_heads attention_head_dim"):
-        if all(isinstance(model.config.get(key), int) for key in keys.split()):
-            return _product(model, keys)
-    raise ValueError(f"the width of {type(model).__name__} is in none of hidden_size, dim, num_attention_heads of its config")
+def _width(model: nn.Module, form: Form | None) -> int:
+    """d, from what the model's configuration calls it."""
+    config: Any = getattr(model, "config", {})
+    for keys in [form.width] if form else ["hidden_size", "dim", "inner_dim", "num_attention_heads attention_head_dim"]:
+        known = config if isinstance(config, Mapping) else vars(config)
+        sizes: list[Any] = [known.get(key) for key in keys.split()]
+        if None not in sizes:
+            return math.prod(int(size) for size in sizes)
+    raise ValueError(f"the config of {type(model).__name__} tells no width: no hidden_size, dim, or number of heads")

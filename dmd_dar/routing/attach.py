@@ -1,0 +1,143 @@
+"""A pretrained diffusers transformer becomes a DAR transformer that computes the same function, and back.
+
+    from dmd_dar.routing import attach, detach
+    attach(transformer, query="timestep", chunk_size=4)     # transformer.dar holds the routers
+    optimizer = AdamW([{"params": transformer.dar.parameters(), "lr": 2e-3}, ...])
+
+Class, parameters and state-dict keys of the backbone stay as they are; the routers' keys begin with `dar.`.
+"""
+
+import os
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from dmd_dar.errors import DamagedFileError
+from dmd_dar.routing.check import prove
+from dmd_dar.routing.consumers import Plan, plan_of
+from dmd_dar.routing.examples import example_inputs as inputs_for
+from dmd_dar.routing.folder import FORM, read_folder, save_routed
+from dmd_dar.routing.hooks import DarBank
+from dmd_dar.routing.layout import ChunkSize, Final, Query, RoutingConfig, Scale, Summary
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(
+    model: Model,
+    *,
+    query: Query,
+    chunk_size: ChunkSize,
+    summary: Summary = "sum",
+    scale: Scale = "stream",
+    final: Final = "dedicated",
+    granularity: Literal["sublayer", "block"] = "sublayer",
+    example_inputs: Mapping[str, Any] | None = None,
+    check: bool = True,
+    allow_change: bool = False,
+) -> Model:
+    """Route the residual additions of a diffusers transformer, in place; returns `model`.
+
+    The options are `RoutingConfig`'s; `chunk_size` counts sublayers, or blocks at granularity "block". The classes of
+    `consumers.SUBLAYERS` are routed per sublayer, any other with a list of blocks per block, with a warning.
+    `check` runs the network with and without its routers and compares them, bit for bit for scale "stream"; where the
+    model is on the meta device or spread over devices, it does so at the first forward. Classes outside the table need
+    `example_inputs` for it, keyword arguments of the model's forward. `allow_change` permits forms that change the
+    function; the change is then measured and printed.
+
+    The routers are float32 (float64 in a float64 model). Attach before `fully_shard`, and call `model.dar.reset()`
+    after filling a model that was on the meta device. PEFT freezes all that is not its own: call
+    `model.dar.requires_grad_(True)` after adding an adapter. Checkpointing must not be reentrant (diffusers' is not).
+
+    Raises ValueError, with `model` as it was, where the model has routers already or no blocks, the options do not
+    fit it, the form would change its function, or the check finds that it did, naming the first block that differs.
+    """
+    if getattr(model, "dar", None) is not None:
+        raise ValueError(f"this {type(model).__name__} already has routers at .dar: detach it first")
+    config = RoutingConfig(query, chunk_size, summary, scale, final)
+    if not config.keeps_function and not allow_change:
+        raise ValueError(
+            f"scale {scale!r} with summary {summary!r} changes the function of a pretrained network: use scale"
+            " 'stream', or 'count' with summary 'sum', or pass allow_change=True to have the change measured"
+        )
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise ValueError("attach before fully_shard: later, the routers' gradients would stay apart on each process")
+    plan = plan_of(model, granularity)
+    inputs = None
+    if check and not _later(model):
+        inputs = inputs_for(model) if example_inputs is None else dict(example_inputs)
+    bank = install(model, config, plan)
+    if inputs is not None:
+        _prove(model, (), inputs)
+    elif check:
+        bank.proof = _prove
+    return model
+
+
+def _prove(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The proof; where it fails, `model` is as it was before `attach`."""
+    try:
+        prove(model, args, kwargs)
+    except BaseException:
+        detach(model)
+        raise
+
+
+def detach(model: Model) -> Model:
+    """Take the routers and all that came with them off again, in place; returns the plain `model`.
+
+    Raises ValueError where `model` has no routers.
+    """
+    bank = getattr(model, "dar", None)
+    if not isinstance(bank, DarBank):
+        raise ValueError(f"this {type(model).__name__} has no routers that attach put there")
+    bank.remove(model)
+    del model.dar
+    vars(model).pop("save_pretrained", None)
+    return model
+
+
+def load_routed(folder: str | os.PathLike[str]) -> Any:
+    """The transformer that a routed model's `save_pretrained` wrote, on the CPU, in evaluation mode, routers in place.
+
+    Raises MissingWeightsError or DamagedFileError, naming the file, where the folder is not of that form or its parts
+    do not fit each other.
+    """
+    import diffusers
+
+    saved = read_folder(folder)
+    model_class: Any = getattr(diffusers, saved.backbone["_class_name"], None)
+    if nn.Module not in getattr(model_class, "__mro__", ()):
+        raise DamagedFileError(f"{folder}: diffusers has no model class {saved.backbone['_class_name']!r}")
+    try:
+        model: Any = model_class.from_config(saved.backbone)
+        install(model, saved.routing, plan_of(model, saved.granularity))
+        model.load_state_dict(saved.weights, assign=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise DamagedFileError(f"{folder}: the weights do not fit what {FORM} says: {error}") from error
+    for name, dtype in saved.buffer_dtypes.items():
+        path, _, buffer = name.rpartition(".")
+        owner = model.get_submodule(path)
+        setattr(owner, buffer, getattr(owner, buffer).to(getattr(torch, dtype)))
+    return model.eval()
+
+
+def install(model: Any, config: RoutingConfig, plan: Plan) -> DarBank:
+    """Put the routers of `plan` at `model.dar` and their hooks in place, unchecked; returns the routers."""
+    parameter = next(model.parameters())
+    dtype = getattr(model, "dtype", parameter.dtype)
+    with parameter.device:
+        bank = DarBank(model, plan, config).to(torch.promote_types(dtype, torch.float32))
+    model.dar = bank
+    bank.install(model)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = MethodType(save_routed, model)
+    return bank
+
+
+def _later(model: nn.Module) -> bool:
+    """Whether the model cannot run yet, or not here: it is on the meta device, or spread over devices."""
+    return hasattr(model, "hf_device_map") or any(parameter.is_meta for parameter in model.parameters())

@@ -1,0 +1,294 @@
+"""The routers of a diffusers transformer, held as `model.dar`; its bound methods are the hooks that route the stream.
+
+Bound methods, because copy.deepcopy then gives the copy hooks that use the copy's own routers.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd_dar.routing.consumers import Plan, stream_argument, time_embedder
+from dmd_dar.routing.history import History
+from dmd_dar.routing.layout import RoutingConfig, reads
+from dmd_dar.routing.router import RouterBank
+
+StreamObserver = Callable[[str, int, Tensor], None]  # (stream, router l, alpha (n, B, T))
+
+
+class Pass:
+    """What the hooks know of one forward pass."""
+
+    def __init__(self) -> None:
+        self.histories: dict[str, History] = {}
+        self.last: dict[str, Tensor] = {}  # x_l of each stream, as its latest consumer saw it
+        self.handed: dict[str, Tensor] = {}  # h_l that the latest block was given in place of x_l
+        self.outputs: dict[str, tuple] = {}  # of the latest block, where it returns several
+        self.place: dict[str, int] = {}  # which of them the next block took for the stream
+        self.t_embedding: Tensor | None = None
+        self.dtype: torch.dtype | None = None
+
+    def snapshot(self) -> "Pass":
+        """An independent copy, for recomputing a part of the pass; tensors are shared."""
+        twin = copy.copy(self)
+        twin.histories = {name: history.snapshot() for name, history in self.histories.items()}
+        for name in ("last", "handed", "outputs", "place"):
+            setattr(twin, name, dict(getattr(self, name)))
+        return twin
+
+
+class DarBank(nn.Module):
+    """One `RouterBank` per token stream, and the hooks. Never called itself.
+
+    `t_projection` (d, d_t) exists where the network's timestep embedding is not d wide and the query needs it; it
+    starts as copies of the identity, the routers' gates at zero. `observe`, if set, sees every router's weights.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, config: RoutingConfig):
+        super().__init__()
+        config = config.resolved(plan.sublayers)
+        reads(plan.sublayers, config.chunk_size)  # raises where the longest stream is shorter than a chunk
+        self.config, self.plan = config, plan
+        self.streams = nn.ModuleDict()
+        for name, stream in plan.streams.items():
+            own = replace(config, chunk_size=min(int(config.chunk_size), stream.sublayers))
+            self.streams[name] = RouterBank(own, stream.sublayers, plan.width, stream.routers)
+        self.time = None
+        if config.query == "timestep":
+            self.time = time_embedder(model)
+            if self.time is None:
+                raise ValueError(f"{type(model).__name__} has no timestep embedding: use query static or dynamic")
+            t_width = _out_features(model.get_submodule(self.time))
+            if t_width != plan.width:
+                self.t_projection = nn.Parameter(_tiled_identity(plan.width, t_width))
+        self.observe: StreamObserver | None = None
+        self.bypassed = False
+        self.proof: Callable[[nn.Module, tuple, dict], None] | None = None  # runs once, at the next forward
+        self._pass: Pass | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def bank(self, stream: str) -> RouterBank:
+        bank = self.streams[stream]
+        assert isinstance(bank, RouterBank)
+        return bank
+
+    @property
+    def at_start(self) -> bool:
+        """Whether all queries are zero, so that the sources weigh the same."""
+        return all(self.bank(stream).at_start for stream in self.streams)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the start: zero queries, unit gains; the network then computes what it did before routing."""
+        for stream in self.streams:
+            self.bank(stream).reset()
+        if hasattr(self, "t_projection"):
+            self.t_projection.copy_(_tiled_identity(*self.t_projection.shape))
+
+    def install(self, model: nn.Module) -> None:
+        """Register every hook on `model` and its modules."""
+        keep = self._handles.append
+        keep(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        keep(model.register_forward_hook(self._end, always_call=True))
+        if self.time is not None:
+            keep(model.get_submodule(self.time).register_forward_hook(self._embed_t))
+        if self.plan.first_block is not None:
+            keep(model.get_submodule(self.plan.first_block).register_forward_pre_hook(self._note_dtype))
+        for tap in self.plan.taps:
+            module = model.get_submodule(tap.path)
+            if tap.output:
+                keep(module.register_forward_hook(partial(self._last_block, tap.stream, tap.router)))
+                continue
+            hook = partial(self._route, tap.stream, tap.router, stream_argument(module))
+            keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if self.plan.granularity == "block":
+                keep(module.register_forward_hook(partial(self._note_outputs, tap.stream)))
+
+    def remove(self, model: nn.Module) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if isinstance(func := getattr(model, "_gradient_checkpointing_func", None), Checkpointed):
+            model._gradient_checkpointing_func = func.inner  # type: ignore[assignment]
+
+    def run(self, model: Any, args: tuple, kwargs: dict, *, routed: bool) -> Any:
+        """The model's forward, routed or plain, past the hooks of its call: for use before or within one."""
+        self.bypassed, self._pass = not routed, Pass() if routed else None
+        try:
+            return model.forward(*args, **kwargs)
+        finally:
+            self.bypassed, self._pass = False, None
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        func = getattr(model, "_gradient_checkpointing_func", None)
+        if func is not None and not isinstance(func, Checkpointed):
+            model._gradient_checkpointing_func = Checkpointed(self, func)  # type: ignore[assignment]
+        if self.proof is not None:
+            proof, self.proof = self.proof, None
+            proof(model, args, kwargs)
+        self._pass = None if self.bypassed else Pass()
+
+    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self._pass = None
+
+    def _embed_t(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._pass is not None and self._pass.t_embedding is None:
+            self._pass.t_embedding = output
+
+    def _note_dtype(self, module: nn.Module, args: tuple) -> None:
+        if self._pass is not None:
+            self._pass.dtype = args[0].dtype
+
+    def _route(self, stream: str, router: int, name: str, module: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook of a consumer or block: h_l in place of the stream that it was to read."""
+        if self.bypassed:
+            return None
+        now = self._running()
+        x = args[0] if args else kwargs[name]
+        if self.plan.granularity == "block":
+            for place, y in enumerate(now.outputs.pop(stream, ())):
+                if y is x:
+                    now.place[stream] = place
+            x = now.handed[stream] = self._state(now, stream, router, _undo(now, stream, x))
+        elif router > 1:
+            x = self._state(now, stream, router, x.to(now.dtype or x.dtype)).to(x.dtype)
+        else:
+            now.last[stream] = x.to(now.dtype or x.dtype)
+            return None
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+    def _note_outputs(self, stream: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._pass is not None and isinstance(output, tuple):
+            self._pass.outputs[stream] = output
+
+    def _last_block(self, stream: str, router: int, module: nn.Module, args: tuple, output: Any):
+        """Forward hook of the last block, block granularity: the head's state in place of the stream it returns."""
+        if self.bypassed:
+            return None
+        now = self._running()
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        place = now.place.get(stream)
+        if place is None:  # something was added on the way from block to block, or there is one output only
+            like = now.last[stream].shape
+            places = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.shape == like]
+            if len(places) != 1:
+                raise ValueError(f"cannot tell which of {len(outputs)} outputs of the last of {stream} is the stream")
+            place = places[0]
+        outputs[place] = self._state(now, stream, router, _undo(now, stream, outputs[place]))
+        return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
+
+    def _running(self) -> Pass:
+        if self._pass is None:
+            raise RuntimeError(
+                "a block of a routed transformer ran outside of the model's call, without its history: call the model"
+                " itself, and checkpoint through enable_gradient_checkpointing"
+            )
+        return self._pass
+
+    def _state(self, now: Pass, stream: str, router: int, x: Tensor) -> Tensor:
+        """h_l (B, T, d) of `stream` from the stream x_l that its consumer was to read."""
+        if router == 1:
+            now.last[stream] = x
+            return x
+        history = now.histories.get(stream) or self._new_history(now, stream)
+        last, tokens, raw = now.last[stream], x.shape[1], x
+        v = _difference(x, last[:, -tokens:])
+        if tokens < last.shape[1]:  # the head behind a joint stream reads the image tokens, which come last
+            rest = last.shape[1] - tokens
+            v, x = nn.functional.pad(v, (0, 0, rest, 0)), torch.cat([last[:, :rest], x], dim=1)
+        if history.count >= router - 1:
+            raise RuntimeError(f"router {router} of stream {stream} was reached twice in one forward pass")
+        history.append(v, x)
+        while history.count < router - 1:  # blocks that this pass skips add nothing
+            history.append(torch.zeros_like(v), x)
+        now.last[stream] = x
+        return _laid_out(history.state()[:, -tokens:], raw)
+
+    def _new_history(self, now: Pass, stream: str) -> History:
+        bank = self.bank(stream)
+        t_embedding = self._t_embedding(now)
+        observe = None if self.observe is None else partial(self.observe, stream)
+        if stream in now.last:
+            joinable = "joint" in self.streams
+            history = History(bank, now.last[stream], t_embedding, observe, joinable)
+        else:
+            now.last[stream] = torch.cat([now.last.pop("text"), now.last.pop("image")], dim=1)
+            text, image = now.histories.pop("text"), now.histories.pop("image")
+            history = History.joined(text, image, bank, t_embedding)
+            history.observe = observe
+        now.histories[stream] = history
+        return history
+
+    def _t_embedding(self, now: Pass) -> Tensor | None:
+        """e(t) (B, d) of this pass, None where no query asks for it."""
+        if self.time is None:
+            return None
+        e, batch = now.t_embedding, next(iter(now.last.values())).shape[0]
+        if e is None or e.ndim != 2 or (len(e) > 1 and len(e) % batch):
+            raise ValueError("query timestep needs one timestep per sample: use query static or dynamic")
+        e = e[:batch].expand(batch, -1)  # Qwen-Image's clean tokens have their timesteps behind the samples'
+        return nn.functional.linear(e, self.t_projection.to(e.dtype)) if hasattr(self, "t_projection") else e
+
+
+class Checkpointed:
+    """A checkpointing function whose recomputations find the history as the first computation found it."""
+
+    def __init__(self, bank: DarBank, inner: Callable):
+        self.bank, self.inner = bank, inner
+
+    def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
+        start = self.bank._pass
+        region = module if start is None else Region(self.bank, module, start.snapshot())
+        return self.inner(region, *args, **kwargs)
+
+
+class Region:
+    """A module under checkpointing: its second call, in the backward pass, starts from the history of its first."""
+
+    def __init__(self, bank: DarBank, module: Callable, start: Pass):
+        self.bank, self.module, self.start, self.fresh = bank, module, start, True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fresh:
+            self.fresh = False
+            if not torch.is_grad_enabled():
+                raise RuntimeError("routing needs checkpointing with use_reentrant=False: the history is no argument")
+            return self.module(*args, **kwargs)
+        outer, self.bank._pass = self.bank._pass, self.start.snapshot()
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            self.bank._pass = outer
+
+
+def _laid_out(h: Tensor, x: Tensor) -> Tensor:
+    """h with the strides of x: kernels may round otherwise in another layout."""
+    return h if h.stride() == x.stride() else torch.empty_like(x).copy_(h)
+
+
+def _difference(x: Tensor, y: Tensor) -> Tensor:
+    """x - y in promote_types(dtype, float32), cast once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - y.to(wide)).to(x.dtype)
+
+
+def _undo(now: Pass, stream: str, y: Tensor) -> Tensor:
+    """x_{k+1} = y + (x_k - h_k) from a block's output y = h_k + v_k; y itself, bit for bit, where h_k is x_k."""
+    if stream not in now.handed:
+        return y
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) + (now.last[stream].to(wide) - now.handed[stream].to(wide))).to(y.dtype)
+
+
+def _out_features(module: nn.Module) -> int:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1].out_features
+
+
+def _tiled_identity(width: int, t_width: int) -> Tensor:
+    """(width, t_width): row i reads channel i mod t_width."""
+    return torch.eye(t_width)[torch.arange(width) % t_width]

@@ -1,0 +1,144 @@
+"""Routed transformers on disk: they come back whole, and plain diffusers refuses them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.routing import attach, detach, load_routed
+from dmd_dar.routing.examples import example_inputs
+from tests.routing.tiny_models import NAMES, gradients, output, shaken, tiny_model
+
+diffusers = pytest.importorskip("diffusers")
+DIT = "DiTTransformer2DModel"
+
+
+def saved(folder: Path, name: str = DIT, dtype: torch.dtype = torch.float32, **options):
+    model = shaken(attach(tiny_model(name, dtype), **({"query": "timestep", "chunk_size": 2} | options)))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path, name, dtype):
+    model = saved(tmp_path, name, dtype)
+    back = load_routed(tmp_path)
+    assert type(back) is type(model) and back.dar.config == model.dar.config and not back.training
+    assert {key: value.dtype for key, value in back.state_dict().items()} == {
+        key: value.dtype for key, value in model.state_dict().items()
+    }
+    inputs = example_inputs(model)
+    assert torch.equal(output(back, inputs), output(model, inputs))
+    assert gradients(back, inputs).keys() == gradients(model, inputs).keys()
+
+
+def test_other_forms_travel_too(tmp_path):
+    model = saved(tmp_path, query="dynamic", chunk_size="auto", summary="last", granularity="block")
+    back = load_routed(tmp_path)
+    assert back.dar.config == model.dar.config and back.dar.config.chunk_size == 1
+    assert back.dar.plan.granularity == "block"
+    assert torch.equal(output(back, example_inputs(model)), output(model, example_inputs(model)))
+    back.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "dar_weights.safetensors").keys() == model.state_dict().keys()
+
+
+def test_plain_diffusers_refuses_the_folder(tmp_path):
+    saved(tmp_path)
+    for load in (diffusers.DiTTransformer2DModel.from_pretrained, diffusers.AutoModel.from_pretrained):
+        for options in ({}, {"use_safetensors": True}, {"low_cpu_mem_usage": False}, {"torch_dtype": torch.float16}):
+            with pytest.raises(ValueError, match="it has routers, load it with dmd_dar.routing.load_routed"):
+                load(tmp_path, **options)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):  # the second barrier, alone
+        diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_saves_it_and_is_refused_without_its_routers(tmp_path):
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=3)
+    transformer = saved(tmp_path / "alone")
+    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert sorted(path.name for path in (tmp_path / "pipe" / "transformer").iterdir()) == [
+        "config.json",
+        "dar.json",
+        "dar_weights.safetensors",
+    ]
+    with pytest.raises(ValueError, match="it has routers, load it with dmd_dar.routing.load_routed"):
+        diffusers.DiTPipeline.from_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it has routers"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it has routers"):
+        diffusers.AutoModel.from_pretrained(tmp_path / "pipe", subfolder="transformer")
+    whole = diffusers.DiTPipeline.from_pretrained(
+        tmp_path / "pipe", transformer=load_routed(tmp_path / "pipe" / "transformer")
+    )
+    inputs = example_inputs(transformer)
+    assert torch.equal(output(whole.transformer, inputs), output(transformer, inputs))
+
+
+def test_a_detached_model_is_saved_as_plain(tmp_path):
+    model = detach(saved(tmp_path / "routed"))
+    model.save_pretrained(tmp_path / "plain")
+    plain = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(output(plain, example_inputs(model)), output(model, example_inputs(model)))
+    with pytest.raises(UserError, match="holds the weights of a plain model, diffusion_pytorch_model.safetensors"):
+        attach(model, query="static", chunk_size=2).save_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"variant": "fp16"}, {"push_to_hub": True}])
+def test_what_saving_does_not_offer(tmp_path, options):
+    model = attach(tiny_model(DIT), query="static", chunk_size=2)
+    with pytest.raises(UserError, match="saved locally, as safetensors"):
+        model.save_pretrained(tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewrite(folder: Path, **changes) -> None:
+    form = json.loads((folder / "dar.json").read_text())
+    (folder / "dar.json").write_text(json.dumps(form | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "dar.json describes no routed transformer: .*its format is 2, not 1"),
+        ({"routing": {"query": "learned"}}, "query must be one of .* got 'learned'"),
+        ({"routing": {"query": "static", "depth": 3}}, "unexpected keyword argument 'depth'"),
+        (
+            {"routing": {"query": "timestep", "chunk_size": 4}},
+            "chunk_size=4.*but the weights were saved with.*chunk_size=2",
+        ),
+        ({"backbone": {"num_layers": 3}}, "describes no routed transformer: KeyError\\('_class_name'\\)"),
+        ({"backbone": {"_class_name": "DDIMScheduler"}}, "diffusers has no model class 'DDIMScheduler'"),
+        ({"granularity": "block"}, "the weights do not fit what dar.json says"),
+        ({"buffer_dtypes": {"pos_embed.pos_embed": "load"}}, "something else than a dtype"),
+    ],
+)
+def test_a_form_that_does_not_fit(tmp_path, change, message):
+    saved(tmp_path)
+    rewrite(tmp_path, **change)
+    with pytest.raises(DamagedFileError, match=message):
+        load_routed(tmp_path)
+
+
+def test_files_that_are_damaged_or_missing(tmp_path):
+    saved(tmp_path)
+    weights = tmp_path / "dar_weights.safetensors"
+    tensors = load_file(weights)
+    save_file({key: value for key, value in tensors.items() if key != "dar.streams.image.gain"}, weights)
+    with pytest.raises(DamagedFileError, match="is not a routed transformer's: KeyError\\('routing'\\)"):
+        load_routed(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(DamagedFileError, match="dar_weights.safetensors is not a routed transformer's"):
+        load_routed(tmp_path)
+    (tmp_path / "dar.json").write_text("{")
+    with pytest.raises(DamagedFileError, match="dar.json describes no routed transformer"):
+        load_routed(tmp_path)
+    weights.unlink()
+    with pytest.raises(MissingWeightsError, match="dar_weights.safetensors is missing"):
+        load_routed(tmp_path)
