@@ -1,6 +1,8 @@
 import copy
 import itertools
 import logging
+import os
+import sys
 
 import pytest
 import torch
@@ -327,6 +329,25 @@ def test_giving_way_is_logged_once(caplog):
     assert [record.message for record in caplog.records] == [
         "routing backend torch gives way to naive: it does not work inside torch.func transforms"
     ]
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_triton_gives_way_where_it_cannot_serve(caplog, monkeypatch, missing):
+    """Without triton, or without a GPU or its interpreter, the torch backend serves; each reason is logged once."""
+    ops.give_way.cache_clear()
+    if missing:
+        monkeypatch.setitem(sys.modules, "dmd_dar.routing.ops.triton", None)
+        monkeypatch.delattr(ops, "triton", raising=False)
+    elif os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+        pytest.skip("triton can serve here")
+    one = chain(routing(), 5, 6)
+    expected = one.states("torch")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(one.states("triton"), expected, strict=True))
+    (record,) = caplog.records
+    assert record.message.startswith("routing backend triton gives way to torch: ")
+    assert ("cannot be imported" in record.message) == missing
 
 
 def test_a_compiled_chain_is_one_graph(caplog):

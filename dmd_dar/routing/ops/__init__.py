@@ -7,6 +7,7 @@ cannot serve a forward pass gives way to another, and says so once in the log.
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, compiler
@@ -37,17 +38,25 @@ def reader(bank: "RouterBank", v_0: Tensor, t_embedding: Tensor | None, dtype: D
         return ListedReader(bank, t_embedding, naive.route)
     name = chosen(bank.backend)
     if name == "triton":
-        from dmd_dar.routing.ops import triton
-
-        reason = triton.refusal(bank, v_0, dtype)
-        if reason is None:
-            return ListedReader(bank, t_embedding, triton.route)
+        fused, reason = _triton(bank, v_0, dtype)
+        if fused is not None:
+            return ListedReader(bank, t_embedding, fused)
         name = give_way("triton", "torch", reason)
     if name == "torch" and _functorch.peek_interpreter_stack() is not None:
         name = give_way("torch", "naive", "it does not work inside torch.func transforms")
     return (
         TorchReader(bank, v_0, t_embedding, dtype) if name == "torch" else ListedReader(bank, t_embedding, naive.route)
     )
+
+
+def _triton(bank: "RouterBank", v_0: Tensor, dtype: Dtype) -> tuple[Callable[..., Tensor] | None, str]:
+    """The fused router, or why it cannot serve."""
+    try:
+        from dmd_dar.routing.ops import triton
+    except ImportError as error:
+        return None, f"triton cannot be imported ({error})"
+    reason = triton.refusal(bank, v_0, dtype)
+    return (triton.route, "") if reason is None else (None, reason)
 
 
 def chosen(backend: str | None) -> str:
