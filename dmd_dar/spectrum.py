@@ -1,6 +1,7 @@
 """Radially averaged power spectra of images: the one definition that training and evaluation share.
 
-Legend: N images, H x W pixels, S = min(H, W), K = W // 2 + 1 columns of a one-sided transform, F radial bins.
+Legend: N images of C channels, H x W pixels, S = min(H, W), K = W // 2 + 1 columns of a one-sided transform,
+F radial bins.
 Frequencies are in cycles per pixel (Nyquist 0.5); powers are in squared image units (images in [0, 1]).
 
     x' = (x - mean_w(x)) w          mean_w(x) = sum(w x) / sum(w), w separable periodic Hann (or 1)
@@ -9,15 +10,16 @@ Frequencies are in cycles per pixel (Nyquist 0.5); powers are in squared image u
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Channel = Literal["y", "cb", "cr"]
+Channel = Literal["y", "cb", "cr", "all"] | int
 Window = Literal["hann"] | None
 
 MIN_SIZE = 32
@@ -27,22 +29,29 @@ HF_EDGE = 1 / 4
 HIGHEST_FIT = 0.45  # slopes and distances stop here: the last bins feel the corners of the square
 LUMA = (0.299, 0.587, 0.114)  # BT.601, with the chroma factors below as in kornia.color.rgb_to_ycbcr
 CB_FACTOR, CR_FACTOR = 0.564, 0.713
+COLOURS = {
+    "y": LUMA,
+    "cb": tuple(CB_FACTOR * (one - weight) for one, weight in zip((0, 0, 1), LUMA, strict=True)),
+    "cr": tuple(CR_FACTOR * (one - weight) for one, weight in zip((1, 0, 0), LUMA, strict=True)),
+}
 QUANTISATION_POWER = (1 / 255) ** 2 / 12  # power of 8-bit rounding noise for images in [0, 1]
-MODES_PER_CHUNK = 1 << 24  # bounds the memory of the transforms to about 0.4 GB
+PIXELS_PER_CHUNK = 1 << 19  # what is transformed at once: few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes of a one-sided (H, K) transform."""
+    """The modes of a one-sided (H, K) transform and the groups that are summed over; the last of each is left out."""
 
     size: int  # S
     radius: Tensor  # (H, K) float64, cycles per pixel
     multiplicity: Tensor  # (H, K) float64: 2, but 1 on column 0 and, for even W, on column W / 2
     radial_bin: Tensor  # (H, K) int64, rint(f S); corners f > 1/2 fall in bin S // 2 + 1
     band: Tensor  # (H, K) int64, 0..4 for B0..B4, 5 for everything outside
+    part: Tensor  # (H, K) int64, 0 where f > 1/4 (corners included), 1 where 0 < f <= 1/4, 2 for f = 0
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must serve a later backward pass as well
 def modes(height: int, width: int, device: torch.device | str = "cpu") -> Modes:
     """Frequencies, multiplicities, radial bins and bands of an (H, W) image. ValueError when S < 32."""
     size = min(height, width)
@@ -61,24 +70,38 @@ def modes(height: int, width: int, device: torch.device | str = "cpu") -> Modes:
     upper = torch.tensor(BAND_EDGES, dtype=torch.float64, device=device)
     band = torch.bucketize(radius, upper, right=True).clamp_(max=4)
     band = band.masked_fill(outside | (radius < 1.5 / size), 5)
-    return Modes(size, radius, multiplicity, radial_bin, band)
+    part = (radius <= HF_EDGE).long() + (radius == 0).long()
+    return Modes(size, radius, multiplicity, radial_bin, band, part)
 
 
-def to_channel(images: Tensor, channel: Channel = "y") -> Tensor:
+def to_channel(images: Tensor, channel: Literal["y", "cb", "cr"] = "y") -> Tensor:
     """RGB (N, 3, H, W) to one BT.601 channel (N, H, W); Cb and Cr are centred on 0. At least float32."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images of shape (N, 3, H, W), got {tuple(images.shape)}")
+        raise ValueError(f"expected RGB images of shape (N, 3, H, W), got {tuple(images.shape)}")
+    if channel not in COLOURS:
+        raise ValueError(f"channel must be 'y', 'cb', 'cr', 'all' or an index, got {channel!r}")
+    images = _floats(images)
+    weights = torch.tensor([COLOURS[channel]], dtype=torch.float64, device=images.device).to(images.dtype)
+    return (weights @ images.flatten(2)).unflatten(-1, images.shape[-2:])[:, 0]
+
+
+def to_planes(images: Tensor, channel: Channel = "y") -> Tensor:
+    """(N, C, H, W) to the planes that are measured: one, or for "all" every one of any C, as for latents."""
+    if channel != "all" and not isinstance(channel, int):
+        return to_channel(images, channel)[:, None]
+    if images.ndim != 4:
+        raise ValueError(f"expected images of shape (N, C, H, W), got {tuple(images.shape)}")
+    if isinstance(channel, int):
+        if not 0 <= channel < images.shape[1]:
+            raise ValueError(f"channel must be below the {images.shape[1]} of the images, got {channel}")
+        images = images[:, channel : channel + 1]
+    return _floats(images)
+
+
+def _floats(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise TypeError(f"expected float images, got {images.dtype}: map uint8 to [0, 1] first")
-    red, green, blue = images.to(torch.promote_types(images.dtype, torch.float32)).unbind(1)
-    luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-    if channel == "y":
-        return luma
-    if channel == "cb":
-        return CB_FACTOR * (blue - luma)
-    if channel == "cr":
-        return CR_FACTOR * (red - luma)
-    raise ValueError(f"channel must be 'y', 'cb' or 'cr', got {channel!r}")
+    return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def window_2d(height: int, width: int, window: Window, like: Tensor) -> Tensor:
@@ -91,35 +114,65 @@ def window_2d(height: int, width: int, window: Window, like: Tensor) -> Tensor:
     return row[:, None] * column[None, :]
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _kept_window(
+    height: int, width: int, window: Window, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w (H, W), its sum, and the sum of its square in float64."""
+    w = window_2d(height, width, window, torch.empty(0, dtype=dtype, device=device))
+    return w, w.sum(), w.double().square().sum()
+
+
+def _raw_power(images: Tensor, window: Window, channel: Channel) -> tuple[Tensor, Tensor]:
+    """sum(w^2) P of each plane (n, C, H, K) in the dtype of the transform, and sum(w^2)."""
+    planes = to_planes(images, channel)
+    w, total, norm = _kept_window(*planes.shape[-2:], window, planes.dtype, planes.device)
+    windowed = planes * w
+    mean = windowed.sum((-2, -1), keepdim=True) / total
+    transform = torch.fft.rfft2(windowed.addcmul_(mean, w, value=-1))
+    return transform.real.square().addcmul_(transform.imag, transform.imag), norm
+
+
 def power_spectrum(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> Tensor:
-    """One-sided periodogram P of each image, (N, 3, H, W) -> (N, H, K) float64.
+    """One-sided periodogram P of each image, (N, C, H, W) -> (N, H, K) float64; the mean over planes for "all".
 
     The transform runs in float32 (float64 for float64 input), sums over it belong in float64.
     """
-    plane = to_channel(images, channel)  # (N, H, W)
-    w = window_2d(*plane.shape[-2:], window, plane)
-    mean = (plane * w).sum((-2, -1), keepdim=True) / w.sum()
-    transform = torch.fft.rfft2((plane - mean) * w)  # (N, H, K)
-    power = transform.real.double().square() + transform.imag.double().square()
-    return power / w.double().square().sum()
+    power, norm = _raw_power(images, window, channel)
+    return power.mean(1, dtype=torch.float64) / norm
 
 
 def _chunks(images: Tensor) -> Iterator[Tensor]:
     if images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"expected at least one image of shape (N, 3, H, W), got {tuple(images.shape)}")
-    return iter(images.split(max(1, MODES_PER_CHUNK // (images.shape[-1] * images.shape[-2]))))
+        raise ValueError(f"expected at least one image of shape (N, C, H, W), got {tuple(images.shape)}")
+    return iter(images.split(max(1, PIXELS_PER_CHUNK // (images.shape[-1] * images.shape[-2]))))
 
 
-def _grouped_energy(images: Tensor, group: Callable[[Modes], Tensor], count: int, window, channel) -> Tensor:
-    """Sum of m P over each group of modes, (N, count); `group` gives (H, K) indices, those >= count are left out."""
+@dataclass(frozen=True)
+class Energies:
+    """Sums of m P of N images over groups of modes, all from one transform; float64."""
+
+    radial: Tensor  # (N, S // 2 + 1)
+    bands: Tensor  # (N, 5)
+    parts: Tensor  # (N, 2): f > 1/4 and 0 < f <= 1/4
+
+
+def energies(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> Energies:
+    """Everything radial about each image (N, C, H, W). Differentiable. Arguments and errors as for `radial_psd`."""
     grid = modes(*images.shape[-2:], images.device)
-    index = group(grid).clamp(max=count).flatten()
-    sums = []
+    groups = ((grid.radial_bin, grid.size // 2 + 1), (grid.band, 5), (grid.part, 2))
+    chunks = []
     for chunk in _chunks(images):
-        weighted = power_spectrum(chunk, window=window, channel=channel) * grid.multiplicity  # (n, H, K)
-        zeros = weighted.new_zeros(len(chunk), count + 1)
-        sums.append(zeros.index_add(1, index, weighted.flatten(1))[:, :count])
-    return torch.cat(sums)
+        power, norm = _raw_power(chunk, window, channel)
+        weighted = (power * (grid.multiplicity / (norm * power.shape[1]))).sum(1).flatten(1)  # (n, H K)
+        chunks.append([_sum_groups(weighted, index.flatten(), count) for index, count in groups])
+    return Energies(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def _sum_groups(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """(n, M) summed over columns of equal index, (n, count); the index `count` is left out."""
+    return values.new_zeros(len(values), count + 1).index_add(1, index, values)[:, :count]
 
 
 def _bin_range(size: int, window: Window) -> tuple[int, int]:
@@ -139,19 +192,61 @@ def radial_frequencies(height: int, width: int, *, window: Window = "hann") -> t
 def image_psd(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> tuple[Tensor, Tensor]:
     """Radial power of each image: frequencies (F,), power (N, F) float64. Differentiable. See `radial_psd`."""
     frequencies, counts = radial_frequencies(*images.shape[-2:], window=window)
-    low, high = _bin_range(min(images.shape[-2:]), window)
-    sums = _grouped_energy(images, lambda grid: grid.radial_bin, high + 1, window, channel)[:, low:]
+    low, _ = _bin_range(min(images.shape[-2:]), window)
+    sums = energies(images, window=window, channel=channel).radial[:, low:]
     return frequencies.to(images.device), sums / counts.to(images.device)
 
 
-def radial_psd(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class PowerSum:
+    """Radial power summed over images; sums of parts add up, whatever the split and the order."""
+
+    frequencies: Tensor  # (F,) cycles per pixel
+    images: int
+    total: Tensor  # (F,) float64
+
+    def __add__(self, other: "PowerSum") -> "PowerSum":
+        if not torch.equal(self.frequencies, other.frequencies):
+            sizes = [round(1 / (f[1] - f[0]).item()) for f in (self.frequencies, other.frequencies)]
+            raise ValueError(f"images whose shorter sides are {sizes[0]} and {sizes[1]} px have no common spectrum")
+        return PowerSum(self.frequencies, self.images + other.images, self.total + other.total)
+
+    @property
+    def power(self) -> Tensor:
+        """R, (F,)."""
+        return self.total / self.images
+
+
+def power_sum(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> PowerSum:
+    """The radial power of one batch, ready to be added to that of others. Arguments and errors as for `radial_psd`."""
+    grid = modes(*images.shape[-2:], images.device)
+    frequencies, counts = radial_frequencies(*images.shape[-2:], window=window)
+    low, high = _bin_range(grid.size, window)
+    parts = []
+    for chunk in _chunks(images):  # modes first, bins once: the sum over images is the cheap one
+        power, norm = _raw_power(chunk, window, channel)
+        parts.append(power.sum((0, 1), dtype=torch.float64) / (norm * power.shape[1]))
+    weighted = (torch.stack(parts).sum(0) * grid.multiplicity).flatten()[None]
+    sums = _sum_groups(weighted, grid.radial_bin.flatten(), high + 1)[0, low:]
+    return PowerSum(frequencies.to(images.device), len(images), sums / counts.to(images.device))
+
+
+def radial_psd(
+    images: Tensor | Iterable[Tensor], *, window: Window = "hann", channel: Channel = "y"
+) -> tuple[Tensor, Tensor]:
     """Radially averaged power spectrum, pooled over images: R(f_b) = sum m P / sum m.
 
-    images: float (N, 3, H, W), RGB, usually in [0, 1]; S = min(H, W) >= 32, else ValueError naming the size.
-    Returns frequencies (F,) in cycles per pixel and power (F,) in squared image units, both float64.
+    images: float (N, 3, H, W), RGB, usually in [0, 1], or batches of them; S = min(H, W) >= 32, else ValueError
+    naming the size. window: None keeps the bin 1 / S, which Hann drops. channel: "y", "cb" or "cr" (BT.601) of RGB;
+    an index or "all" (the mean over channels) of any number of channels.
+    Returns frequencies (F,) in cycles per pixel and power (F,) in squared image units, both float64. Differentiable.
     """
-    frequencies, power = image_psd(images, window=window, channel=channel)
-    return frequencies, power.mean(0)
+    batches = [images] if isinstance(images, Tensor) else images
+    sums = [power_sum(batch, window=window, channel=channel) for batch in batches]
+    if not sums:
+        raise ValueError("expected at least one batch of images, got none")
+    whole = reduce(add, sums)
+    return whole.frequencies, whole.power
 
 
 def log_radial_psd(
@@ -166,8 +261,8 @@ def log_radial_psd(
 
 
 def band_energies(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> Tensor:
-    """Energies sum m P of the bands B0..B4 for each image, (N, 3, H, W) -> (N, 5) float64. HF is B3 + B4."""
-    return _grouped_energy(images, lambda grid: grid.band, 5, window, channel)
+    """Energies sum m P of the bands B0..B4 for each image, (N, C, H, W) -> (N, 5) float64. HF is B3 + B4."""
+    return energies(images, window=window, channel=channel).bands
 
 
 def with_hf(energies: Tensor) -> Tensor:
@@ -181,10 +276,8 @@ def hfer(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> 
     Returns the pooled ratio (scalar) and the ratio of each image (N,), which goes to 0 with the image's variation
     once all of it is below the power of 8-bit rounding in one mode.
     """
-    split = _grouped_energy(
-        images, lambda grid: (grid.radius <= HF_EDGE).long() + 2 * (grid.radius == 0).long(), 2, window, channel
-    )
-    high, total = split[:, 0], split.sum(1)
+    parts = energies(images, window=window, channel=channel).parts
+    high, total = parts[:, 0], parts.sum(1)
     return high.sum() / total.sum(), high / total.clamp(min=QUANTISATION_POWER)
 
 

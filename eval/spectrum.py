@@ -3,6 +3,7 @@
 Gains are in dB: 0 preserved, below 0 lost, above 0 added (a failure as well).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from dmd_dar.spectrum import (
     Channel,
     Window,
     band_energies,
+    energies,
     hfer,
     image_psd,
     log_radial_psd,
@@ -26,6 +28,7 @@ from dmd_dar.spectrum import (
     slope,
     with_hf,
 )
+from eval.images import UnfitError
 from eval.stats import Interval, Sample, bootstrap
 
 __all__ = [
@@ -35,17 +38,21 @@ __all__ = [
     "Channel",
     "Spectrum",
     "Window",
+    "as_floats",
     "band_energies",
+    "band_gain_db",
     "band_gains",
     "gain_curve",
     "hf_gain_by_class",
     "hfer",
     "image_psd",
+    "labelled",
     "log_radial_psd",
     "log_spectral_distance",
     "median_gains",
     "radial_frequencies",
     "radial_psd",
+    "same_size",
     "slope",
     "spectrum_of",
     "with_hf",
@@ -59,15 +66,25 @@ POWER_FLOOR = 1e-9  # a thousandth of the power of 8-bit rounding in a single mo
 class Spectrum:
     """What the comparisons need of one set of N images: F radial bins, columns of BAND_NAMES."""
 
+    size: tuple[int, int]  # height and width
     frequencies: Tensor  # (F,) cycles per pixel
     counts: Tensor  # (F,) modes per bin
     per_image: Tensor  # (N, F) radial power of each image
     energies: np.ndarray  # (N, 6)
-    hfer: float
+    parts: Tensor  # (N, 2) energy at f > 1/4 and at 0 < f <= 1/4, corners included
 
     @property
     def power(self) -> Tensor:
         return self.per_image.mean(0)
+
+    @property
+    def hfer(self) -> float:
+        """Energy at f > 1/4 over energy at f > 0, pooled."""
+        return (self.parts[:, 0].sum() / self.parts.sum()).item()
+
+    @property
+    def hfer_per_image(self) -> np.ndarray:
+        return (self.parts[:, 0] / self.parts.sum(1).clamp(min=QUANTISATION_POWER)).numpy()
 
     @property
     def slopes(self) -> tuple[float, float]:
@@ -76,19 +93,83 @@ class Spectrum:
         return whole.item(), slope(self.frequencies, self.power, self.counts, low=SLOPE_HF_LOW).item()
 
 
-def spectrum_of(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> Spectrum:
-    """Measures float images (N, 3, H, W) in [0, 1] once, for any number of comparisons.
+def as_floats(images: Tensor) -> Tensor:
+    """uint8 images to floats in [0, 1]; floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def spectrum_of(images: Tensor | Iterable[Tensor], *, window: Window = "hann", channel: Channel = "y") -> Spectrum:
+    """Measures images (N, C, H, W) once, for any number of comparisons: uint8, floats in [0, 1], or batches of them.
 
     Powers are held above POWER_FLOOR, so that a set without any detail reads a large loss and not minus infinity.
     A band without a mode (B0 of a 32-px image) has the energy NaN and so no gain.
+    UnfitError naming the first image that holds a number that is not finite, and for batches of several sizes or none.
     """
+    batches = [images] if isinstance(images, Tensor) else images
+    parts = [_measure(as_floats(batch), window, channel) for batch in batches]
+    if not parts:
+        raise UnfitError("expected at least one batch of images, got none")
+    for part in parts[1:]:
+        same_size(part, parts[0], "a batch", "the first")
+    whole = Spectrum(
+        parts[0].size,
+        parts[0].frequencies,
+        parts[0].counts,
+        torch.cat([part.per_image for part in parts]),
+        np.concatenate([part.energies for part in parts]),
+        torch.cat([part.parts for part in parts]),
+    )
+    bad = ~torch.isfinite(whole.parts).all(1)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise UnfitError(f"image {first}: holds NaN or infinity, as do {int(bad.sum()) - 1} others; remove them")
+    return whole
+
+
+def _measure(images: Tensor, window: Window, channel: Channel) -> Spectrum:
     frequencies, counts = radial_frequencies(*images.shape[-2:], window=window)
-    per_image = image_psd(images, window=window, channel=channel)[1].clamp(min=POWER_FLOOR).cpu()
-    bands = band_energies(images, window=window, channel=channel).clamp(min=POWER_FLOOR).cpu()
+    sums = energies(images, window=window, channel=channel)
+    per_image = sums.radial[:, -len(counts) :].cpu() / counts
     empty = torch.bincount(modes(*images.shape[-2:]).band.flatten(), minlength=6)[:5] == 0
-    energies = with_hf(bands.masked_fill(empty, torch.nan)).numpy()
-    pooled_ratio, _ = hfer(images, window=window, channel=channel)
-    return Spectrum(frequencies, counts, per_image, energies, pooled_ratio.item())
+    bands = with_hf(sums.bands.cpu().clamp(min=POWER_FLOOR).masked_fill(empty, torch.nan))
+    size = (images.shape[-2], images.shape[-1])
+    return Spectrum(size, frequencies, counts, per_image.clamp(min=POWER_FLOOR), bands.numpy(), sums.parts.cpu())
+
+
+def labelled(values: np.ndarray, labels: Tensor | np.ndarray | None) -> Sample:
+    """Per-image values (N, ...) with their classes; without labels all images are of one class."""
+    return Sample(values, np.zeros(len(values), dtype=int) if labels is None else np.asarray(labels))
+
+
+def band_gain_db(
+    images: Tensor | Iterable[Tensor],
+    reference: Tensor | Iterable[Tensor],
+    *,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    paired: bool = False,
+    channel: Channel = "y",
+    window: Window = "hann",
+    seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """Gain 10 log10(mean E / mean E_ref) in dB of each band of BAND_NAMES: {band: (value, low, high)}, 95 % interval.
+
+    images (N, C, H, W) and reference (M, C, H, W): uint8, floats in [0, 1], or batches of them, of one size.
+    labels: classes (N,) within which the bootstrap resamples. paired: row i of both shares noise and class (N = M).
+    A band without a mode (B0 of a 32-px image) reads NaN. UnfitError as for `spectrum_of`.
+    """
+    ours, theirs = (spectrum_of(x, window=window, channel=channel) for x in (images, reference))
+    same_size(ours, theirs, "the images", "the reference")
+    samples = labelled(ours.energies, labels), labelled(theirs.energies, reference_labels)
+    gains = band_gains(*samples, paired=paired, rng=np.random.default_rng(seed))
+    return {band: (gain.value, gain.low, gain.high) for band, gain in gains.items()}
+
+
+def same_size(ours: Spectrum, theirs: Spectrum, name: str, other: str) -> None:
+    """UnfitError where two sets differ in image size, so that their energies and bins do not compare."""
+    if ours.size != theirs.size:
+        sizes = ["x".join(map(str, spectrum.size)) for spectrum in (ours, theirs)]
+        raise UnfitError(f"{name} are {sizes[0]} px, {other} {sizes[1]} px; spectra compare at one size")
 
 
 def decibel(ratio: np.ndarray) -> np.ndarray:

@@ -2,20 +2,29 @@
 
 Noise shaped to the right spectrum has the right band energies, but no edges (kurtosis), no agreement between scales
 (parent-child correlation), and it fills smooth regions (flat-patch energy). All on luma, wavelet db2.
-Legend: N images, k x k coefficients of a sub-band, R resamples.
+Legend: N images, k x k coefficients of a sub-band, P patches, R resamples.
 """
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pywt
 from torch import Tensor
 
 from dmd_dar.spectrum import QUANTISATION_POWER, to_channel
+from eval.spectrum import as_floats, band_gains, labelled, same_size, spectrum_of
 from eval.stats import UNDEFINED, Interval, Sample, bootstrap_interval
+from eval.verdict import Verdict
+from eval.verdict import verdict as word_of
 
+LEVELS = 3
+BANDS = ("LH", "HL", "HH")
 WAVELET = "db2"
 PATCH = 4  # sub-band coefficients, 8 pixels
 FLAT_SHARE = 0.1
 LEAST_KURTOSIS = 0.1  # below this the reference itself has no heavy tails and a ratio says nothing
+PIXELS_PER_CHUNK = 1 << 22  # transformed at once, in float64
 
 
 def luma(images: Tensor) -> np.ndarray:
@@ -36,6 +45,24 @@ def excess_kurtosis(values: np.ndarray) -> np.ndarray:
     fourth = (centred**4).mean((-2, -1))
     varies = second > np.finfo(np.float64).eps
     return np.where(varies, fourth / np.where(varies, second, 1.0) ** 2 - 3.0, 0.0)
+
+
+def wavelet_statistics(images: Tensor, levels: int = LEVELS) -> tuple[np.ndarray, np.ndarray]:
+    """Log energy and excess kurtosis of every sub-band, (N, 3, H, W) -> two (N, levels, 3).
+
+    Level 0 is the finest, the last axis is BANDS; the energy is the mean square plus the power of 8-bit rounding.
+    """
+    bands = [band for level in details(luma(images), levels) for band in level]
+    energy = np.stack([np.log((band**2).mean((-2, -1)) + QUANTISATION_POWER) for band in bands], axis=1)
+    kurtosis = np.stack([excess_kurtosis(band) for band in bands], axis=1)
+    return energy.reshape(-1, levels, 3), kurtosis.reshape(-1, levels, 3)
+
+
+def gradient_kurtosis(images: Tensor) -> np.ndarray:
+    """Excess kurtosis of the differences of neighbours, down and across together, (N, 3, H, W) -> (N,)."""
+    plane = luma(images)
+    steps = [np.diff(plane, axis=axis).reshape(len(plane), 1, -1) for axis in (-2, -1)]
+    return excess_kurtosis(np.concatenate(steps, axis=-1))
 
 
 def hf_kurtosis(images: Tensor) -> np.ndarray:
@@ -72,15 +99,33 @@ def parent_child_corr(images: Tensor) -> np.ndarray:
     return (parent * child).sum((-2, -1)) / np.maximum(scale, np.finfo(np.float64).eps)
 
 
+def parent_child_difference(student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
+    """Difference of the medians of `parent_child_corr`; below 0: scales agree less than in the reference."""
+
+    def difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:  # (R, N) -> (R,)
+        return np.median(ours, axis=1) - np.median(theirs, axis=1)
+
+    return bootstrap_interval(difference, student, reference, paired=paired, rng=rng)
+
+
 def flat_patch_energy(images: Tensor) -> np.ndarray:
     """Fine-scale energy in the flattest tenth of a set's 8-px patches: (N, 2), sum over and number of flat patches.
 
     A patch is flat by the variance of its level-1 approximation (coarse content, so that noise does not hide it);
     its energy is the mean of LH^2 + HL^2 + HH^2, above the power of 8-bit rounding. The tenth is taken over the set.
     """
+    return flat_energy(*patch_energies(images))
+
+
+def patch_energies(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Variance of the approximation and fine-scale energy of each 8-px patch, both (N, P)."""
     approximation, (horizontal, vertical, diagonal) = pywt.dwt2(luma(images), WAVELET, mode="symmetric", axes=(-2, -1))
-    coarse = _patches(approximation).var(-1)  # (N, patches)
     fine = _patches(horizontal**2 + vertical**2 + diagonal**2).mean(-1) + 3 * QUANTISATION_POWER
+    return _patches(approximation).var(-1), fine
+
+
+def flat_energy(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
+    """`flat_patch_energy` from the `patch_energies` of the whole set."""
     flat = coarse <= np.quantile(coarse, FLAT_SHARE)
     return np.stack([(fine * flat).sum(1), flat.sum(1)], axis=1)
 
@@ -103,3 +148,55 @@ def flat_noise_db(student: Sample, reference: Sample, *, paired: bool, rng: np.r
             return 10 * np.log10(ours[:, 0] / ours[:, 1]) - 10 * np.log10(theirs[:, 0] / theirs[:, 1])
 
     return bootstrap_interval(gain, student, reference, paired=paired, rng=rng)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the comparisons need of one set of N images."""
+
+    kurtosis: np.ndarray  # (N,) of the level-1 HH sub-band
+    gradient_kurtosis: np.ndarray  # (N,)
+    parent_child: np.ndarray  # (N,)
+    flat: np.ndarray  # (N, 2)
+
+
+def structure_of(images: Tensor | Iterable[Tensor]) -> Structure:
+    """Measures images (N, 3, H, W) once: uint8, floats in [0, 1], or batches of them; the split changes nothing."""
+    batches = [images] if isinstance(images, Tensor) else images
+    rows = []
+    for batch in batches:
+        for chunk in batch.split(max(1, PIXELS_PER_CHUNK // (batch.shape[-1] * batch.shape[-2]))):
+            chunk = as_floats(chunk)
+            values = hf_kurtosis(chunk), gradient_kurtosis(chunk), parent_child_corr(chunk)
+            rows.append((*values, *patch_energies(chunk)))
+    kurtosis, gradient, parent_child, coarse, fine = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return Structure(kurtosis, gradient, parent_child, flat_energy(coarse, fine))
+
+
+def verdict(
+    images: Tensor,
+    reference: Tensor,
+    *,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    paired: bool = False,
+    seed: int = 0,
+) -> Verdict:
+    """One word for what happened to fine detail: preserved, reduced, inflated, energy only or inconclusive.
+
+    From the HF gain, the ratio of `hf_kurtosis` and `flat_noise_db`, each with its 95 % interval; see eval.verdict.
+    images (N, 3, H, W) and reference (M, 3, H, W): uint8 or floats in [0, 1], of one size. labels: classes (N,) within
+    which the bootstrap resamples. paired: row i of both shares noise and class (N = M). UnfitError for NaN images.
+    """
+    rng = np.random.default_rng(seed)
+    spectra = [spectrum_of(x) for x in (images, reference)]
+    same_size(*spectra, "the images", "the reference")
+    structures = [structure_of(x) for x in (images, reference)]
+
+    def samples(values: list[np.ndarray]) -> list[Sample]:
+        return [labelled(*pair) for pair in zip(values, (labels, reference_labels), strict=True)]
+
+    gains = band_gains(*samples([one.energies for one in spectra]), paired=paired, rng=rng)
+    kurtosis = kurtosis_ratio(*samples([one.kurtosis for one in structures]), paired=paired, rng=rng)
+    noise = flat_noise_db(*samples([one.flat for one in structures]), paired=paired, rng=rng)
+    return word_of(gains["HF"], kurtosis, noise)

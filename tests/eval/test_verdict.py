@@ -4,9 +4,13 @@ import math
 
 import pytest
 
-from eval.measure import ImageSet, measure
+from dmd_dar.draws import Draws, sample_range
+from eval import spoil
+from eval.images import UnfitError
+from eval.spectrum import band_gain_db
 from eval.stats import UNDEFINED, Interval
-from eval.verdict import verdict
+from eval.structure import verdict
+from eval.verdict import verdict as word_of
 
 RIGHT = Interval(0.1, -0.1, 0.3)
 SOUND, QUIET = Interval(1.0, 0.9, 1.1), Interval(0.0, -0.2, 0.2)
@@ -32,20 +36,42 @@ SOUND, QUIET = Interval(1.0, 0.9, 1.1), Interval(0.0, -0.2, 0.2)
     ],
 )
 def test_words(gain, kurtosis, noise, word):
-    assert verdict(gain, kurtosis, noise).word == word
+    assert word_of(gain, kurtosis, noise).word == word
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_gate_on_photographs(size, crops, blur, shaped_noise, eight_bit):
+def test_gate_on_photographs(size, crops):
     images, labels = crops(size, 60, 0)
-    clean = images.double() / 255
-    spoiled = {"identity": clean, "blur": blur(clean, 0.5), "shaped": shaped_noise(clean, 0.7)}
-    sets = [ImageSet(name, eight_bit(x), labels, "student", True) for name, x in spoiled.items()]
-    teacher = ImageSet("teacher", images, labels, "teacher", True)
-    real_images, real_labels = crops(size, 60, 1)
-    result = measure(sets, teacher, ImageSet("real", real_images, real_labels, "real", False), set(), 0)
-    against = {row["name"]: row["against"]["teacher"] for row in result["sets"]}
-    gains = [gain["value"] for gain in against["shaped"]["gain_db"].values() if gain["value"] is not None]
-    assert max(map(abs, gains)) < 0.05 and len(gains) >= 5
-    words = {name: against[name]["verdict"]["word"] for name in spoiled}
-    assert words == {"identity": "preserved", "blur": "reduced", "shaped": "energy only"}
+    clean, draws = images.float() / 255, Draws(0, "spoil", 0, sample_range(0, len(images)))
+    spoiled = {
+        "preserved": images,
+        "reduced": spoil.eight_bit(spoil.blurred(clean, 0.5)),
+        "energy only": spoil.eight_bit(spoil.with_shaped_noise(clean, 0.7, draws)),
+    }
+    gains = band_gain_db(spoiled["energy only"], images, labels=labels, reference_labels=labels, paired=True)
+    defined = [value for value, _, _ in gains.values() if math.isfinite(value)]
+    assert max(map(abs, defined)) < 0.05 and len(defined) == (6 if size == 64 else 5)
+    given = {"labels": labels, "reference_labels": labels, "paired": True}
+    assert {word: verdict(one, images, **given).word for word, one in spoiled.items()} == {w: w for w in spoiled}
+
+
+def test_verdicts_of_changes_on_either_side(crops):
+    images, labels = crops(64, 40, 0)
+    clean, draws = images.double() / 255, Draws(1, "spoil", 0, sample_range(0, len(images)))
+    given = {"labels": labels, "reference_labels": labels, "paired": True}
+    sharpened = spoil.eight_bit(2 * clean - spoil.blurred(clean, 0.5))
+    assert verdict(sharpened, images, **given).word == "inflated"
+    faint = verdict(spoil.eight_bit(spoil.with_white_noise(clean, 2, draws)), images, **given)
+    assert faint.word == "energy only" and "kurtosis" in faint.reason
+    few = crops(64, 2, 1)[0]
+    assert verdict(few, crops(64, 2, 2)[0]).word == "inconclusive"  # 14 against 14 other images
+
+
+def test_sets_that_do_not_compare_are_refused(crops):
+    images = crops(64, 1, 0)[0]
+    with pytest.raises(UnfitError, match="the images are 32x32 px, the reference 64x64 px"):
+        verdict(images[..., :32, :32], images)
+    broken = images.float() / 255
+    broken[3, 0, 5, 5] = math.nan
+    with pytest.raises(UnfitError, match="image 3: holds NaN"):
+        verdict(broken, images)

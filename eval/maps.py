@@ -1,0 +1,147 @@
+"""Spectra in two dimensions: mean log power over the plane of frequencies, and the lines that a pixel grid leaves.
+
+A lattice of columns with the period p (a checkerboard, the seams of a transformer's patches) is a peak at the
+frequency 1 / p on the horizontal axis, rows likewise on the vertical one; nearest-neighbour enlargement is a notch.
+Legend: N images, H x W pixels, K = W // 2 + 1. All in dB, 10 log10(P + q), with q the power of 8-bit rounding.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmd_dar.spectrum import PIXELS_PER_CHUNK, QUANTISATION_POWER, Channel, Window, power_spectrum
+from eval.images import UnfitError
+from eval.spectrum import as_floats
+from eval.stats import Interval, Sample, bootstrap
+
+PERIODS = (2, 4, 8, 16)
+AXES = ("x", "y")  # a lattice of columns shows on x, one of rows on y
+OFFSETS = (-3, -2, 2, 3)  # modes beside a line, whose median is its surroundings; Hann spreads a line by 1
+LEAST_PERIODS = 8  # of a line in a side: below, its surroundings reach over an octave of a falling spectrum
+PEAK_DB = 1.0  # a line is called a peak or a notch where its whole interval is beyond this
+REAL_MODE_DB = 10 * np.log10(2)  # random modes without an imaginary part (f = 1/2) have this less mean log power
+
+
+@dataclass(frozen=True)
+class MapSum:
+    """Log power summed over images; sums of parts add up, whatever the split and the order."""
+
+    images: int
+    width: int
+    total: Tensor  # (H, K) float64, dB
+
+    def __add__(self, other: "MapSum") -> "MapSum":
+        if (self.width, self.total.shape) != (other.width, other.total.shape):
+            sizes = [f"{one.total.shape[0]}x{one.width}" for one in (self, other)]
+            raise UnfitError(f"maps of {sizes[0]} and of {sizes[1]} px do not add up; give images of one size")
+        return MapSum(self.images + other.images, self.width, self.total + other.total)
+
+    @property
+    def mean(self) -> Tensor:
+        """(H, W) in dB over the whole plane, f = 0 at [H // 2, W // 2]."""
+        half = self.total / self.images
+        height, columns = half.shape
+        mirrored = half[-torch.arange(height) % height][:, -torch.arange(columns, self.width) % self.width]
+        return torch.fft.fftshift(torch.cat([half, mirrored], dim=1))
+
+
+def map_sum(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> MapSum:
+    """The log power of one batch (N, C, H, W), uint8 or floats in [0, 1], ready to be added to that of others."""
+    total = torch.stack([power.sum(0) for power in _log_powers(images, window, channel)]).sum(0)
+    return MapSum(len(images), images.shape[-1], total)
+
+
+def mean_log_map(images: Tensor | Iterable[Tensor], *, window: Window = "hann", channel: Channel = "y") -> Tensor:
+    """Mean over images of 10 log10 P over the plane of frequencies, (H, W) in dB, f = 0 at [H // 2, W // 2].
+
+    images: (N, C, H, W), uint8 or floats in [0, 1], or batches of them. The difference of two maps is the local gain.
+    """
+    batches = [images] if isinstance(images, Tensor) else images
+    sums = [map_sum(batch, window=window, channel=channel) for batch in batches]
+    if not sums:
+        raise UnfitError("expected at least one batch of images, got none")
+    return reduce(add, sums).mean
+
+
+def _log_powers(images: Tensor, window: Window, channel: Channel) -> Iterator[Tensor]:
+    """10 log10(P + q) of chunks of images, (n, H, K) float64."""
+    for chunk in images.split(max(1, PIXELS_PER_CHUNK // (images.shape[-1] * images.shape[-2]))):
+        power = power_spectrum(as_floats(chunk), window=window, channel=channel)
+        yield 10 * torch.log10(power + QUANTISATION_POWER)
+
+
+def grid_lines(images: Tensor, *, channel: Channel = "y") -> np.ndarray:
+    """Log power at each line and beside it, (N, 2, 4, 1 + 4) in dB: AXES, PERIODS, the line and its OFFSETS.
+
+    With a Hann window, so that borders do not cover a line; at f = 1/2 without, or it would fill a notch from beside.
+    NaN where a side is no multiple of the period or holds fewer than LEAST_PERIODS of it.
+    """
+
+    def lines(window: Window) -> np.ndarray:
+        powers = _log_powers(images, window, channel)
+        return np.concatenate([_lines_of(power.cpu().numpy(), images.shape[-1]) for power in powers])
+
+    return np.where(np.equal(PERIODS, 2)[:, None], lines(None), lines("hann"))
+
+
+def _lines_of(power: np.ndarray, width: int) -> np.ndarray:
+    """(n, H, K) -> (n, 2, 4, 5)."""
+    lines = np.full((len(power), len(AXES), len(PERIODS), 1 + len(OFFSETS)), np.nan)
+    for a, (along, side) in enumerate(((power[:, 0, :], width), (power[:, :, 0], power.shape[1]))):
+        for p, period in enumerate(PERIODS):
+            places = [side // period + offset for offset in (0, *OFFSETS)]
+            if side % period == 0 and side // period >= LEAST_PERIODS:
+                lines[:, a, p] = along[:, [side - place if 2 * place > side else place for place in places]]
+    return lines
+
+
+def line_heights(lines: np.ndarray) -> np.ndarray:
+    """Mean log power at each line minus the median beside it, `grid_lines` (..., N, 2, 4, 5) -> (..., 2, 4) in dB."""
+    mean = lines.mean(-4)
+    return mean[..., 0] - np.median(mean[..., 1:], axis=-1)
+
+
+@dataclass(frozen=True)
+class GridLine:
+    """One line of the pixel grid: its height above its surroundings in dB, negative for a notch."""
+
+    axis: str
+    period: int  # pixels
+    height: Interval
+    against_reference: bool  # the height is the difference to that of a reference
+
+    @property
+    def word(self) -> str:
+        """peak or notch where the whole interval is beyond PEAK_DB, none otherwise.
+
+        At f = 1/2, and without a reference, whose line has the same bias, REAL_MODE_DB less is no notch either.
+        """
+        if not self.height.defined:
+            return "none"
+        bias = REAL_MODE_DB if self.period == 2 and not self.against_reference else 0.0
+        return "peak" if self.height.low > PEAK_DB else "notch" if self.height.high < -PEAK_DB - bias else "none"
+
+
+def grid_peaks(
+    student: Sample, reference: Sample | None = None, *, paired: bool = False, rng: np.random.Generator
+) -> list[GridLine]:
+    """grid_peak_db of every axis and period, from `grid_lines`: mean log power at the line minus its local median.
+
+    With a reference, the difference of the two: detail that is periodic by itself, such as bricks, cancels.
+    """
+
+    def heights(*values: np.ndarray) -> np.ndarray:  # (R, N, 2, 4, 5) each -> (R, 2, 4)
+        return line_heights(values[0]) - (line_heights(values[1]) if len(values) == 2 else 0.0)
+
+    samples = [student] if reference is None else [student, reference]
+    value, low, high = bootstrap(heights, *samples, paired=paired and len(samples) == 2, rng=rng)
+    return [
+        GridLine(axis, period, Interval(float(value[a, p]), float(low[a, p]), float(high[a, p])), len(samples) == 2)
+        for a, axis in enumerate(AXES)
+        for p, period in enumerate(PERIODS)
+    ]

@@ -1,0 +1,263 @@
+"""What can each metric see? python -m eval.sensitivity out=DIR data=photos n=512
+
+Sets of images spoiled in known ways against a reference of the same source. Each metric's value is read in units of
+its own null: z = (value - mean) / deviation over fresh, unspoiled sets of the same size. The verdict compares the
+reference with itself spoiled, image by image, as students and teacher share their noise.
+Legend: N images of a set.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dmd_dar import config
+from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.data import photos, textures
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.keys import key
+from eval import features, maps, sliced, spoil, structure
+from eval.frechet import feature_distance, standardise
+from eval.spectrum import BAND_NAMES, Spectrum, decibel, gain_curve, spectrum_of
+from eval.verdict import Verdict
+
+SCHEMA_VERSION = 1
+SEEN = 3.0  # |z| from which a metric is said to see a change
+LARGEST_SHOWN = 999.0
+
+
+@dataclass(frozen=True)
+class SensitivityConfig:
+    """python -m eval.sensitivity"""
+
+    out: str = key("out/sensitivity", "folder for sensitivity.json, sensitivity.csv and sensitivity.png")
+    data: Literal["photos", "textures"] = key("photos", "where the images come from")
+    n: int = key(512, "images of each set", least=32)
+    size: int = key(64, "side of an image: 32 or 64", unit="pixels", least=32, most=64)
+    nulls: int = key(8, "unspoiled sets that give each metric's null", least=3)
+    seed: int = key(0, "of the images and of what spoils them", least=0)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    images: Tensor  # uint8 (N, 3, H, W)
+    labels: Tensor  # (N,)
+
+
+Spoiler = Callable[[Labelled, Draws], Labelled]
+
+
+def changing(change: Callable[[Tensor, Draws], Tensor]) -> Spoiler:
+    """A change of float images, clipped and rounded afterwards; the labels stay."""
+
+    def spoiler(one: Labelled, draws: Draws) -> Labelled:
+        return Labelled(spoil.eight_bit(change(one.images.float() / 255, draws)), one.labels)
+
+    return spoiler
+
+
+def mode_dropped(one: Labelled, draws: Draws) -> Labelled:
+    """The images of the last class replaced by others of the set."""
+    kept = (one.labels != one.labels.max()).nonzero().flatten()
+    instead = kept[draws.integers("replacement", len(kept))]
+    rows = torch.where(one.labels == one.labels.max(), instead, torch.arange(len(one.labels)))
+    return Labelled(one.images[rows], one.labels[rows])
+
+
+SPOILERS: dict[str, Spoiler] = {
+    "identity": lambda one, draws: one,
+    "blur 0.3": changing(lambda x, draws: spoil.blurred(x, 0.3)),
+    "blur 0.5": changing(lambda x, draws: spoil.blurred(x, 0.5)),
+    "blur 0.7": changing(lambda x, draws: spoil.blurred(x, 0.7)),
+    "blur 1.0": changing(lambda x, draws: spoil.blurred(x, 1.0)),
+    "noise 2/255": changing(lambda x, draws: spoil.with_white_noise(x, 2, draws)),
+    "noise 4/255": changing(lambda x, draws: spoil.with_white_noise(x, 4, draws)),
+    "blur 0.7 + shaped noise": changing(lambda x, draws: spoil.with_shaped_noise(x, 0.7, draws)),
+    "phases scrambled": changing(lambda x, draws: spoil.phase_scrambled(x, draws)),
+    "HF phases scrambled": changing(lambda x, draws: spoil.phase_scrambled(x, draws, above=0.25)),
+    "brightness +8/255": changing(lambda x, draws: spoil.brighter(x, 8)),
+    "contrast x 0.9": changing(lambda x, draws: spoil.contrast(x, 0.9)),
+    "mode drop": mode_dropped,
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything about one set that the metrics need."""
+
+    luma: Spectrum
+    structure: structure.Structure
+    lines: np.ndarray  # (N, 2, 4, 5)
+    patches: list[Tensor]
+    features: dict[str, Tensor]  # (N, D) each
+
+
+def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
+    return Measured(
+        luma=spectrum_of(images),
+        structure=structure.structure_of(images),
+        lines=maps.grid_lines(images),
+        patches=sliced.sliced_patches(images),
+        features={one.name: one.extract(images).double() for one in extractors},
+    )
+
+
+def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
+    """Every metric of `ours` against the reference `theirs`, by name; differences and ratios as the reports define."""
+    gains = decibel(ours.luma.energies.mean(0) / theirs.luma.energies.mean(0))
+    _, distance, signed = gain_curve(ours.luma, theirs.luma)
+    slopes = np.subtract(ours.luma.slopes, theirs.luma.slopes)
+    heights = maps.line_heights(ours.lines) - maps.line_heights(theirs.lines)
+    found = {f"gain {band}, dB": gain for band, gain in zip(BAND_NAMES, gains, strict=True) if np.isfinite(gain)}
+    found |= {"lsd, dB": distance, "lsd signed, dB": signed, "hfer difference": ours.luma.hfer - theirs.luma.hfer}
+    found |= {"slope difference": slopes[0], "slope_hf difference": slopes[1]}
+    found |= {
+        "largest grid peak, dB": np.nanmax(np.abs(heights)),
+        **_structure_metrics(ours.structure, theirs.structure),
+    }
+    levels = sliced.level_distances(ours.patches, theirs.patches)
+    found |= {f"sliced Wasserstein, level {i}": level for i, level in enumerate(levels)}
+    for name, values in ours.features.items():
+        pair = [standardise(x, theirs.features[name]) for x in (values, theirs.features[name])]
+        found[name] = feature_distance(*pair)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _structure_metrics(ours: structure.Structure, theirs: structure.Structure) -> dict[str, float]:
+    def medians(name: str) -> tuple[float, float]:
+        return np.median(getattr(ours, name)), np.median(getattr(theirs, name))
+
+    kurtosis, gradient, agreement = (medians(name) for name in ("kurtosis", "gradient_kurtosis", "parent_child"))
+    flat = [one.flat.sum(0) for one in (ours, theirs)]
+    return {
+        "hf_kurtosis ratio": kurtosis[0] / max(kurtosis[1], structure.LEAST_KURTOSIS),
+        "gradient kurtosis ratio": gradient[0] / max(gradient[1], structure.LEAST_KURTOSIS),
+        "parent-child difference": agreement[0] - agreement[1],
+        "flat noise, dB": decibel(flat[0][0] / flat[0][1]) - decibel(flat[1][0] / flat[1][1]),
+    }
+
+
+def source(cfg: SensitivityConfig) -> Callable[[str], Labelled]:
+    """Independent sets of the data by name, the classes in turn."""
+    data = {"photos": photos.Photos, "textures": textures.Textures}[cfg.data](cfg.size)
+    samples = sample_range(0, cfg.n)
+    labels = samples % data.num_classes
+    return lambda name: Labelled(data.crops(labels, Draws(cfg.seed, f"sensitivity {name}", 0, samples)), labels)
+
+
+def sensitivity(cfg: SensitivityConfig) -> dict[str, Any]:
+    """JSON-able: null mean and deviation of each metric, and its value, z and the verdict for each way to spoil."""
+    draw, draws = source(cfg), Draws(cfg.seed, "spoil", 0, sample_range(0, cfg.n))
+    reference, fresh = draw("reference"), draw("fresh")
+    extractors = [features.wavelet(), features.fit_pca(reference.images)]
+    theirs = measure(reference.images, extractors)
+    nulls = [metrics(measure(draw(f"null {i}").images, extractors), theirs) for i in range(cfg.nulls)]
+    table = {name: {"mean": _mean(nulls, name), "deviation": _deviation(nulls, name)} for name in nulls[0]}
+    rows = {}
+    for name, spoiler in SPOILERS.items():
+        values = metrics(measure(spoiler(fresh, draws).images, extractors), theirs)
+        z = {metric: _z(value, table[metric]) for metric, value in values.items()}
+        rows[name] = {"values": values, "z": z, "verdict": vars(paired_verdict(spoiler, reference, draws))}
+        print(f"{name}: {rows[name]['verdict']['word']}", file=sys.stderr)
+    return {"schema_version": SCHEMA_VERSION, "config": config.to_dict(cfg), "null": table, "spoiled": rows}
+
+
+def paired_verdict(spoiler: Spoiler, reference: Labelled, draws: Draws) -> Verdict:
+    """Of the reference's own images, spoiled, against themselves; unpaired where their classes are others."""
+    ours = spoiler(reference, draws)
+    paired = torch.equal(ours.labels, reference.labels)
+    labels = {"labels": ours.labels, "reference_labels": reference.labels}
+    return structure.verdict(ours.images, reference.images, **labels, paired=paired)
+
+
+def _mean(nulls: list[dict[str, float]], name: str) -> float:
+    return float(np.mean([null[name] for null in nulls]))
+
+
+def _deviation(nulls: list[dict[str, float]], name: str) -> float:
+    return float(np.std([null[name] for null in nulls], ddof=1))
+
+
+def _z(value: float, null: dict[str, float]) -> float | None:
+    return (value - null["mean"]) / null["deviation"] if null["deviation"] > 0 else None
+
+
+def terminal_table(result: dict[str, Any]) -> str:
+    """z of every metric (rows) for every way to spoil (columns, numbered), an asterisk where it is seen; verdicts."""
+    spoiled = result["spoiled"]
+    width = max(len(name) for name in result["null"])
+    lines = ["z = (value - null mean) / null deviation; * where |z| is at least 3", ""]
+    lines += [f"{i:>3}  {name:<26} {row['verdict']['word']}" for i, (name, row) in enumerate(spoiled.items())]
+    lines += ["", " " * width + "".join(f"{i:>8}" for i in range(len(spoiled)))]
+    for metric in result["null"]:
+        lines.append(f"{metric:<{width}}" + "".join(f"{_shown(row['z'][metric]):>8}" for row in spoiled.values()))
+    return "\n".join(lines)
+
+
+def _shown(z: float | None) -> str:
+    if z is None:
+        return "-"
+    return f"{np.clip(z, -LARGEST_SHOWN, LARGEST_SHOWN):.1f}{'*' if abs(z) >= SEEN else ' '}"
+
+
+def as_csv(result: dict[str, Any]) -> str:
+    """One line for each metric and way to spoil."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["spoiled", "metric", "value", "null_mean", "null_deviation", "z", "verdict"])
+    for name, row in result["spoiled"].items():
+        for metric, null in result["null"].items():
+            cells = [row["values"][metric], null["mean"], null["deviation"], row["z"][metric]]
+            writer.writerow([name, metric, *cells, row["verdict"]["word"]])
+    return buffer.getvalue()
+
+
+def figure(result: dict[str, Any]) -> bytes:
+    """The table as a PNG: blue below the null, red above, on a logarithmic scale; numbers where it is seen."""
+    names, rows = list(result["null"]), result["spoiled"]
+    z = np.array([[row["z"][metric] or 0.0 for row in rows.values()] for metric in names])
+    shade = np.sign(z) * np.log10(1 + np.abs(z))
+    drawn = Figure(figsize=(2.6 + 0.62 * len(rows), 2.2 + 0.27 * len(names)), layout="constrained")
+    axes = drawn.add_subplot()
+    axes.imshow(shade, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    for y, x in zip(*np.nonzero(np.abs(z) >= SEEN), strict=True):
+        colour = "white" if abs(shade[y, x]) > 1.9 else "black"
+        axes.text(
+            x,
+            y,
+            f"{np.clip(z[y, x], -LARGEST_SHOWN, LARGEST_SHOWN):.0f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+    words = [f"{name}\n({row['verdict']['word']})" for name, row in rows.items()]
+    axes.set_xticks(range(len(rows)), words, rotation=55, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_title(f"z against the null, {result['config']['data']}, n = {result['config']['n']}", fontsize=11)
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def run(cfg: SensitivityConfig) -> None:
+    """Measure, print the table, write it with its figure."""
+    folder = make_folder(cfg.out)
+    result = sensitivity(cfg)
+    write_atomic(Path(folder) / "sensitivity.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(Path(folder) / "sensitivity.csv", as_csv(result))
+    write_atomic(Path(folder) / "sensitivity.png", figure(result))
+    print(terminal_table(result))
+
+
+if __name__ == "__main__":
+    config.run_job(SensitivityConfig, run, sys.argv[1:], description=__doc__ or "")
