@@ -2,21 +2,26 @@
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dmd_dar import config, flow, losses
 from dmd_dar.data.photos import DataConfig, data_hash
+from dmd_dar.errors import UserError
 from dmd_dar.guidance import guided
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
-from dmd_dar.methods.generate import few_step_generator
-from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.methods.generate import Generator, few_step_generator
+from dmd_dar.models.codecs import Codec, load_codec
+from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
+from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.perceptual import lpips_loss
-from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import SiT, with_routing
+from dmd_dar.models.teachers import Denoiser, Teacher, TeacherConfig, load_teacher, save_trained
 from dmd_dar.pairs import Recipe, RegressionConfig, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
@@ -26,11 +31,6 @@ from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Phase
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    path: str = key("teachers/photos32", "folder with model.safetensors and model.json", path=True)
 
 
 @dataclass(frozen=True)
@@ -94,24 +94,27 @@ class DistillConfig:
             raise ValueError("matching.weight and regression.weight are both 0: nothing would train the student")
 
 
-def build_networks(cfg: DistillConfig, teacher: SiT) -> tuple[SiT, SiT]:
+def build_networks(cfg: DistillConfig, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
     """Student and fake score, both starting as the teacher's function."""
     routing = cfg.student.routing
+    routed = with_routing if isinstance(teacher, SiT) else routed_copy
     try:
-        student = with_routing(teacher, routing.form(), routing.allow_change).train().requires_grad_(True)
+        student = routed(teacher, routing.form(), routing.allow_change)  # type: ignore[arg-type]
     except ValueError as error:
         raise config.ConfigError(f"student.{error}") from error
-    fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
+    fake_score = copy.deepcopy(teacher)
     for network in (student, fake_score):
-        network.pos_embed.requires_grad_(False)
+        network.train().requires_grad_(True)
+        if isinstance(network, SiT):
+            network.pos_embed.requires_grad_(False)
     return student, fake_score
 
 
-def recipe_of(cfg: DistillConfig, teacher: SiT) -> Recipe:
-    """The trajectories this run needs."""
+def recipe_of(cfg: DistillConfig, teacher: Denoiser, digest: str) -> Recipe:
+    """The trajectories this run needs; `digest` is the teacher's."""
     shape = (teacher.config.in_channels, teacher.config.input_size, teacher.config.input_size)
     return Recipe(
-        teacher=network_hash(cfg.teacher.path),
+        teacher=digest,
         guidance_scale=cfg.guidance_scale,
         rungs=cfg.rungs,
         solver_steps=cfg.regression.solver_steps,
@@ -123,51 +126,81 @@ def recipe_of(cfg: DistillConfig, teacher: SiT) -> Recipe:
 
 
 def build_method(
-    cfg: DistillConfig, recipe: Recipe, card: ModelCard, teacher: SiT, student: SiT, fake_score: SiT, runtime: Runtime
+    cfg: DistillConfig,
+    recipe: Recipe,
+    prediction: Prediction | Meaning,
+    teacher: Denoiser,
+    student: Denoiser,
+    fake_score: Denoiser,
+    runtime: Runtime,
+    codec: Codec | None = None,
 ) -> DMD:
     """The method over three velocities, with its trajectories where the regression loss wants them."""
-    teacher_velocity = guided(velocity_of(teacher, card.prediction), cfg.guidance_scale, teacher.config.num_classes)
+    teacher_velocity = guided(velocity_of(teacher, prediction), cfg.guidance_scale, teacher.config.num_classes)
     pairs = None
     if cfg.regression.weight:
         with runtime.main_first():
             pairs = trajectories(recipe, teacher_velocity, cfg.regression.cache, runtime.device)
-    lpips = cfg.regression.weight > 0 and cfg.regression.metric == "lpips"
     return DMD(
-        student=velocity_of(student, card.prediction),
+        student=velocity_of(student, prediction),
         teacher=teacher_velocity,
-        fake_score=velocity_of(fake_score, card.prediction),
+        fake_score=velocity_of(fake_score, prediction),
         rungs=cfg.rungs,
         renoise=cfg.matching.time,
         num_classes=recipe.num_classes,
         shape=recipe.shape,
         matching_weight=cfg.matching.weight,
         regression_weight=cfg.regression.weight,
-        distance=lpips_loss(runtime.device) if lpips else losses.regression_loss,
+        distance=distance_of(cfg.regression, runtime.device, codec),
         trajectories=pairs,
     )
 
 
-def load_teacher(cfg: DistillConfig, device: torch.device) -> tuple[SiT, ModelCard]:
-    """The frozen teacher; a ConfigError where it does not fit `data`. Its classes may be others."""
-    teacher, card = load_network(cfg.teacher.path, device)
-    shape = teacher.config
-    if (shape.in_channels, shape.input_size) != (3, cfg.data.size):
-        raise config.ConfigError(
-            f"teacher.path = {cfg.teacher.path}: it makes {shape.in_channels} channels of {shape.input_size} pixels,"
-            f" not 3 of data.size {cfg.data.size}; set data.size, or name a teacher of RGB images"
-        )
-    return teacher, card
+def distance_of(
+    regression: RegressionConfig, device: torch.device, codec: Codec | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The regression loss's distance; LPIPS compares images, so latents are decoded for it."""
+    if not regression.weight or regression.metric == "mse":
+        return losses.regression_loss
+    lpips = lpips_loss(device)
+    return lpips if codec is None else lambda x, target: lpips(codec.decode(x), codec.decode(target))
+
+
+def decoded(generator: Generator, codec: Codec | None) -> Generator:
+    """The generator's images: what it makes, decoded if those are latents."""
+    return generator if codec is None else lambda *given: codec.decode(generator(*given))
+
+
+def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Codec | None]:
+    """The frozen teacher and the codec of its latents, None for pixels; a ConfigError where they do not fit.
+
+    Its classes may be others than those of `data`.
+    """
+    try:
+        teacher = load_teacher(cfg.teacher, device)
+        codec = load_codec(teacher.codec, cfg.teacher.codec_revision).to(device) if teacher.codec else None
+    except UserError as error:
+        raise config.ConfigError(f"teacher.path = {cfg.teacher.path}: {error}") from error
+    channels, size = teacher.network.config.in_channels, teacher.network.config.input_size
+    made = f"teacher.path = {cfg.teacher.path}: it makes {channels} channels of {size} x {size}"
+    if codec is None and channels != 3:
+        raise config.ConfigError(f"{made}, not RGB: set teacher.codec to the VAE of its latents, a folder or a hub id")
+    if codec is None and size != cfg.data.size:
+        raise config.ConfigError(f"{made}, not data.size {cfg.data.size}; set data.size, or name another teacher")
+    if codec is not None and channels != codec.channels:
+        raise config.ConfigError(f"{made}, but latents of teacher.codec {teacher.codec} have {codec.channels} channels")
+    return teacher, codec
 
 
 def distill(cfg: DistillConfig) -> None:
     """Run, or continue, the job. The averaged student lands in out_dir/student."""
     runtime = Runtime(cfg.launch)
     torch.manual_seed(cfg.seed)
-    teacher, card = load_teacher(cfg, runtime.device)
-    student, fake_score = build_networks(cfg, teacher)
-    recipe = recipe_of(cfg, teacher)
+    teacher, codec = open_teacher(cfg, runtime.device)
+    student, fake_score = build_networks(cfg, teacher.network)
+    recipe = recipe_of(cfg, teacher.network, teacher.digest)
     with open_run(cfg, runtime) as folder:
-        method = build_method(cfg, recipe, card, teacher, student, fake_score, runtime)
+        method = build_method(cfg, recipe, teacher.prediction, teacher.network, student, fake_score, runtime, codec)
         routers, router_lr = student.router_parameters(), cfg.student.routing.lr
         ema = Ema(student, cfg.student.ema)
         optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr)
@@ -176,18 +209,20 @@ def distill(cfg: DistillConfig) -> None:
         optimiser = Optimiser(cfg.fake_score, fakes, routers, router_lr)
         fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
         updates = cfg.fake_score.updates if cfg.matching.weight else 0
-        identity = {"teacher": recipe.teacher, "data": data_hash()}
-        saved = ModelCard(card.prediction, cfg.rungs, card.label_names, {**identity, "steps": cfg.steps})
+        identity = {"teacher": teacher.digest, "data": data_hash()}
+        origin = {**identity, "steps": cfg.steps, **({"codec": teacher.codec} if codec else {})}
         run_cycle(
             cfg,
             runtime,
             folder,
             (*[fake_phase] * updates, student_phase),
             identity=identity,
-            generator=few_step_generator(velocity_of(ema.module, card.prediction), cfg.rungs),
+            generator=decoded(few_step_generator(velocity_of(ema.module, teacher.prediction), cfg.rungs), codec),
             shape=recipe.shape,
             num_classes=recipe.num_classes,
-            save=lambda place: save_network(place, ema.module, saved),
+            save=lambda place: save_trained(
+                place, ema.module, teacher.prediction, rungs=cfg.rungs, label_names=teacher.label_names, origin=origin
+            ),
         )
 
 

@@ -3,9 +3,14 @@
 One convention: t in [0, 1], t = 0 is data and t = 1 is noise,
     x_t = (1 - t) x0 + t eps,   v = eps - x0,   x0 = x_t - t v.
 Shapes: x0, eps, v, x_t are (B, ...); t is (B,) or a scalar.
+
+Other networks' processes, x = alpha x0 + sigma eps, and predictions meet this one in x0: `prediction_to_x0`,
+`x0_to_prediction`; a variance-preserving one is the same process at another scale and time (`Schedule`).
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -50,6 +55,106 @@ def x0_to_velocity(x0: Batch, x_t: Batch, t: Times) -> Batch:
     if (t <= 0).any():
         raise ValueError(f"x0_to_velocity needs t > 0, got t = {t.min().item():g}: at t = 0 the velocity is undefined")
     return ((x_t.double() - x0.double()) / expand_t(t, x_t).double()).to(x_t.dtype)
+
+
+# What a network may predict, each a combination p x0 + q eps; "flow" is this package's v, "v" that of arXiv:2202.00512.
+Predicted = Literal["x0", "eps", "v", "flow"]
+
+
+def _mixture(predicted: Predicted, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, q) of the prediction p x0 + q eps."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    return {"x0": (one, zero), "eps": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}[predicted]
+
+
+def prediction_to_x0(predicted: Predicted, y: Batch, x: Batch, alpha: Times, sigma: Times) -> Batch:
+    """x0 from a network's prediction y at x = alpha x0 + sigma eps; computed in float64, returned in x's dtype.
+
+    Raises ValueError for "eps" where alpha is 0: noise alone says nothing about x0.
+    """
+    if predicted == "x0":
+        return y.to(x.dtype)
+    if predicted == "eps" and (alpha == 0).any():
+        raise ValueError("a predicted eps determines no x0 where alpha = 0 (pure noise)")
+    alpha, sigma = expand_t(alpha, x).double(), expand_t(sigma, x).double()
+    p, q = _mixture(predicted, alpha, sigma)
+    return ((q * x.double() - sigma * y.double()) / (alpha * q - sigma * p)).to(x.dtype)
+
+
+def x0_to_prediction(predicted: Predicted, x0: Batch, x: Batch, alpha: Times, sigma: Times) -> Batch:
+    """The inverse of `prediction_to_x0`. Raises ValueError where sigma is 0, but for "x0": data says nothing of eps."""
+    if predicted == "x0":
+        return x0.to(x.dtype)
+    if (sigma == 0).any():
+        raise ValueError(f"x0 determines no {predicted} where sigma = 0 (data)")
+    alpha, sigma = expand_t(alpha, x).double(), expand_t(sigma, x).double()
+    p, q = _mixture(predicted, alpha, sigma)
+    return ((q * x.double() - (alpha * q - sigma * p) * x0.double()) / sigma).to(x.dtype)
+
+
+def x0_and_eps_to_velocity(x0: Batch, eps: Batch, x_t: Batch, t: Times) -> Batch:
+    """v from estimates that fit x_t up to the ends of a schedule: from x0 where t >= 1/2, from eps below; no t fails.
+
+    Where (1 - t) x0 + t eps = x_t both are eps - x0. At t = 1 the x0 that v gives back is the given one, exactly.
+    """
+    t = expand_t(t, x_t).to(x0.dtype)
+    from_x0 = (x_t - x0) / t.clamp(min=0.5)
+    from_eps = (eps - x_t) / (1 - t).clamp(min=0.5)
+    return torch.where(t >= 0.5, from_x0, from_eps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A variance-preserving chain of discrete steps: x = alpha x0 + sigma eps, alpha^2 = prod (1 - beta).
+
+    Step i has the ratio alpha : sigma of this package's process at t_i = sigma / (alpha + sigma), its *level*, so that
+    x = x_t / sqrt((1 - t)^2 + t^2). Between steps, timesteps are interpolated linearly in log(alpha / sigma).
+    """
+
+    betas: Literal["linear", "scaled_linear", "cosine"] = "linear"  # DiT and DDPM; Stable Diffusion; arXiv:2102.09672
+    steps: int = 1000
+    start: float = 1e-4
+    end: float = 0.02
+
+    def timestep(self, level: Times) -> Times:
+        """Levels in [low, high] -> fractional timesteps in [0, steps - 1], float64; beyond, the nearest step's."""
+        ratios = self._log_ratios().to(level.device)  # falls with the step
+        ratio = torch.log1p(-level.double()) - level.double().log()
+        ratio = ratio.clamp(ratios[-1], ratios[0])
+        step = torch.searchsorted(-ratios, -ratio, right=True).clamp(1, self.steps - 1)
+        above, below = ratios[step - 1], ratios[step]
+        return step - 1 + (above - ratio) / (above - below)
+
+    def level(self, timestep: Times) -> Times:
+        """Fractional timesteps in [0, steps - 1] -> t, float64; the inverse of `timestep`."""
+        ratios = self._log_ratios().to(timestep.device)
+        step = timestep.double().floor().long().clamp(0, self.steps - 2)
+        ratio = torch.lerp(ratios[step], ratios[step + 1], timestep.double() - step)
+        return torch.sigmoid(-ratio)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The levels of the first and the last step; the chain says nothing beyond them."""
+        ends = torch.sigmoid(-self._log_ratios()[[0, -1]])
+        return ends[0].item(), ends[1].item()
+
+    def _log_ratios(self) -> Tensor:
+        return _log_ratios(self.betas, self.steps, self.start, self.end)
+
+
+@cache
+def _log_ratios(kind: str, steps: int, start: float, end: float) -> Tensor:
+    """log(alpha / sigma) at each step, float64 on the CPU."""
+    if kind == "cosine":
+        angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
+        product = angle.cos().square()
+        betas = (1 - product[1:] / product[:-1]).clamp(max=0.999)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+    else:
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+    log_square = torch.log1p(-betas).cumsum(0)  # log alpha^2
+    return 0.5 * (log_square - torch.log(-torch.expm1(log_square)))
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

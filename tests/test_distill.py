@@ -172,7 +172,8 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
     network, card = load_network(teacher)
     student, fake_score = distill.build_networks(cfg, network)
     runtime = Runtime(LaunchConfig(cpu=True))
-    method = distill.build_method(cfg, distill.recipe_of(cfg, network), card, network, student, fake_score, runtime)
+    recipe = distill.recipe_of(cfg, network, "digest")
+    method = distill.build_method(cfg, recipe, card.prediction, network, student, fake_score, runtime)
     step = next(s for s in range(50) if Draws(0, "student", s, sample_range(0, 1)).shared_integer("rung", 4) == 3)
     with torch.autocast("cpu", torch.bfloat16):
         loss, metrics = method.student_loss(Draws(0, "student", step, sample_range(0, 4)))

@@ -55,6 +55,102 @@ def test_x0_to_velocity_is_undefined_at_the_data(t):
         flow.x0_to_velocity(torch.zeros(2, 3), torch.zeros(2, 3), t)
 
 
+ALPHAS = torch.tensor([1.0, 0.95, 0.3, 0.6, 1e-3], dtype=torch.float64)
+SIGMAS = torch.tensor([1e-3, 0.31, 0.9, 0.8, 1.0], dtype=torch.float64)
+MIXTURES = {  # by hand, from x0 and eps
+    "x0": lambda x0, eps, a, s: x0,
+    "eps": lambda x0, eps, a, s: eps,
+    "v": lambda x0, eps, a, s: a * eps - s * x0,
+    "flow": lambda x0, eps, a, s: eps - x0,
+}
+
+
+@pytest.mark.parametrize("predicted", MIXTURES)
+def test_every_prediction_gives_x0_and_comes_back(predicted):
+    (x0, eps), a, s = pair(), ALPHAS.reshape(-1, 1, 1, 1), SIGMAS.reshape(-1, 1, 1, 1)
+    x, y = a * x0 + s * eps, MIXTURES[predicted](x0, eps, a, s)
+    assert torch.allclose(flow.prediction_to_x0(predicted, y, x, ALPHAS, SIGMAS), x0, rtol=0, atol=1e-11)
+    assert torch.allclose(flow.x0_to_prediction(predicted, x0, x, ALPHAS, SIGMAS), y, rtol=0, atol=1e-11)
+    for other, mixture in MIXTURES.items():  # a -> x0 -> b
+        through = flow.x0_to_prediction(
+            other, flow.prediction_to_x0(predicted, y, x, ALPHAS, SIGMAS), x, ALPHAS, SIGMAS
+        )
+        assert torch.allclose(through, mixture(x0, eps, a, s), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("predicted", MIXTURES)
+def test_predictions_at_the_very_ends(predicted):
+    (x0, eps), zero, one = pair(), torch.tensor(0.0).double(), torch.tensor(1.0).double()
+    y = MIXTURES[predicted](x0, eps, one, zero)
+    assert torch.equal(flow.prediction_to_x0(predicted, y, x0, one, zero), x0)  # data: x = x0
+    y = MIXTURES[predicted](x0, eps, zero, one)
+    if predicted == "eps":
+        with pytest.raises(ValueError, match="alpha = 0"):
+            flow.prediction_to_x0(predicted, y, eps, zero, one)
+    else:
+        assert torch.allclose(flow.prediction_to_x0(predicted, y, eps, zero, one), x0, rtol=0, atol=1e-14)
+    assert torch.allclose(flow.x0_to_prediction(predicted, x0, eps, zero, one), y, rtol=0, atol=1e-14)
+    if predicted == "x0":
+        assert torch.equal(flow.x0_to_prediction(predicted, x0, x0, one, zero), x0)
+    else:
+        with pytest.raises(ValueError, match="sigma = 0"):
+            flow.x0_to_prediction(predicted, x0, x0, one, zero)
+
+
+def test_the_flow_prediction_is_this_package_s_velocity():
+    x0, eps = pair()
+    x_t, v = flow.interpolate(x0, eps, TIMES), eps - x0
+    through_hub = flow.prediction_to_x0("flow", v, x_t, 1 - TIMES, TIMES)
+    assert torch.allclose(through_hub, flow.velocity_to_x0(v, x_t, TIMES), rtol=0, atol=1e-14)
+
+
+def test_x0_and_eps_that_fit_x_t_give_v_at_every_t_and_at_the_ends_the_one_that_is_known():
+    x0, eps = pair()
+    x_t = flow.interpolate(x0, eps, TIMES)
+    assert torch.allclose(flow.x0_and_eps_to_velocity(x0, eps, x_t, TIMES), eps - x0, rtol=0, atol=1e-14)
+    wrong = x0 + 1  # at t = 0, x_t is the data whatever the estimate of x0 says; at t = 1, x_t is the noise
+    v = flow.x0_and_eps_to_velocity(wrong, eps + 1, x_t, TIMES)
+    assert torch.equal(v[0], eps[0] + 1 - x_t[0]) and torch.equal(v[-1], x_t[-1] - wrong[-1])
+
+
+CHAINS = {
+    "linear": dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+    "scaled_linear": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "cosine": dict(beta_schedule="squaredcos_cap_v2"),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_the_levels_of_a_chain_are_those_of_diffusers(kind):
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(num_train_timesteps=1000, **CHAINS[kind]).alphas_cumprod.double()
+    start, end = CHAINS[kind].get("beta_start", 1e-4), CHAINS[kind].get("beta_end", 0.02)
+    level = flow.Schedule(kind, 1000, start, end).level(torch.arange(1000))
+    assert torch.allclose(((1 - level) / level).log(), 0.5 * (theirs / (1 - theirs)).log(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_timesteps_and_levels_are_each_other_s_inverse(kind):
+    chain = flow.Schedule(kind)
+    steps = torch.linspace(0, 999, 2998, dtype=torch.float64)  # thirds
+    level = chain.level(steps)
+    assert (level.diff() > 0).all() and chain.bounds == pytest.approx((level[0].item(), level[-1].item()), abs=1e-15)
+    assert torch.allclose(chain.timestep(level), steps, rtol=0, atol=1e-6)
+    between = 0.5 * (((1 - level) / level).log()[0] + ((1 - level) / level).log()[3])  # linear in the log ratio
+    assert chain.timestep(torch.sigmoid(-between)).item() == pytest.approx(0.5, abs=1e-9)
+    beyond = torch.tensor([0.0, level[0].item() / 2, 1 - (1 - level[-1].item()) / 2, 1.0], dtype=torch.float64)
+    assert chain.timestep(beyond).tolist() == [0.0, 0.0, 999.0, 999.0]
+
+
+def test_dit_s_chain_by_hand():
+    """alpha^2 after one step is 1 - 1e-4; after two, (1 - 1e-4)(1 - beta_1)."""
+    first, second = 1 - 1e-4, (1 - 1e-4) * (1 - 1e-4 - 0.0199 / 999)
+    expected = [math.sqrt(1 - a) / (math.sqrt(a) + math.sqrt(1 - a)) for a in (first, second)]
+    assert flow.Schedule().level(torch.tensor([0, 1])).tolist() == pytest.approx(expected, rel=1e-9)
+    assert flow.Schedule().bounds == pytest.approx((0.0099, 0.9937), abs=1e-4)
+
+
 def test_shift():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     assert torch.equal(flow.shift_time(t, 1.0), t)

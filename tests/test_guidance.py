@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmd_dar.guidance import guided
+from dmd_dar.guidance import CONVENTIONS, convert, guided
 
 UNCOND = 7
 X_T, T, COND = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 1.0]), (0, 3, 7)
@@ -31,3 +31,32 @@ def test_the_value_extrapolates_from_the_unconditional_branch(g):
 def test_no_guidance_is_the_callable_itself():
     velocity = recorded([])
     assert guided(velocity, 1.0, UNCOND) is velocity
+
+
+FORMULAS = {  # as their papers and code write them, cond and uncond being numbers
+    "ours": lambda w, cond, uncond: uncond + w * (cond - uncond),
+    "imagen": lambda w, cond, uncond: w * cond + (1 - w) * uncond,
+    "glide": lambda w, cond, uncond: uncond + w * (cond - uncond),
+    "diffusers": lambda w, cond, uncond: uncond + w * (cond - uncond),
+    "dit": lambda w, cond, uncond: uncond + w * (cond - uncond),
+    "sit": lambda w, cond, uncond: uncond + w * (cond - uncond),
+    "classifier_free": lambda w, cond, uncond: (1 + w) * cond - w * uncond,
+    "causvid": lambda w, cond, uncond: cond + w * (cond - uncond),
+    "self_forcing": lambda w, cond, uncond: cond + w * (cond - uncond),
+}
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_converted_value_guides_as_it_did_in_its_own_convention(convention):
+    for value, cond, uncond in ((3.5, 0.3, -1.2), (0.0, 2.0, 5.0), (1.0, 2.0, 5.0)):
+        ours = uncond + convert(value, convention) * (cond - uncond)
+        assert ours == pytest.approx(FORMULAS[convention](value, cond, uncond), abs=1e-12)
+    assert convert(3.5, "causvid") == 4.5 and FORMULAS.keys() == CONVENTIONS.keys()
+
+
+@pytest.mark.parametrize(
+    ("convention", "said"), [("embedded", "no g is equal to it"), ("imagenet", "choose one of ours")]
+)
+def test_a_value_without_a_g_is_refused(convention, said):
+    with pytest.raises(ValueError, match=said):
+        convert(3.5, convention)

@@ -1,26 +1,83 @@
-"""What a network's output means. The rest of the code sees only velocities of flow.py's convention."""
+"""What a network's output means. The rest of the code sees only velocities of flow.py's convention.
+
+Time direction, sign, time unit, schedule and learned sigma of public checkpoints are decided here and nowhere else.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from dmd_dar import flow
 from dmd_dar.guidance import Velocity
 
-Prediction = Literal["flow", "sit"]
+Network = Callable[..., Tensor]  # (x (B, C, ...), its own time (B,), labels (B,)) -> (B, at least C, ...)
+EDGE = 1e-3  # how near to an end of t an x0, eps or v network on the linear flow is asked
 
 
-def velocity_of(network: Callable[..., Tensor], prediction: Prediction = "flow") -> Velocity:
-    """The velocity v = eps - x0 at t (t = 1 noise) of a network that maps (x, t, labels) to at least C channels.
+@dataclass(frozen=True)
+class Meaning:
+    """How a raw network is asked and what it answers. Channels beyond the input's (learned sigma) are dropped."""
 
-    `flow`: ours. `sit`: public SiT weights, whose time runs from noise (0) to data (1) and which predict x0 - eps.
-    Channels beyond the input's (learned sigma) are dropped.
+    predicts: flow.Predicted = "flow"
+    schedule: flow.Schedule | None = None  # its own chain, with timesteps 0 .. steps - 1; None: the linear flow
+    time_scale: float = 1.0  # on the linear flow, the network's time is time_scale * t
+    reversed: bool = False  # on the linear flow, its time runs from noise (0) to data (1), and it predicts x0 - eps
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None and (self.reversed or self.time_scale != 1):
+            raise ValueError("time_scale and reversed belong to the linear flow; a schedule has timesteps of its own")
+        if self.reversed and self.predicts != "flow":
+            raise ValueError(f"reversed networks predict flow, got {self.predicts!r}")
+
+
+Prediction = Literal["flow", "sit", "dit"]  # the meanings that have a name, as model.json holds them
+MEANINGS: dict[str, Meaning] = {
+    "flow": Meaning(),  # ours
+    "sit": Meaning(reversed=True),  # public SiT weights
+    "dit": Meaning("eps", flow.Schedule()),  # public DiT weights: linear betas from 1e-4 to 0.02, 1000 steps
+}
+
+
+def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Velocity:
+    """The velocity v = eps - x0 at t (t = 1 noise) of a network of that meaning."""
+    meaning = MEANINGS[meaning] if isinstance(meaning, str) else meaning
+    if meaning.predicts == "flow" and meaning.schedule is None:
+        return _on_linear_flow(network, meaning)
+    return _through_x0(network, meaning)
+
+
+def _on_linear_flow(network: Network, meaning: Meaning) -> Velocity:
+    scale = meaning.time_scale
+
+    def forward_time(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return network(x_t, t * scale, cond)[:, : x_t.shape[1]]
+
+    def reversed_time(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return -network(x_t, (1 - t) * scale, cond)[:, : x_t.shape[1]]
+
+    return reversed_time if meaning.reversed else forward_time
+
+
+def _through_x0(network: Network, meaning: Meaning) -> Velocity:
+    """A change of time and scale, then x0 as the hub, in float64.
+
+    A t outside of what the network knows is asked at the nearest t that it knows, on an input of unchanged variance.
     """
+    low, high = (EDGE, 1 - EDGE) if meaning.schedule is None else meaning.schedule.bounds
 
-    def flow_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return network(x_t, t, cond)[:, : x_t.shape[1]]
+    def velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        known, x = t.double().clamp(low, high), x_t.double()
+        alpha, sigma, time = 1 - known, known, known * meaning.time_scale
+        if meaning.schedule is not None:
+            x = x / flow.expand_t(torch.hypot(1 - t.double(), t.double()), x)
+            norm = torch.hypot(alpha, sigma)
+            alpha, sigma, time = alpha / norm, sigma / norm, meaning.schedule.timestep(known)
+        y = network(x.to(x_t.dtype), time.to(t.dtype), cond)[:, : x_t.shape[1]]
+        x0 = flow.prediction_to_x0(meaning.predicts, y, x, alpha, sigma)
+        eps = flow.x0_to_prediction("eps", x0, x, alpha, sigma)
+        return flow.x0_and_eps_to_velocity(x0, eps, x_t.double(), t).to(x_t.dtype)
 
-    def sit_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return -network(x_t, 1 - t, cond)[:, : x_t.shape[1]]
-
-    return {"flow": flow_velocity, "sit": sit_velocity}[prediction]
+    return velocity

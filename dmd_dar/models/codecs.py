@@ -1,0 +1,102 @@
+"""The VAE between images and latents: the only place that knows the latents' scale and shift."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd_dar.errors import DamagedFileError, MissingWeightsError
+from dmd_dar.models.hub import resolve
+
+CHUNK = 8  # images at a time through the VAE, whose activations are far larger than a denoiser's
+
+
+class Codec(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] <-> the latents (B, C, h, w) that denoisers see: scale (raw - shift).
+
+    Raw latents are the VAE's own. Scale and shift are its config's: scaling_factor and shift_factor, or per channel
+    latents_mean and scaling_factor / latents_std. All in float32, outside autocast; frozen, but differentiable.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae.float().eval().requires_grad_(False)
+        scale, shift = scale_and_shift(vae.config)
+        self.register_buffer("scale", scale.reshape(-1, 1, 1))
+        self.register_buffer("shift", shift.reshape(-1, 1, 1))
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.vae.config.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each latent cell, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, std), each (B, C, h, w), of the latents' normal distribution; scale and shift are in them."""
+        with torch.autocast(images.device.type, enabled=False):
+            parts = [self.vae.encode(part.float()).latent_dist for part in images.split(CHUNK)]
+        mean, std = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std"))
+        return (mean - self.shift) * self.scale, std * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], not clamped."""
+        with torch.autocast(latents.device.type, enabled=False):
+            raw = latents.float() / self.scale + self.shift
+            return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in raw.split(CHUNK)])
+
+
+def sample_latents(mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+    """mean + std eps: latents from what `Codec.encode` returns, which needs no further scale."""
+    return mean + std * eps
+
+
+def scale_and_shift(config: Any) -> tuple[Tensor, Tensor]:
+    """Each (1,) or (C,), of latent = scale (raw - shift). Raises ValueError for two shifts at once."""
+    scale, shift = torch.tensor([float(config.scaling_factor)]), torch.tensor([float(config.get("shift_factor") or 0)])
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and config.get("shift_factor"):
+        raise ValueError("latents_mean and shift_factor are both set: which one the latents were made with is unknown")
+    if mean is not None:
+        shift = torch.tensor(mean, dtype=torch.float32).flatten()
+    if std is not None:
+        scale = scale / torch.tensor(std, dtype=torch.float32).flatten()
+    return scale, shift
+
+
+def load_codec(path: str, revision: str = "") -> Codec:
+    """The AutoencoderKL of a folder, of a pipeline folder's vae/, or of a hub id that is either.
+
+    Raises MissingWeightsError or DamagedFileError naming what is missing or does not fit.
+    """
+    import diffusers
+
+    folder = resolve(path, revision)
+    if (folder / "vae").is_dir():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise MissingWeightsError(
+            f"{folder} holds no AutoencoderKL in safetensors: name the folder of one, or a hub id"
+        )
+    try:
+        vae, info = diffusers.AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+        if faults:
+            raise ValueError(f"the weights do not fit config.json: {faults}")
+        return Codec(vae)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise DamagedFileError(f"{folder} is no AutoencoderKL that can be used: {error}") from error
+
+
+def vae_of(folder: Path) -> str:
+    """The VAE that comes with a pipeline folder, as `load_codec` takes it; empty if none does."""
+    return str(folder / "vae") if (folder / "vae" / "config.json").is_file() else ""

@@ -1,0 +1,63 @@
+"""Where a model named by a user lies on this machine: a local path, or a hub id fetched into Hugging Face's cache."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from dmd_dar.errors import MissingWeightsError, UserError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Configurations and safetensors only: pickled weights are not even fetched.
+FILES = ("*.json", "diffusion_pytorch_model*.safetensors", "model.safetensors")
+PIPELINE_FILES = ("transformer/*.safetensors", "vae/*.safetensors")
+
+
+def resolve(path: str, revision: str = "") -> Path:
+    """The local file or folder of `path`; a hub id "OWNER/NAME" becomes its snapshot at `revision` (a branch, tag,
+    commit or "refs/pr/N"; empty: the default branch).
+
+    HF_HUB_OFFLINE=1 is honoured: only what the cache holds is then found. Raises MissingWeightsError where nothing is
+    found, UserError for a revision of a local path.
+    """
+    local = Path(path)
+    if local.exists():
+        if revision:
+            raise UserError(f"revision {revision!r} is for hub ids, but {path} is a local path: leave revision out")
+        return local
+    owner = path.partition("/")[0]
+    if not HUB_ID.fullmatch(path) or Path(owner).exists():
+        raise MissingWeightsError(f"{path}: no such file or folder, and no hub id; write OWNER/NAME for a hub id")
+    return _snapshot(path, revision)
+
+
+def _snapshot(name: str, revision: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    offline = constants.HF_HUB_OFFLINE
+    at = f"{name} at revision {revision}" if revision else name
+    try:
+        patterns = [*FILES, *PIPELINE_FILES]
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=patterns, local_files_only=offline)
+        )
+    except (OSError, ValueError) as error:
+        if offline:
+            remedy = (
+                "HF_HUB_OFFLINE is set and the cache does not hold it: fetch it once with HF_HUB_OFFLINE=0, or copy"
+            )
+            remedy += " the folder here and name its path"
+        else:
+            remedy = (
+                "no such path here, and the hub did not give it: check the name, the revision and the connection, or"
+            )
+            remedy += " copy the folder here and name its path"
+        raise MissingWeightsError(f"{at}: {remedy} ({type(error).__name__})") from error
+
+
+def files_hash(files: list[Path], *more: str) -> str:
+    """SHA-256, hexadecimal, of the files' names and contents, in order, and of `more`."""
+    total = hashlib.sha256("\x1f".join(more).encode())
+    for file in files:
+        with file.open("rb") as content:
+            total.update(f"\x1f{file.name}\x1f".encode() + hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()

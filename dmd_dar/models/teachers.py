@@ -1,0 +1,253 @@
+"""Teachers that users have, by path: our own folders, diffusers folders and hub ids, the public SiT and DiT weights.
+
+Nothing is unpickled, and no code that comes with weights is run.
+"""
+
+import json
+import math
+import re
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.keys import key
+from dmd_dar.models.codecs import vae_of
+from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction
+from dmd_dar.models.diffusers_denoiser import (
+    DiffusersDenoiser,
+    load_transformer,
+    meaning_from_dict,
+    meaning_of_scheduler,
+    read_json,
+)
+from dmd_dar.models.hub import files_hash, resolve
+from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
+from dmd_dar.models.sit import PRESETS, SiT, SiTConfig, sin_cos_positions
+from dmd_dar.routing.folder import FORM
+
+Denoiser = SiT | DiffusersDenoiser
+CARD, FORMAT = "denoiser.json", 1
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which teacher, and what its files leave open."""
+
+    path: str = key("teachers/photos32", "folder of a run or of diffusers, hub id OWNER/NAME, or public SiT/DiT .pt")
+    revision: str = key("", "branch, tag, commit or refs/pr/N of a hub id; empty: its default branch")
+    prediction: Literal["auto", "flow", "sit", "dit"] = key(
+        "auto",
+        "what the output means; auto: as the folder says, or as a public .pt's file name (SiT-..., DiT-...) says",
+    )
+    heads: int = key(0, "attention heads of a .pt; 0: those of the public size of its width", least=0)
+    codec: str = key("", "VAE of a latent teacher, folder or hub id; empty: the pipeline's own, or pixels")
+    codec_revision: str = key("", "as revision, of the codec")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network, what its output means, and what else its files say."""
+
+    network: Denoiser
+    prediction: Prediction | Meaning
+    digest: str  # SHA-256, hexadecimal, of all that decides what it computes
+    label_names: tuple[str, ...] = ()
+    rungs: tuple[float, ...] = ()  # of a few-step student; empty for a teacher
+    codec: str = ""  # path or hub id for codecs.load_codec; empty for pixels
+
+
+def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> Teacher:
+    """The teacher at `config.path`, in evaluation mode, frozen, on `device`.
+
+    Raises UserError or a kind of it, naming the file and the remedy, where nothing is found, a file is damaged, needs
+    unpickling or another kind of condition, or does not say what its output means.
+    """
+    place = resolve(config.path, config.revision)
+    if place.is_file():
+        teacher = _public(place, config)
+    elif (place / "model.json").is_file():
+        teacher = _ours(place, config)
+    elif (place / CARD).is_file():
+        teacher = _saved_denoiser(place, config)
+    elif (place / "transformer").is_dir():
+        teacher = _pipeline(place, config)
+    elif (place / "config.json").is_file():
+        network, prediction = load_transformer(place), _stated(config, None, place / "config.json")
+        teacher = Teacher(network, prediction, _folder_hash(place, prediction), codec=config.codec)
+    else:
+        raise UserError(f"{place} holds no teacher: no model.json, no transformer folder, no config.json")
+    teacher.network.to(device)
+    return teacher
+
+
+def save_trained(folder: Path, network: Denoiser, prediction: Prediction | Meaning, **facts: Any) -> None:
+    """Write a trained network so that `load_teacher` reads it back; `facts` are ModelCard's rungs, label_names, origin.
+
+    A SiT becomes a folder of `saved.save_network`; a diffusers network its own `transformer` folder and a card.
+    """
+    if isinstance(network, SiT):
+        named = next(name for name, meaning in MEANINGS.items() if prediction in (name, meaning))
+        save_network(folder, network, ModelCard(named, **facts))  # type: ignore[arg-type]
+        return
+    meaning = MEANINGS[prediction] if isinstance(prediction, str) else prediction
+    network.transformer.save_pretrained(make_folder(folder) / "transformer")
+    write_atomic(folder / CARD, json.dumps({"format": FORMAT, "meaning": asdict(meaning), **facts}, indent=1))
+
+
+def _ours(place: Path, config: TeacherConfig) -> Teacher:
+    network, card = load_network(place)
+    prediction = _stated(config, card.prediction, place / "model.json")
+    codec = config.codec or str(card.origin.get("codec", ""))
+    return Teacher(network, prediction, network_hash(place), card.label_names, card.rungs, codec)
+
+
+def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
+    card = read_json(place / CARD)
+    try:
+        if card["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        meaning = meaning_from_dict(card["meaning"])
+        names, rungs = tuple(card.get("label_names", ())), tuple(card.get("rungs", ()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{place / CARD} describes no network of this project: {error!r}") from error
+    prediction = _stated(config, meaning, place / CARD)
+    codec = config.codec or str(card.get("origin", {}).get("codec", ""))
+    network = load_transformer(place / "transformer")
+    return Teacher(network, prediction, _folder_hash(place / "transformer", prediction), names, rungs, codec)
+
+
+def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
+    file = place / "scheduler" / "scheduler_config.json"
+    meaning = None
+    if file.is_file():
+        try:
+            meaning = meaning_of_scheduler(read_json(file))
+        except (TypeError, ValueError) as error:
+            raise DamagedFileError(f"{file}: {error}") from error
+    prediction = _stated(config, meaning, file)
+    network = load_transformer(place / "transformer")
+    digest = _folder_hash(place / "transformer", prediction)
+    return Teacher(network, prediction, digest, _label_names(place, network), codec=config.codec or vae_of(place))
+
+
+def _label_names(place: Path, network: Denoiser) -> tuple[str, ...]:
+    """The names in DiTPipeline's model_index.json; empty unless there is one for every class."""
+    file = place / "model_index.json"
+    names = read_json(file).get("id2label") if file.is_file() else None
+    count = network.config.num_classes
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}:
+        return ()
+    return tuple(str(names[str(i)]) for i in range(count))
+
+
+def _stated(config: TeacherConfig, said: Prediction | Meaning | None, file: Path) -> Prediction | Meaning:
+    """What the file says, else what the configuration says; UserError where neither does or they contradict."""
+    asked = None if config.prediction == "auto" else config.prediction
+    if said is None and asked is None:
+        raise UserError(f"{file} does not say what the network predicts: set teacher.prediction to flow, sit or dit")
+    if said is None:
+        return asked  # type: ignore[return-value]
+    meaning = MEANINGS[said] if isinstance(said, str) else said
+    if asked is not None and MEANINGS[asked] != meaning:
+        raise UserError(f"teacher.prediction = {asked}: {file} says {said}; leave teacher.prediction out")
+    return said
+
+
+def _folder_hash(transformer: Path, prediction: Prediction | Meaning) -> str:
+    meaning = MEANINGS[prediction] if isinstance(prediction, str) else prediction
+    shape = {name: value for name, value in read_json(transformer / "config.json").items() if not name.startswith("_")}
+    files = sorted([*transformer.glob("*.safetensors"), *transformer.glob(FORM)])
+    return files_hash(files, json.dumps([asdict(meaning), shape], sort_keys=True))  # no path, no version of diffusers
+
+
+# The public SiT (github.com/willisma/SiT) and DiT (github.com/facebookresearch/DiT) weights have the same names and
+# shapes: nothing in them tells one from the other.
+def _public(file: Path, config: TeacherConfig) -> Teacher:
+    named = re.match(r"(sit|dit)[-_.]", file.name.lower())
+    said = named.group(1) if named and config.prediction == "auto" else None
+    prediction = _stated(config, said, file)  # type: ignore[arg-type]
+    weights = public_weights(file)
+    shape = public_shape(weights, config.heads, file)
+    with torch.device("meta"):
+        network = SiT(shape)
+    try:
+        network.load_state_dict(
+            {name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True
+        )
+    except RuntimeError as error:
+        fault = " ".join(str(error).split())
+        raise DamagedFileError(f"{file} holds another network than SiT or DiT: {fault}") from error
+    network.eval().requires_grad_(False)
+    return Teacher(network, prediction, files_hash([file], str(prediction), str(shape.heads)), codec=config.codec)
+
+
+def public_weights(file: Path) -> dict[str, Tensor]:
+    """The averaged weights of a public checkpoint: its `ema` entry if it has one, else the file's own tensors.
+
+    Raises DamagedFileError for a file that is none, UserError for one that needs unpickling.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            found: Any = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{file} cannot be read: {error}") from error
+    except Exception as error:  # torch.load raises all kinds on a file that is no checkpoint
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{file} holds the class {needed.group(1)}, which only unpickling could restore, and that may run"
+                " code from the file: refused. If you trust its source, keep its weights alone: load it where"
+                " it was made and torch.save({'ema': checkpoint['ema']}, NEW_FILE)"
+            ) from error
+        raise DamagedFileError(f"{file} is no checkpoint that torch reads: {type(error).__name__}") from error
+    weights = found.get("ema", found) if isinstance(found, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        held = sorted(map(str, found))[:8] if isinstance(found, dict) else type(found).__name__
+        raise DamagedFileError(f"{file} holds neither `ema` nor the weights themselves, but {held}")
+    return {str(name).removeprefix("module."): value for name, value in weights.items()}
+
+
+def public_shape(weights: dict[str, Tensor], heads: int, file: Path) -> SiTConfig:
+    """The SiT that fits the weights' shapes; `heads`, which they do not show, is that of the public size if 0.
+
+    Raises DamagedFileError where they fit none, or where pos_embed is not DiT's table of sines and cosines.
+    """
+    try:
+        width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+        cells = weights["pos_embed"].shape[1]
+        out_channels = weights["final_layer.linear.weight"].shape[0] // patch**2
+        classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+        hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise DamagedFileError(f"{file} holds another network than SiT or DiT: {error!r}") from error
+    public = {width: heads for width, _, heads in PRESETS.values()}
+    if not heads and width not in public:
+        raise UserError(
+            f"{file}: width {width} is no public size, so its attention heads are unknown: set teacher.heads"
+        )
+    table = sin_cos_positions(width, math.isqrt(cells))
+    found = weights["pos_embed"].float()
+    if found.shape != table.shape or (found - table).abs().max() > 5e-3:  # room for bfloat16
+        raise DamagedFileError(f"{file}: pos_embed is not DiT's table of sines and cosines")
+    if out_channels not in (channels, 2 * channels):
+        raise DamagedFileError(f"{file}: {out_channels} output channels for {channels} input channels")
+    return SiTConfig(
+        input_size=math.isqrt(cells) * patch,
+        in_channels=channels,
+        patch=patch,
+        width=width,
+        depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        heads=heads or public[width],
+        mlp_ratio=hidden / width,
+        num_classes=classes,
+        learn_sigma=out_channels == 2 * channels,
+    )

@@ -1,0 +1,62 @@
+"""Tiny random teachers as users have them: a DiTPipeline saved by diffusers itself, and public-style .pt files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmd_dar.models.sit import SiT, SiTConfig
+from tests.tiny import tiny_sit
+
+CLASSES = 1000  # DiTPipeline's unconditional label is 1000 whatever the network's number of classes
+LATENT = SiTConfig(input_size=8, in_channels=4, patch=2, width=16, depth=2, heads=2, num_classes=5, learn_sigma=True)
+
+
+def shaken(module: torch.nn.Module, seed: int = 0) -> Any:
+    """No weight is zero: under adaLN-Zero's own start nearly every test would pass."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def tiny_dit(**changes) -> Any:
+    """A DiTTransformer2DModel of two blocks on 4 x 8 x 8 latents, with learned sigma."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    fields = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2)
+    fields |= dict(sample_size=8, patch_size=2, norm_num_groups=1, num_embeds_ada_norm=CLASSES)
+    return shaken(DiTTransformer2DModel(**{**fields, **changes}))
+
+
+def tiny_vae(**changes) -> Any:
+    """An AutoencoderKL from 3 x 16 x 16 images to 4 x 8 x 8 latents."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    fields = dict(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16)
+    fields |= dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    return AutoencoderKL(**{**fields, **changes}).eval()
+
+
+def tiny_pipeline(folder: Path) -> Path:
+    """A DiTPipeline with that VAE and DiT's DDIM schedule, saved by diffusers, with the names of its classes."""
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    chain = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    DiTPipeline(tiny_dit(), tiny_vae(), chain).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {i: f"class {i}" for i in range(CLASSES)}  # as the public folder has it; diffusers saves none
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def public_file(file: Path, config: SiTConfig = LATENT, prefix: str = "", **beside) -> SiT:
+    """A tiny SiT written as the public training scripts do: {"ema": state dict, ...}; returns the network."""
+    network = tiny_sit(config).eval()
+    weights = {f"{prefix}{name}": value.clone() for name, value in network.state_dict().items()}
+    torch.save({"ema": weights, **beside}, file)
+    return network
