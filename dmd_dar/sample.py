@@ -14,8 +14,9 @@ from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import few_step_generator, generate
 from dmd_dar.methods.rollout import Sampler
+from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import ModelCard, load_network, network_hash
+from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 
 GRID_LIMIT = 64  # images shown in grid.png
 
@@ -40,9 +41,9 @@ class SampleConfig:
             raise ValueError("student is empty: name the folder of a student, student=RUN/student")
 
 
-def checked_rungs(cfg: SampleConfig, card: ModelCard) -> tuple[float, ...]:
+def checked_rungs(cfg: SampleConfig, student: Teacher) -> tuple[float, ...]:
     """The rungs the student was trained on; a ConfigError if it has none or the request asks for others."""
-    trained = card.rungs
+    trained = student.rungs
     if not trained:
         raise config.ConfigError(f"student = {cfg.student}: a many-step network, no few-step student; distil it")
     if cfg.steps not in (0, len(trained)) or cfg.rungs not in ((), trained):
@@ -66,15 +67,16 @@ def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
 def sample(cfg: SampleConfig) -> None:
     """Write the images, a grid of the first ones, and what they were made with."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
-    network, card = load_network(cfg.student, device)
-    rungs, shape = checked_rungs(cfg, card), network.config
+    student = load_teacher(TeacherConfig(cfg.student), device)
+    rungs, shape = checked_rungs(cfg, student), student.network.config
+    codec = load_codec(student.codec).to(device) if student.codec else None
     if cfg.label >= shape.num_classes:
         raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {shape.num_classes - 1}")
     out = make_folder(cfg.out)
-    facts = {**config.to_dict(cfg), "rungs": list(rungs), "network": network_hash(cfg.student)}
+    facts = {**config.to_dict(cfg), "rungs": list(rungs), "network": student.digest}
     refuse_other_images(out, facts)
     x0, labels = generate(
-        few_step_generator(velocity_of(network, card.prediction), rungs, cfg.sampler),
+        few_step_generator(velocity_of(student.network, student.prediction), rungs, cfg.sampler),
         cfg.n,
         seed=cfg.seed,
         shape=(shape.in_channels, shape.input_size, shape.input_size),
@@ -83,6 +85,8 @@ def sample(cfg: SampleConfig) -> None:
         device=device,
         label=None if cfg.label < 0 else cfg.label,
     )
+    if codec is not None:
+        x0 = torch.cat([codec.decode(latents) for latents in x0.split(cfg.batch_size)])
     images = to_pixels(x0)
     for i, image in enumerate(images):
         write_atomic(out / f"{i:06d}.png", png_bytes(image))

@@ -13,6 +13,7 @@ from dmd_dar import distill, flow
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
+from dmd_dar.sample import SampleConfig, sample
 from tests.models.tiny_pipelines import public_file, tiny_pipeline, tiny_vae
 from tests.tiny import TINY
 
@@ -53,6 +54,15 @@ def test_a_latent_pt_is_distilled_with_its_codec_and_shown_decoded(tmp_path, nam
     assert back.network.dar is not None and back.network.config.in_channels == 4
     width, height = Image.open(tmp_path / "run" / "samples" / "step_00000002.png").size
     assert (width, height) == (5 * (2 * 16 + 2) - 2, 7 * (2 * 16 + 2) - 2)  # 5 classes, 16-pixel images doubled
+    assert_samples(student, tmp_path / "images")
+
+
+def assert_samples(student: Path, out: Path) -> None:
+    """The sampling command decodes: RGB images of the codec's size."""
+    sample(SampleConfig(student=str(student), out=str(out), n=3, cpu=True))
+    images = [Image.open(out / f"{i:06d}.png") for i in range(3)]
+    assert {(image.mode, image.size) for image in images} == {("RGB", (16, 16))}
+    assert len({image.tobytes() for image in images}) == 3
 
 
 def test_a_pipeline_is_distilled_into_a_routed_transformer(tmp_path):
@@ -63,6 +73,7 @@ def test_a_pipeline_is_distilled_into_a_routed_transformer(tmp_path):
     back = load(student)
     assert isinstance(back.network, DiffusersDenoiser) and back.network.config.routing.query == "timestep"
     assert back.rungs == flow.default_rungs(4) and back.codec == str(pipeline / "vae")
+    assert_samples(student, tmp_path / "images")
     start = load(pipeline).network.transformer.state_dict()
     weights = back.network.transformer.state_dict()
     assert any(not torch.equal(weights[name], value) for name, value in start.items())
