@@ -22,7 +22,7 @@ from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.perceptual import lpips_loss
 from dmd_dar.models.sit import SiT, with_routing
 from dmd_dar.models.teachers import Denoiser, Teacher, TeacherConfig, load_teacher, save_trained
-from dmd_dar.pairs import Recipe, RegressionConfig, trajectories
+from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajectories_for
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
@@ -140,7 +140,7 @@ def build_method(
     pairs = None
     if cfg.regression.weight:
         with runtime.main_first():
-            pairs = trajectories(recipe, teacher_velocity, cfg.regression.cache, runtime.device)
+            pairs = trajectories_for(cfg.regression, recipe, teacher_velocity, runtime.device)
     return DMD(
         student=velocity_of(student, prediction),
         teacher=teacher_velocity,
@@ -210,6 +210,8 @@ def distill(cfg: DistillConfig) -> None:
         fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
         updates = cfg.fake_score.updates if cfg.matching.weight else 0
         identity = {"teacher": teacher.digest, "data": data_hash()}
+        if isinstance(method.trajectories, StoredTrajectories):
+            identity["pairs"] = method.trajectories.shards.hash
         origin = {**identity, "steps": cfg.steps, **({"codec": teacher.codec} if codec else {})}
         run_cycle(
             cfg,

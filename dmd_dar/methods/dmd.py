@@ -13,7 +13,7 @@ from dmd_dar import flow, losses
 from dmd_dar.draws import Draws
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods import rollout
-from dmd_dar.methods.trajectories import Trajectories
+from dmd_dar.methods.trajectories import Pairs
 
 Metrics = dict[str, Tensor]
 
@@ -35,7 +35,7 @@ class DMD:
     matching_weight: float = 1.0
     regression_weight: float = 0.0
     distance: Callable[[Tensor, Tensor], Tensor] = losses.regression_loss
-    trajectories: Trajectories | None = None
+    trajectories: Pairs | None = None
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Distribution matching + regression, jointly, at one rung for the whole batch (arXiv:2311.18828 Eq. 7-9)."""
@@ -67,7 +67,7 @@ class DMD:
         loss = losses.dmd_loss(x0_student, x0_teacher, x0_fake)
         return loss, {"dm": loss, "fake_to_teacher_rms": gap}
 
-    def regression(self, draws: Draws, trajectories: Trajectories) -> Tensor:
+    def regression(self, draws: Draws, trajectories: Pairs) -> Tensor:
         """The student, from the teacher trajectory's own state at the step's rung, should reach its end (Eq. 9)."""
         rung = draws.shared_integer("rung", len(self.rungs))
         states, ends, cond = trajectories.at(rung, draws.integers("pair", trajectories.count))

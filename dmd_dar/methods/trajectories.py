@@ -5,6 +5,7 @@ states have the marginals that the student's own re-noised inputs aim at.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from torch import Tensor
 from dmd_dar import flow
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.rollout import solve_ode
+
+
+class Pairs(Protocol):
+    """What the regression loss draws from: in memory (`Trajectories`) or on the disk."""
+
+    @property
+    def count(self) -> int: ...
+
+    def at(self, rung: int, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States at rungs[rung], ends and labels of the trajectories `index` (B,)."""
+        ...
 
 
 @dataclass(frozen=True)

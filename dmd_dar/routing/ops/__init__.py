@@ -74,7 +74,9 @@ def give_way(name: str, other: str, reason: str) -> str:
     return other
 
 
-@compiler.assume_constant_result
 def _compiled() -> str:
-    """Runs while a graph is traced, not when it runs."""
     return give_way("torch", "naive", "under torch.compile the equations are traced, and the compiler fuses them")
+
+
+# Runs while a graph is traced, not in it: torch.compiler.assume_constant_result, but that loads the compiler at once.
+_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]

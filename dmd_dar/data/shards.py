@@ -1,0 +1,368 @@
+"""Samples on disk in shards: safetensors files beside a manifest that says what they hold and their hashes.
+
+    manifest.json  shard_000000.safetensors  shard_000001.safetensors ...  .lock
+
+A shard is complete or absent: it counts once the manifest lists it, and it is listed after it stands on the disk.
+Several processes fill one folder. Byte i + 1 of `.lock` belongs to whoever makes shard i, byte 0 to whoever writes the
+manifest; these locks are the kernel's (`lockf`) and go with their process, however it dies.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.errors import DamagedFileError, UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+OVERHEAD = 4096  # bytes of a shard's header and its lines in the manifest, generously
+WAIT = 0.2  # seconds between looks at the shards that other processes make
+
+
+@dataclass(frozen=True)
+class Form:
+    """One tensor of a sample: its type in the words of safetensors (see DTYPES) and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder holds: `n` samples, `shard_size` to a file; `content` is all that decides their values (JSON)."""
+
+    content: dict[str, Any]
+    n: int
+    shard_size: int
+    tensors: dict[str, Form]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.n // self.shard_size)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First global sample of shard `index` and the one after its last."""
+        return index * self.shard_size, min((index + 1) * self.shard_size, self.n)
+
+    def bytes(self, index: int) -> int:
+        """Upper bound of shard `index` on the disk."""
+        start, stop = self.span(index)
+        sample = sum(DTYPES[form.dtype].itemsize * torch.Size(form.shape).numel() for form in self.tensors.values())
+        return (stop - start) * sample + OVERHEAD
+
+    def described(self) -> dict[str, Any]:
+        """In JSON's own types, as the manifest has it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One complete shard as the manifest lists it: samples first .. stop - 1."""
+
+    file: str
+    first: int
+    stop: int
+    bytes: int
+    sha256: str
+
+
+def shard_name(index: int) -> str:
+    return f"shard_{index:06d}.safetensors"
+
+
+def read_manifest(folder: Path) -> tuple[Layout, dict[int, Shard]]:
+    """The layout and the shards listed so far, by index.
+
+    Raises UserError where there is no manifest, DamagedFileError where it is none of this format, contradicts itself
+    or names any file but the folder's own shards.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+        if values["format"] != FORMAT:
+            raise ValueError(f"its format is {values['format']!r}, not {FORMAT}")
+        layout = _layout(values)
+        listed = [_shard(layout, entry) for entry in values["shards"]]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a folder of complete shards") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise DamagedFileError(
+            f"{path} is not a manifest of shards ({reason}); restore it, or make the folder anew"
+        ) from error
+    shards = {shard.first // layout.shard_size: shard for shard in listed}
+    if len(shards) < len(listed):
+        raise DamagedFileError(f"{path} lists a shard twice; restore it, or make the folder anew")
+    return layout, shards
+
+
+def _layout(values: dict[str, Any]) -> Layout:
+    if not isinstance(values["content"], dict) or not isinstance(values["tensors"], dict) or not values["tensors"]:
+        raise ValueError("content and tensors must be sections")
+    tensors = {}
+    for name, form in values["tensors"].items():
+        if form["dtype"] not in DTYPES:
+            raise ValueError(f"{name} has the unknown dtype {form['dtype']!r}")
+        tensors[name] = Form(form["dtype"], tuple(_natural("shape", side, 1) for side in form["shape"]))
+    n, shard_size = (_natural(name, values[name], 1) for name in ("n", "shard_size"))
+    return Layout(values["content"], n, shard_size, tensors)
+
+
+def _shard(layout: Layout, entry: dict[str, Any]) -> Shard:
+    first, stop, size = (_natural(name, entry[name], 0) for name in ("first", "stop", "bytes"))
+    index = first // layout.shard_size
+    if index >= layout.shards or (first, stop) != layout.span(index):
+        raise ValueError(f"samples {first} to {stop} are no shard of {layout.shard_size} among {layout.n}")
+    if entry["file"] != shard_name(index):  # so no path leads anywhere else
+        raise ValueError(f"it names {entry['file']!r} where {shard_name(index)!r} in its own folder must stand")
+    if not isinstance(entry["sha256"], str):
+        raise ValueError(f"the sha256 of {shard_name(index)} is not a text")
+    return Shard(shard_name(index), first, stop, size, entry["sha256"])
+
+
+def _natural(name: str, value: Any, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {value!r}, not an integer from {least}")
+    return value
+
+
+class ShardFolder:
+    """A folder that one or several processes fill with the shards of one layout; each process opens it once.
+
+    Raises UserError where the folder cannot be made or locked, or holds shards of another layout.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], layout: Layout):
+        self.folder, self.layout = make_folder(folder), layout
+        with self._faults("opening"):
+            self.lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with self._locked(0):
+                if (self.folder / MANIFEST).exists():
+                    self._refuse_others()
+                elif any(self.folder.glob("shard_*")):
+                    raise UserError(
+                        f"'{self.folder}' holds shards but no {MANIFEST}; restore it, or use another folder"
+                    )
+                else:
+                    self._write_manifest({})
+
+    def close(self) -> None:
+        os.close(self.lock)
+
+    def __enter__(self) -> "ShardFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def missing(self) -> list[int]:
+        """The shards that are still to be made, ascending."""
+        listed = self._listed()
+        return [index for index in range(self.layout.shards) if not self._stands(listed.get(index))]
+
+    def samples_made(self) -> int:
+        return sum(shard.stop - shard.first for shard in self._listed().values() if self._stands(shard))
+
+    def require_space(self) -> None:
+        """Raises UserError where the disk has no room for the missing shards."""
+        need, free = sum(map(self.layout.bytes, self.missing())), shutil.disk_usage(self.folder).free
+        if need > free:
+            fault = f"'{self.folder}' needs {need / 1e6:.1f} MB more, and {free / 1e6:.1f} MB of its disk are free"
+            raise UserError(f"{fault}: free some, use a folder on another disk, or make fewer samples")
+
+    @contextlib.contextmanager
+    def claim(self, index: int) -> Iterator[bool]:
+        """Whether shard `index` is this process's to make, and missing; nobody else makes it inside the context."""
+        with self._locked(index + 1, wait=False) as mine:
+            if mine:
+                self._sweep(shard_name(index))
+            yield mine and not self._stands(self._listed().get(index))
+
+    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Shard `index` from tensors (B, *shape) of its samples; inside its `claim`.
+
+        Raises ValueError where they are not of the layout, UserError where the disk is full; whole shards survive.
+        """
+        start, stop = self.layout.span(index)
+        for name, form in self.layout.tensors.items():
+            held, wanted = tensors[name], (stop - start, *form.shape)
+            if tuple(held.shape) != wanted or held.dtype != DTYPES[form.dtype]:
+                raise ValueError(
+                    f"{name} of shard {index} is {held.dtype} {tuple(held.shape)}, not {form.dtype} {wanted}"
+                )
+        file = save({name: tensors[name].contiguous().cpu() for name in self.layout.tensors})
+        shard = Shard(shard_name(index), start, stop, len(file), hashlib.sha256(file).hexdigest())
+        with self._faults(f"writing {shard.file}"):
+            write_atomic(self.folder / shard.file, file)
+            with self._locked(0):
+                self._write_manifest({**self._listed(), index: shard})
+
+    def _listed(self) -> dict[int, Shard]:
+        return read_manifest(self.folder)[1]
+
+    def _stands(self, shard: Shard | None) -> bool:
+        """Listed, and there in its full length: a shard that was deleted is made anew."""
+        path = self.folder / shard.file if shard else None
+        return path is not None and path.is_file() and path.stat().st_size == shard.bytes
+
+    def _write_manifest(self, shards: dict[int, Shard]) -> None:
+        self._sweep(MANIFEST)
+        listed = [dataclasses.asdict(shards[index]) for index in sorted(shards)]
+        text = json.dumps({"format": FORMAT, **self.layout.described(), "shards": listed}, indent=1)
+        write_atomic(self.folder / MANIFEST, text)
+
+    def _sweep(self, name: str) -> None:
+        """Remove what a killed process left of a file that only this one may write now."""
+        for rest in self.folder.glob(f".{name}.*.tmp"):
+            rest.unlink(missing_ok=True)
+
+    def _refuse_others(self) -> None:
+        old, new = read_manifest(self.folder)[0].described(), self.layout.described()
+        differ = differences({**old.pop("content"), **old}, {**new.pop("content"), **new})
+        if differ:
+            raise UserError(
+                f"'{self.folder}' holds other samples: {'; '.join(differ)}. Use another folder or restore these values"
+            )
+
+    @contextlib.contextmanager
+    def _locked(self, byte: int, wait: bool = True) -> Iterator[bool]:
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise UserError(f"'{self.folder}' cannot be locked: {error.strerror}; use a local folder") from error
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, byte)
+
+    @contextlib.contextmanager
+    def _faults(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = (
+                f"{'free some space' if full else 'mend that'}, and the same command continues from the whole shards"
+            )
+            raise UserError(f"'{self.folder}': {error.strerror or error} while {doing}; {remedy}") from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` wherever two flat descriptions in JSON's types differ."""
+    names = [*old, *(name for name in new if name not in old)]
+    values = [(name, *(json.dumps(side.get(name, "(absent)")) for side in (old, new))) for name in names]
+    return [f"{name}: {a} -> {b}" for name, a, b in values if a != b]
+
+
+def fill(
+    folder: ShardFolder,
+    make: Callable[[int, int], dict[str, Tensor]],
+    *,
+    stopped: Callable[[], bool],
+    report: Callable[[int], None] | None = None,
+    rank: int = 0,
+    processes: int = 1,
+) -> bool:
+    """Make the missing shards from make(first, stop); False where `stopped()` came true first.
+
+    Process `rank` of `processes` begins with every processes-th shard and then helps the others. Shards in other hands
+    are waited for, and taken over should their process die. `report` hears how many samples are on the disk.
+    """
+    while missing := folder.missing():
+        made = False
+        for index in sorted(missing, key=lambda index: ((index - rank) % processes, index)):
+            if stopped():
+                return False
+            with folder.claim(index) as mine:
+                if mine:
+                    folder.write(index, make(*folder.layout.span(index)))
+                    made = True
+            if report is not None:
+                report(folder.samples_made())
+        if not made:
+            time.sleep(WAIT)
+    return True
+
+
+class Shards:
+    """The samples of a complete folder by global index, read as they are asked for.
+
+    A shard's hash is checked when it is first read. Raises UserError where shards are missing, DamagedFileError naming
+    the file that is damaged, of another form, or a link out of the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.layout, self.shards = read_manifest(self.folder)
+        self.hash = hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()  # of all that the folder holds
+        self.opened: dict[int, Any] = {}
+        if len(self.shards) < self.layout.shards:
+            done = f"{len(self.shards)} of {self.layout.shards} shards"
+            raise UserError(f"'{self.folder}' is not complete ({done}): let the command that makes it finish")
+        for shard in self.shards.values():
+            self._check_file(shard)
+
+    def __len__(self) -> int:
+        return self.layout.n
+
+    def rows(self, name: str, index: Tensor, *at: int) -> Tensor:
+        """Tensor `name` of the samples `index` (B,), each at position `at` of its leading axes: (B, ...), on the CPU.
+
+        Raises IndexError where a sample is not in 0 .. n - 1.
+        """
+        rows = []
+        for sample in index.tolist():
+            if not 0 <= sample < len(self):
+                raise IndexError(f"sample {sample} of '{self.folder}', which holds 0 to {len(self) - 1}")
+            shard, row = divmod(sample, self.layout.shard_size)
+            rows.append(self._open(shard).get_slice(name)[(row, *at)])
+        return torch.stack(rows)
+
+    def _check_file(self, shard: Shard) -> None:
+        path = self.folder / shard.file
+        if path.resolve().parent != self.folder.resolve():
+            raise DamagedFileError(f"{path} is a link out of its folder; put the file itself there")
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            problem = "is cut short or too long" if path.is_file() else "is missing"
+            raise DamagedFileError(f"{path} {problem}: run the command that made the folder again, which makes it anew")
+
+    def _open(self, index: int) -> Any:
+        """The shard's open file: mapped into memory, none of it read yet but for its hash."""
+        if index not in self.opened:
+            shard = self.shards[index]
+            path = self.folder / shard.file
+            remedy = "delete it and run the command that made the folder again, which makes it anew"
+            try:
+                with open(path, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                        raise DamagedFileError(f"{path} is damaged, its SHA-256 is not the manifest's: {remedy}")
+                opened = safe_open(path, "pt")
+                held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise DamagedFileError(f"{path} cannot be read ({error}): {remedy}") from error
+            forms = {name: Form(part.get_dtype(), tuple(part.get_shape())) for name, part in held.items()}
+            size = shard.stop - shard.first
+            if forms != {name: Form(f.dtype, (size, *f.shape)) for name, f in self.layout.tensors.items()}:
+                raise DamagedFileError(f"{path} does not hold the tensors that {MANIFEST} describes: {remedy}")
+            self.opened[index] = opened
+        return self.opened[index]
