@@ -69,12 +69,16 @@ class History:
         stream = self.stream if self.bank.config.scale == "stream" else None
         h, alpha = self.reader.route(router, self.previous, stream, self.observe is not None)
         if self.observe is not None and alpha is not None:
-            self.observe(router, alpha)
+            self.observe(router, alpha.detach())
         return h
 
     def snapshot(self) -> "History":
-        """An independent copy of the state of the pass, for recomputing a part of it; sources are shared."""
+        """The state of the pass as it is now, for computing a part of it again; not for other outputs from here on.
+
+        Buffers are shared: what follows a snapshot must be what follows the history itself.
+        """
         twin = copy.copy(self)
+        twin.observe = None  # what is computed again was seen before
         twin.kept = None if self.kept is None else list(self.kept)
         twin.reader = self.reader.snapshot()
         return twin

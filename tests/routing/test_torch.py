@@ -86,7 +86,7 @@ def test_zero_queries_return_the_stream_bit_for_bit(query, chunk_size, dtype):
 def test_a_narrow_block_of_wide_copies_changes_nothing(monkeypatch):
     one = chain(routing("dynamic"), 6, 16, tokens=9, dtype=torch.bfloat16)
     whole = one.states("torch")
-    monkeypatch.setattr("dmd_dar.routing.ops.torch.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("dmd_dar.routing.ops.gather.BLOCK_BYTES", 1000)
     assert all(torch.equal(a, b) for a, b in zip(whole, one.states("torch"), strict=True))
 
 
@@ -190,6 +190,93 @@ def test_saved_tensors_may_be_moved_away(query):
     assert worst(one.gradients(loss_of(states)), expected) == 0
 
 
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("without", [range(2, 4), range(0, 1), range(5, 9)])
+def test_a_part_without_gradients_is_a_constant(query, without):
+    """Sublayers under no_grad: what they hand on has no gradient, all else has the same as in the equations."""
+    one, found = chain(routing(query, "convex", chunk_size=3), 9, 6), {}
+    for backend in ("torch", "naive"):
+        one.bank.backend = backend
+        history, states = History(one.bank, one.v_0, one.t_embedding), []
+        for k, f in enumerate(one.sublayers):
+            states.append(history.state())
+            with torch.set_grad_enabled(k not in without):
+                history.append(torch.tanh(states[-1] * f))
+        found[backend] = one.gradients(loss_of([*states, history.state()]))
+    assert worst(found["torch"], found["naive"]) < 1e-10
+
+
+def test_a_forward_without_gradients_keeps_no_graph_and_does_not_go_on_with_them():
+    one = chain(routing(), 6, 6)
+    one.bank.backend = "torch"
+    with torch.no_grad():
+        history = History(one.bank, one.v_0, one.t_embedding)
+        history.append(history.state())
+        assert not history.state().requires_grad and history.reader.token.grad_fn is None
+    with pytest.raises(RuntimeError, match="began under torch.no_grad"):
+        history.state()
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_backward_that_failed_leaves_nothing_behind(query):
+    one = chain(routing(query, chunk_size=3), 8, 6)
+    states, expected = one.states("torch"), one.states("naive")
+
+    def fail(_):
+        raise KeyError("on purpose")
+
+    handle = states[4].register_hook(fail)
+    with pytest.raises(KeyError):
+        one.gradients(loss_of(states), retain_graph=True)
+    handle.remove()
+    for some in (slice(None), slice(2, 4)):
+        ours = one.gradients(loss_of(states[some]), retain_graph=True)
+        assert worst(ours, one.gradients(loss_of(expected[some]), retain_graph=True)) < 1e-10
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_backward_within_a_backward(query):
+    found = {}
+    for backend in ("torch", "naive"):
+        one = chain(routing(query, chunk_size=2), 6, 6)
+        states, inner = one.states(backend), {}
+        with torch.enable_grad():
+            early = states[3].square().sum()
+
+        def within(_, early=early, one=one, inner=inner):
+            if not inner:
+                inner["v_0"] = None
+                inner["v_0"] = torch.autograd.grad(early, one.v_0, retain_graph=True)[0]
+
+        states[5].register_hook(within)
+        found[backend] = one.gradients(loss_of(states), retain_graph=True) | {"inner": inner["v_0"]}
+    assert worst(found["torch"], found["naive"]) < 1e-10
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_state_may_be_asked_for_twice(query):
+    one, found = chain(routing(query, chunk_size=3), 7, 6), {}
+    for backend in ("torch", "naive"):
+        one.bank.backend = backend
+        history = History(one.bank, one.v_0, one.t_embedding)
+        for f in one.sublayers:
+            history.append(torch.tanh(history.state() * f) + torch.cos(history.state()))
+        found[backend] = one.gradients((history.state() * history.state().sin()).sum())
+    assert worst(found["torch"], found["naive"]) < 1e-10
+
+
+@pytest.mark.parametrize("query", ["static", "timestep"])  # a dynamic query's own product is autocast, as any other
+def test_backward_inside_autocast_stays_in_float32(query):
+    """The same gradients whether autocast is still on in the backward pass or not."""
+    one, found = chain(routing(query, chunk_size=3), 7, 16, dtype=torch.float32), {}
+    for inside in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(one.states("torch"))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            found[inside] = one.gradients(loss)
+    assert worst(found[True], found[False]) < 1e-6
+
+
 def test_a_state_changed_in_place_is_refused():
     states = chain(routing(scale="count"), 5, 6).states("torch")
     states[3].data.add_(0)  # unseen by autograd
@@ -201,9 +288,9 @@ def test_a_state_changed_in_place_is_refused():
 
 def test_what_a_pass_gathered_is_let_go():
     loss = loss_of(chain(routing(), 9, 6).states("torch"))
-    (gathered,) = passes_under(loss)
+    (passes,) = passes_under(loss)
     loss.backward()
-    assert gathered.dh is gathered.query_grad is None and not gathered.rows
+    assert not passes.running
 
 
 def passes_under(loss) -> set:
@@ -214,8 +301,8 @@ def passes_under(loss) -> set:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "shared"):
-            found.add(node.shared)
+        if hasattr(node, "passes"):
+            found.add(node.passes)
         stack += [parent for parent, _ in node.next_functions]
     return found
 
