@@ -55,6 +55,47 @@ def mega(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
+def aims(result: dict[str, Any], cuda: bool) -> list[tuple[str, float, float, bool]]:
+    """What was aimed at: (what, measured, bound, whether more is better), for everything that was measured."""
+    found = []
+    for chain in result.get("chain", []):
+        name, extra = chain["form"], chain["extra_bytes"]
+        if not cuda:
+            found.append((f"{name}: `torch` faster than `naive`", chain["training_ratio"]["torch"], 8.0, True))
+            settled = chain["settled"]["training_ratio"]["torch"]
+            found.append((f"{name}: the same without page faults", settled, 4.0, True))
+        found.append(
+            (f"{name}: extra memory of `naive`'s", extra["torch"] / extra["naive"], 1 / (4 if cuda else 8), False)
+        )
+    for row in result.get("router", []):
+        if "naive" in row["forward_ratio"]:
+            where = f"one router, B {row['B']}"
+            found.append((f"{where}: `triton` forward faster than `naive`", row["forward_ratio"]["naive"], 11.5, True))
+            found.append((f"{where}: backward", row["backward_ratio"]["naive"], 8.5, True))
+            share = row["forward_share_of_copy_bandwidth"]["triton"]
+            found.append((f"{where}: forward over copy bandwidth", share, 0.8, True))
+    for row in result.get("public", []):
+        for kernel, over in row["forward_ratio"].items():
+            if kernel != "triton" and row["sources"] <= 9:
+                found.append((f"{row['sources']} sources: forward of {kernel} over `triton`'s", over, 1.0, True))
+                over = row["backward_ratio"][kernel]
+                found.append((f"{row['sources']} sources: backward of {kernel} over `triton`'s", over, 1.0, True))
+    for form, over in result.get("step", {}).get("ratio", {}).items():
+        if form != "residual":
+            found.append((f"training step, {form}, over residual", over, 1.15 if cuda else 1.25, False))
+    return found
+
+
+def _aims(result: dict[str, Any], cuda: bool) -> str:
+    rows = []
+    for what, value, bound, more in aims(result, cuda):
+        met = value >= bound if more else value <= bound
+        rows.append(
+            [what, f"{'at least' if more else 'at most'} {bound:.3g}", f"{value:.3g}", "met" if met else "missed"]
+        )
+    return "**Aims.**\n\n" + table(["", "aim", "measured", ""], rows)
+
+
 def routing(name: str, title: str, targets: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
     """The section of one device's routing benchmark."""
 
@@ -63,7 +104,8 @@ def routing(name: str, title: str, targets: str) -> Callable[[Callable[[str], di
         body = f"{OPEN}: run `python -m benchmarks.routing` on such a machine.\n"
         if result is not None:
             bandwidth = f"Copy bandwidth {result['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s (read and written)."
-            body = "\n".join([stand(result), bandwidth + "\n", *_chains(result), *_routers(result), _step(result)])
+            parts = [stand(result), bandwidth + "\n", *_chains(result), *_routers(result), _step(result)]
+            body = "\n".join([*parts, _aims(result, name.endswith("cuda"))])
         return f"## {title}\n\n{targets}\n\n{body}"
 
     return section
@@ -85,6 +127,7 @@ def _chains(result: dict[str, Any]) -> list[str]:
                     times(chain["sampling_ratio"][backend]),
                     mega(chain["extra_bytes"][backend]),
                     f"1/{chain['extra_bytes']['naive'] / chain['extra_bytes'][backend]:.0f}",
+                    mega(chain["sampling_bytes"]) if backend == "torch" else "",
                     f"{100 * chain['share_of_copy_bandwidth']:.0f} %" if backend == "torch" else "",
                 ]
             )
@@ -93,7 +136,7 @@ def _chains(result: dict[str, Any]) -> list[str]:
     shape = result["chain"][0]["shape"]
     size = f"{shape['routers']} routers, B {shape['B']}, T {shape['T']}, d {shape['d']}, {shape['dtype']}"
     head = ["chain", "backend", "forward + backward, ms", "speed-up", "without page faults", "forward alone, ms"]
-    head += ["speed-up", "extra peak memory", "of naive's", "counted traffic over copy bandwidth"]
+    head += ["speed-up", "extra peak memory", "of naive's", "traffic of a forward, counted", "of copy bandwidth"]
     return [
         f"**All routers of a network** ({size}; `timestep` queries). Speed-ups are against `naive`, the equations on"
         " stacked sources. Extra memory is the peak above the same chain with plain additions.\n",
@@ -112,25 +155,15 @@ def _routers(result: dict[str, Any]) -> list[str]:
             continue
         rows = []
         for row in result[name]:
+            shape = [str(row["B"]), str(row["sources"])]
             for kernel in row["forward_s"]:
-                forward, backward = row["forward_ratio"][kernel], row["backward_ratio"][kernel]
-                share = f"{100 * row['forward_share_of_copy_bandwidth']:.0f} %" if kernel == "triton" else ""
-                cells = [milli(row["forward_s"][kernel]), times(forward), milli(row["backward_s"][kernel])]
-                rows.append([str(row["sources"]), kernel, *cells, times(backward), share])
-            rows += [
-                [str(row["sources"]), kernel, "fails: " + why, "", "", "", ""] for kernel, why in row["failed"].items()
-            ]
-            rows += [[str(row["sources"]), kernel, "not installed", "", "", "", ""] for kernel in row["missing"]]
-        head = [
-            "sources",
-            "kernel",
-            "forward, ms",
-            "over `triton`'s",
-            "backward, ms",
-            "over `triton`'s",
-            "of copy bandwidth",
-        ]
-        parts += [f"**{title}** (B {result[name][0]['B']}, T 256, d 1152, bf16).\n", table(head, rows)]
+                share = row["forward_share_of_copy_bandwidth"][kernel]
+                forward = [milli(row["forward_s"][kernel]), times(row["forward_ratio"][kernel]), f"{100 * share:.0f} %"]
+                backward = [milli(row["backward_s"][kernel]), times(row["backward_ratio"][kernel])]
+                rows.append([*shape, kernel, *forward, *backward])
+            rows += [[*shape, kernel, why, "", "", "", ""] for kernel, why in row["failed"].items()]
+        head = ["B", "sources", "kernel", "forward, ms", "over `triton`'s", "of copy bandwidth"]
+        parts += [f"**{title}** (T 256, d 1152, bf16).\n", table([*head, "backward, ms", "over `triton`'s"], rows)]
     return parts
 
 
@@ -143,6 +176,36 @@ def _step(result: dict[str, Any]) -> str:
         f"**One training step** of {step['model']}, B {step['B']}: loss, backward, AdamW; S = 4, `timestep`.\n\n"
         + table(["residual additions", "ms", "over residual"], rows)
     )
+
+
+def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
+    """The section of the offline evaluation's time."""
+    aim = "Aim: an offline evaluation of three models x 512 images at 32 px in under 60 s on 2 cores."
+    title = f"## Evaluation\n\n{aim}\n\n"
+    result = read("evaluation")
+    if result is None:
+        return f"{title}{OPEN}: run `python -m benchmarks.evaluation`.\n"
+    rows = [[name, f"{part['median']:.1f}"] for name, part in (*result["parts_s"].items(), ("all", result["seconds"]))]
+    what = f"{result['models']} models, {result['sets']} sets of {result['images']} images of {result['size']} px"
+    told = (
+        f"**Every metric without weights and the report** ({what}; medians of {result['seconds']['rounds']} rounds).\n"
+    )
+    return f"{title}{stand(result)}\n{told}\n{table(['part', 'seconds'], rows)}"
+
+
+def psd(read: Callable[[str], dict[str, Any] | None]) -> str:
+    """The section of the power spectrum's speed."""
+    title = "## Power spectrum\n\nAim: `radial_psd` at least 2x, better 5x, faster than float64 image by image.\n\n"
+    result = read("psd")
+    if result is None:
+        return f"{title}{OPEN}: run `python -m benchmarks.psd`.\n"
+    per_image = {name: 1000 * one["median"] / result["n"] for name, one in result["seconds"].items()}
+    rows = [[name, f"{ms:.3g}", times(result["times_faster"].get(name, 1.0))] for name, ms in per_image.items()]
+    difference = max(result["largest_relative_difference"].values())
+    told = (
+        f"**{result['n']} images of {result['size']} px**; the curves differ by at most {difference:.0e}, relatively.\n"
+    )
+    return f"{title}{stand(result)}\n{told}\n{table(['way', 'ms per image', 'speed-up'], rows)}"
 
 
 SECTIONS = [
@@ -159,6 +222,8 @@ SECTIONS = [
         " 8.5x (backward) faster than `naive`, its forward at 80 % of the copy bandwidth, and not slower than published"
         " kernels up to 9 sources; a SiT-XL/2 step at most 1.15x the residual one.",
     ),
+    evaluation,
+    psd,
 ]
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ alone, `triton` against `naive`; `public` the published kernels for static queri
 Times are medians of interleaved rounds in one process, memory is the peak of a fresh process above the inputs.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,7 @@ from dmd_dar.losses import flow_matching_loss
 from dmd_dar.models.sit import build_sit
 from dmd_dar.routing.history import History
 from dmd_dar.routing.layout import RoutingConfig
-from dmd_dar.routing.ops import naive
+from dmd_dar.routing.ops import chosen, naive
 from dmd_dar.routing.router import RouterBank
 from dmd_dar.routing.traffic import forward_passes
 
@@ -36,13 +37,16 @@ class Bench:
     rows: tuple[Row, ...] = key(get_args(Row), "what to measure")
     rounds: int = key(5, "interleaved rounds of each row", least=1)
     cpu: bool = key(False, "measure on the CPU although a GPU is there")
-    chain_batch: int = key(1, "B of the chains", least=1)
-    step_batch: int = key(4, "B of the training steps", least=1)
-    router_batch: int = key(32, "B of the single routers (GPU only)", least=1)
+    chain_batch: int = key(0, "B of the chains; 0: 1 on a CPU, 8 on a GPU", least=0)
+    step_batch: int = key(0, "B of the training steps; 0: 4 on a CPU, 64 on a GPU", least=0)
+    router_batches: tuple[int, ...] = key((32, 256), "B of the single routers (GPU only)", least=1)
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+
+    def batch(self, given: int, cpu: int, gpu: int) -> int:
+        return given or (gpu if self.device.type == "cuda" else cpu)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def chain(bench: Bench, backends: tuple[str, ...], bandwidth: float) -> list[dic
         ("dense, convex", RoutingConfig("timestep", chunk_size=1, scale="convex")),
         ("chunks of 4, stream", RoutingConfig("timestep", chunk_size=4, scale="stream")),
     ):
-        links = Links(str(bench.device), width, dtype, bench.chain_batch, routing)
+        links = Links(str(bench.device), width, dtype, bench.batch(bench.chain_batch, 1, 8), routing)
         row = {"form": name, "shape": _shape(links), **timed_chain(links, backends, bench.rounds)}
         if not cuda:
             row["settled"] = alone(timed_chain, links, backends, bench.rounds, **SETTLED)
@@ -147,8 +151,8 @@ def chain(bench: Bench, backends: tuple[str, ...], bandwidth: float) -> list[dic
         passes = forward_passes(SUBLAYERS, routing, (8,))
         counted = passes["dense, groups of 8"] if routing.chunk_size == 1 else passes["as configured"]
         row["sampling_passes"] = counted
-        moved = counted * bench.chain_batch * TOKENS * width * dtype.itemsize
-        row["share_of_copy_bandwidth"] = moved / row["sampling_s"]["torch"]["median"] / bandwidth
+        row["sampling_bytes"] = counted * links.batch * TOKENS * width * dtype.itemsize
+        row["share_of_copy_bandwidth"] = row["sampling_bytes"] / row["sampling_s"]["torch"]["median"] / bandwidth
         rows.append(row)
         print(_line(row), flush=True)
     return rows
@@ -164,83 +168,92 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['form']}: forward and backward against naive: {shares}"
 
 
-def one_router(bench: Bench, sources: int, route, dtype=torch.bfloat16):
-    """Calls that run one static router forward, and backward alone, over `sources` tensors."""
-    rng = torch.Generator(bench.device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng, device=bench.device).to(dtype)
-
-    v = [draw(bench.router_batch, TOKENS, 1152).requires_grad_() for _ in range(sources)]
-    query, gain = (
-        draw(1152).float().mul_(0.2).requires_grad_(),
-        torch.ones(1152, device=bench.device, requires_grad=True),
-    )
-    h, dh = route(v, query, gain), draw(bench.router_batch, TOKENS, 1152)
-
-    def ahead() -> None:
-        with torch.no_grad():
-            route(v, query, gain)
-
-    def back() -> None:
-        torch.autograd.grad(h, [*v, query, gain], dh, retain_graph=True)
-
-    return ahead, back
+def router_inputs(device: torch.device, batch: int, sources: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """bf16 sources (B, T, 1152), a static query and its key gain."""
+    rng = torch.Generator(device).manual_seed(0)
+    v = [torch.randn(batch, TOKENS, 1152, generator=rng, device=device).bfloat16() for _ in range(sources)]
+    query = 0.2 * torch.randn(1152, generator=rng, device=device)
+    return [one.requires_grad_() for one in v], query.requires_grad_(), torch.ones(1152, device=device).requires_grad_()
 
 
-def routes() -> dict[str, Any]:
-    """The kernels that are here: ours, and published ones for static queries."""
+Kernel = Callable[[list[Tensor], Tensor, Tensor], Tensor]
+
+
+def kernels() -> dict[str, tuple[Kernel, bool]]:
+    """The static routers that are installed, ours first; True for one that wants its sources stacked beforehand."""
     from dmd_dar.routing.ops import triton
 
-    def ours(v, query, gain):
-        return triton.route(v, query, gain, scale="convex")
-
-    found = {"naive": lambda v, query, gain: naive.route(v, query, gain, scale="convex"), "triton": ours}
+    found: dict[str, tuple[Kernel, bool]] = {
+        "naive": (lambda v, query, gain: naive.route(v, query, gain, scale="convex"), False),
+        "triton": (lambda v, query, gain: triton.route(v, query, gain, scale="convex"), False),
+    }
     try:
         from fla.ops.attnres import fused_attnres  # type: ignore[import-not-found]
 
-        found["flash-linear-attention"] = lambda v, query, gain: fused_attnres(query, v, gain, scale=1152**-0.5)
+        found["flash-linear-attention"] = (
+            lambda v, query, gain: fused_attnres(query, v, gain, scale=1152**-0.5),
+            False,
+        )
     except ImportError:
         pass
     try:
         from liger_kernel.transformers.functional import liger_attn_res  # type: ignore[import-not-found]
 
-        found["liger-kernel"] = lambda v, query, gain: liger_attn_res(torch.stack(v), query * 1152**-0.5, gain)
+        found["liger-kernel"] = (lambda v, query, gain: liger_attn_res(v, query * 1152**-0.5, gain), True)
     except ImportError:
         pass
     return found
 
 
-def router(bench: Bench, sources: tuple[int, ...], names: tuple[str, ...], bandwidth: float) -> list[dict[str, Any]]:
-    """One router of bf16 sources, d 1152: forward and backward of each kernel; a kernel that fails says why."""
-    rows, known = [], routes()
-    for count in sources:
-        row: dict[str, Any] = {
-            "sources": count,
-            "B": bench.router_batch,
-            "missing": [n for n in names if n not in known],
-        }
-        calls, failed = {}, {}
-        for name in names:
-            if name in known:
-                try:
-                    calls[name] = one_router(bench, count, known[name])
-                except Exception as error:  # a published kernel may not serve this many sources
-                    failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        ahead = interleaved({name: pair[0] for name, pair in calls.items()}, bench.rounds, bench.device)
-        back = interleaved({name: pair[1] for name, pair in calls.items()}, bench.rounds, bench.device)
-        moved = (count + 1) * bench.router_batch * TOKENS * 1152 * 2
-        row |= {
-            "failed": failed,
-            "forward_s": {name: spread(samples) for name, samples in ahead.items()},
-            "backward_s": {name: spread(samples) for name, samples in back.items()},
-            "forward_ratio": {name: ratio(ahead, name, "triton") for name in calls},
-            "backward_ratio": {name: ratio(back, name, "triton") for name in calls},
-            "forward_share_of_copy_bandwidth": moved / spread(ahead["triton"])["median"] / bandwidth,
-        }
-        rows.append(row)
-        del calls
-    return rows
+def one_kernel(kernel: Kernel, stacked: bool, v: list[Tensor], query: Tensor, gain: Tensor, expected: Tensor):
+    """Calls that run a kernel forward, and backward alone. Raises ValueError where its result is not the equations'."""
+    sources: Any = torch.stack([one.detach() for one in v]).requires_grad_() if stacked else v
+    leaves = [sources, query, gain] if stacked else [*v, query, gain]
+    h = kernel(sources, query, gain)
+    far = ((h.float() - expected).norm() / expected.norm()).item()
+    if not far < 0.02:
+        raise ValueError(f"its result is off by {far:.2g} of the equations'")
+    dh = torch.randn(h.shape, generator=torch.Generator(h.device).manual_seed(1), device=h.device).to(h.dtype)
+    torch.autograd.grad(h, leaves, dh, retain_graph=True)
+
+    def ahead() -> None:
+        with torch.no_grad():
+            kernel(sources, query, gain)
+
+    return ahead, lambda: torch.autograd.grad(h, leaves, dh, retain_graph=True)
+
+
+def routers(
+    device: torch.device, batch: int, sources: int, names: tuple[str, ...], rounds: int, bandwidth: float
+) -> dict[str, Any]:
+    """One router, forward and backward, of each kernel; a kernel that is missing, fails or is wrong says so."""
+    known, inputs = kernels(), router_inputs(device, batch, sources)
+    with torch.no_grad():
+        expected = naive.route(*inputs, scale="convex").float()
+    calls, failed = {}, {}
+    for name in names:
+        try:
+            if name not in known:
+                raise ImportError("not installed")
+            calls[name] = one_kernel(*known[name], *inputs, expected)
+        except Exception as error:  # a published kernel may not serve this many sources, naive may not fit
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    ahead = interleaved({name: pair[0] for name, pair in calls.items()}, rounds, device)
+    back = interleaved({name: pair[1] for name, pair in calls.items()}, rounds, device)
+    moved = (sources + 1) * expected.numel() * 2
+    return {
+        "sources": sources,
+        "B": batch,
+        "failed": failed,
+        "forward_s": {name: spread(samples) for name, samples in ahead.items()},
+        "backward_s": {name: spread(samples) for name, samples in back.items()},
+        "forward_ratio": {name: ratio(ahead, name, "triton") for name in calls},
+        "backward_ratio": {name: ratio(back, name, "triton") for name in calls},
+        "forward_bytes": moved,
+        "forward_share_of_copy_bandwidth": {
+            name: moved / spread(samples)["median"] / bandwidth for name, samples in ahead.items()
+        },
+    }
 
 
 def training_step(preset: str, batch: int, device: torch.device, routing: RoutingConfig):
@@ -267,7 +280,7 @@ def training_step(preset: str, batch: int, device: torch.device, routing: Routin
     return run
 
 
-def step(bench: Bench, backend: str) -> dict[str, Any]:
+def step(bench: Bench) -> dict[str, Any]:
     """A SiT with the paper's aggregate and with the converted network's, S = 4, against the residual one."""
     preset = "XL/2" if bench.device.type == "cuda" else "S/2"
     paper = RoutingConfig("timestep", chunk_size=4, summary="last", scale="convex")
@@ -276,14 +289,15 @@ def step(bench: Bench, backend: str) -> dict[str, Any]:
         "convex, last": paper,
         "stream, sum": replace(paper, summary="sum", scale="stream"),
     }
-    runs = {name: training_step(preset, bench.step_batch, bench.device, form) for name, form in forms.items()}
+    batch = bench.batch(bench.step_batch, 4, 64)
+    runs = {name: training_step(preset, batch, bench.device, form) for name, form in forms.items()}
     times = interleaved(runs, bench.rounds, bench.device)
     found = {name: ratio(times, name, "residual") for name in forms}
     print(f"SiT-{preset} training step against residual:", {n: round(r, 3) for n, r in found.items()}, flush=True)
     return {
         "model": f"SiT-{preset}",
-        "B": bench.step_batch,
-        "backend": backend,
+        "B": batch,
+        "backend": chosen(None),
         "seconds": {name: spread(samples) for name, samples in times.items()},
         "ratio": found,
     }
@@ -298,12 +312,17 @@ def measure(bench: Bench) -> None:
     if "chain" in bench.rows:
         result["chain"] = chain(bench, ("torch", "triton", "naive") if cuda else ("torch", "naive"), bandwidth)
     if "router" in bench.rows and cuda:
-        result["router"] = router(bench, (57,), ("naive", "triton"), bandwidth)
+        shapes = [(batch, 57) for batch in bench.router_batches]
+        result["router"] = [
+            routers(bench.device, *shape, ("naive", "triton"), bench.rounds, bandwidth) for shape in shapes
+        ]
     if "public" in bench.rows and cuda:
-        names = ("triton", "flash-linear-attention", "liger-kernel")
-        result["public"] = router(bench, (2, 5, 9, 57), names, bandwidth)
+        names, batch = ("triton", "flash-linear-attention", "liger-kernel"), bench.router_batches[0]
+        result["public"] = [
+            routers(bench.device, batch, sources, names, bench.rounds, bandwidth) for sources in (2, 5, 9, 57)
+        ]
     if "step" in bench.rows:
-        result["step"] = step(bench, "torch")
+        result["step"] = step(bench)
     if len(result) == 2:
         raise UserError(f"rows = {list(bench.rows)}: nothing of it is measured on {bench.device}; choose chain or step")
     print(save(f"routing_{bench.device.type}", bench.device, result))

@@ -15,6 +15,14 @@ def test_a_device_that_was_not_measured_says_so():
     assert section.startswith("## Title") and "not measured" in section
 
 
+def test_an_aim_is_met_or_missed_by_its_own_sense():
+    chain = {"form": "dense", "training_ratio": {"torch": 7.9}, "settled": {"training_ratio": {"torch": 4.1}}}
+    chain["extra_bytes"] = {"torch": 1, "naive": 9}
+    result = {"chain": [chain], "step": {"ratio": {"residual": 1.0, "stream, sum": 1.3}}}
+    text = performance._aims(result, cuda=False)
+    assert [line.split(" | ")[-1].strip(" |") for line in text.splitlines()[4:]] == ["missed", "met", "met", "missed"]
+
+
 def test_rounds_are_interleaved_and_ratios_are_of_neighbours():
     order = []
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))

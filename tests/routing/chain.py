@@ -49,18 +49,19 @@ def chain(
     tokens: int = 3,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Chain:
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, dtype=torch.float64)
 
-    bank = RouterBank(config, num_sublayers, width).to(dtype)
+    bank = RouterBank(config, num_sublayers, width).to(device, dtype)
     with torch.no_grad():
         for name, parameter in bank.named_parameters():
             parameter.copy_(draw(*parameter.shape) * (1 if name != "w_q" else width**-0.5) + (name == "gain"))
     inputs = draw(batch, tokens, width), draw(batch, width), draw(num_sublayers, width)
-    return Chain(bank, *(x.to(dtype).requires_grad_() for x in inputs))
+    return Chain(bank, *(x.to(device, dtype).requires_grad_() for x in inputs))
 
 
 def loss_of(states: list[Tensor]) -> Tensor:

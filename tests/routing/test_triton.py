@@ -17,6 +17,7 @@ from torch import Tensor
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.ops import naive
 from dmd_dar.routing.router import RouterBank
+from tests.routing.chain import chain, loss_of
 
 fused = pytest.importorskip("dmd_dar.routing.ops.triton", exc_type=ImportError)
 
@@ -249,6 +250,17 @@ def test_the_backward_keeps_one_state_and_two_numbers_for_each_source(device, sc
     own = {x.data_ptr() for x in (*given["sources"], given["query"], given["gain"])}
     rows, size = 4, sum(x.numel() for pointer, x in kept.items() if pointer not in own)
     assert size == rows * (64 + 2 * 4 + 2)
+
+
+@pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])
+def test_a_network_of_routers(device, query):
+    """A whole history on the fused kernels: values 1e-5 and every gradient 1e-4 of the equations'."""
+    one = chain(RoutingConfig(query, chunk_size=2), 4, 24, tokens=3, dtype=torch.float32, device=device)
+    ours, theirs = one.states("triton"), one.states("naive")
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(ours, theirs, strict=True))
+    found, expected = one.gradients(loss_of(ours)), one.gradients(loss_of(theirs))
+    assert found.keys() == expected.keys()
+    assert all((found[name] - g).abs().max() <= 1e-4 * g.abs().max() for name, g in expected.items())
 
 
 def test_autocast_changes_nothing(device):
