@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dmd_dar import config, flow, losses
-from dmd_dar.data.photos import DataConfig, data_hash
+from dmd_dar.data.config import DataConfig
+from dmd_dar.data.sources import data_hash
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import guided
 from dmd_dar.keys import key
@@ -209,7 +210,7 @@ def distill(cfg: DistillConfig) -> None:
         optimiser = Optimiser(cfg.fake_score, fakes, routers, router_lr)
         fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
         updates = cfg.fake_score.updates if cfg.matching.weight else 0
-        identity = {"teacher": teacher.digest, "data": data_hash()}
+        identity = {"teacher": teacher.digest, "data": data_hash(cfg.data)}
         if isinstance(method.trajectories, StoredTrajectories):
             identity["pairs"] = method.trajectories.shards.hash
         origin = {**identity, "steps": cfg.steps, **({"codec": teacher.codec} if codec else {})}

@@ -1,15 +1,19 @@
 """Train a teacher, residual or DAR, by flow matching: python -m dmd_dar.pretrain config=FILE.yaml [key=value ...]"""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dmd_dar import config, flow, losses
-from dmd_dar.data.photos import NAMES, DataConfig, Photos, data_hash
-from dmd_dar.draws import Draws
+from dmd_dar.atomic import write_atomic
+from dmd_dar.data.config import DataConfig
+from dmd_dar.data.folder import Folder
+from dmd_dar.data.images import png_bytes, tile, to_pixels
+from dmd_dar.data.sources import Source, open_data
+from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
@@ -18,6 +22,7 @@ from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
+from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.job import open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Metrics, Phase
@@ -25,7 +30,24 @@ from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
 
 GRID_STEPS = 16  # Heun steps behind the sample grids
-FROM_SCRATCH = RoutingConfig(scale="convex", summary="last")  # the paper's form; residual until a query is named
+SHOWN_CROPS = 64  # in samples/data.png
+
+
+@dataclass(frozen=True)
+class ModelConfig(SiTConfig):
+    """The network to train; residual until model.routing.query is named, then in the paper's form."""
+
+    num_classes: int = key(0, "class labels; 0: as many as the data has", least=0)
+    routing: RoutingConfig = key(factory=lambda: RoutingConfig(scale="convex", summary="last"))
+
+    def shape(self, data: Source) -> SiTConfig:
+        """With the classes of the data; a ConfigError where others are asked for."""
+        if self.num_classes not in (0, data.num_classes):
+            raise config.ConfigError(
+                f"model.num_classes = {self.num_classes}: the data has {data.num_classes}; leave the key out"
+            )
+        given = {field.name: getattr(self, field.name) for field in fields(SiTConfig)}
+        return SiTConfig(**{**given, "num_classes": data.num_classes})
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,7 @@ class PretrainConfig:
     router_lr: float = key(1e-3, "learning rate of the routers, if model.routing has any", above=0)
     resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
     time: flow.TimeLaw = key(factory=lambda: flow.TimeLaw(law="logit_normal"))
-    model: SiTConfig = key(factory=lambda: SiTConfig(num_classes=len(NAMES), routing=FROM_SCRATCH))
+    model: ModelConfig = key(factory=ModelConfig)
     data: DataConfig = key(factory=DataConfig)
     optimiser: OptimiserConfig = key(factory=OptimiserConfig)
     checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
@@ -51,11 +73,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.model.input_size != self.data.size:
             raise ValueError(f"model.input_size {self.model.input_size} must equal data.size {self.data.size}")
-        if self.model.num_classes != len(NAMES):
-            raise ValueError(f"model.num_classes must be {len(NAMES)} for data.name {self.data.name}")
+        if self.model.in_channels != 3:
+            raise ValueError(f"model.in_channels must be 3, those of RGB, got {self.model.in_channels}")
 
 
-def flow_matching(model: SiT, data: Photos, time: flow.TimeLaw, label_dropout: float):
+def flow_matching(model: SiT, data: Source, time: flow.TimeLaw, label_dropout: float):
     """The pretraining loss as a function of the step's draws."""
     velocity = velocity_of(model)
 
@@ -69,18 +91,28 @@ def flow_matching(model: SiT, data: Photos, time: flow.TimeLaw, label_dropout: f
     return loss
 
 
+def show(data: Source, seed: int, folder: RunFolder) -> None:
+    """What the network will learn from, for a look: crops in samples/data.png, one line for the user's own images."""
+    crops, _ = data.batch(Draws(seed, "shown", 0, sample_range(0, SHOWN_CROPS, data.device)))
+    write_atomic(folder.samples / "data.png", png_bytes(tile(to_pixels(crops))))
+    if isinstance(data, Folder):
+        print(f"data: {data}", file=sys.stderr)
+
+
 def pretrain(cfg: PretrainConfig) -> None:
     """Run, or continue, the job. The averaged weights land in out_dir/student."""
     runtime = Runtime(cfg.launch)
+    data = open_data(cfg.data, runtime.device)
     torch.manual_seed(cfg.seed)
-    model = SiT(cfg.model).to(runtime.device)
-    data = Photos(cfg.data.size, runtime.device)
+    model = SiT(cfg.model.shape(data)).to(runtime.device)
     ema = Ema(model, cfg.ema)
     optimiser = Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr)
     phase = Phase("pretrain", model, optimiser, flow_matching(model, data, cfg.time, cfg.label_dropout), ema)
-    identity = {"data": data_hash()}
-    card = ModelCard(label_names=NAMES, origin={**identity, "seed": cfg.seed, "steps": cfg.steps})
+    identity = {"data": data.hash}
+    card = ModelCard(label_names=data.label_names, origin={**identity, "seed": cfg.seed, "steps": cfg.steps})
     with open_run(cfg, runtime) as folder:
+        if folder is not None:
+            show(data, cfg.seed, folder)
         run_cycle(
             cfg,
             runtime,

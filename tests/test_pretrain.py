@@ -1,13 +1,18 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from dmd_dar import config, flow, pretrain
+from dmd_dar import config, distill, flow, pretrain
+from dmd_dar.data import textures
 from dmd_dar.data.photos import Photos
 from dmd_dar.draws import Draws, sample_range
+from dmd_dar.errors import UserError
 from dmd_dar.models.saved import load_network
+from dmd_dar.models.sit import SiTConfig
 from dmd_dar.train import log
 from tests.tiny import tiny_sit
 
@@ -43,6 +48,83 @@ def test_the_loss_falls(tmp_path):
     run(tmp_path, "steps=250", "batch_size=16", "optimiser.lr=3e-3", "model.patch=4")
     losses = [record["pretrain/loss"] for record in log.read(tmp_path / "log.jsonl")]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def own_images(root: Path, counts: dict[str, int]) -> Path:
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng([label, i]).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def test_a_teacher_of_ones_own_images(tmp_path, capsys):
+    root = own_images(tmp_path / "images", {"cats": 4, "dogs": 3})
+    mine = ("data.name=folder", f"data.path={root}", "model.num_classes=0", "data.cache_gb=1e-5")
+    whole = run(tmp_path / "whole", *mine)
+    assert "data: 7 images in 2 classes, 2 held out; 1 of 5 in memory" in capsys.readouterr().err
+    run(tmp_path / "parts", "steps=2", *mine)
+    parts = run(tmp_path / "parts", *mine)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    network, card = load_network(tmp_path / "whole" / "student")
+    assert type(network.config) is SiTConfig and network.config.num_classes == 2
+    assert card.label_names == ("cats", "dogs") and len(card.origin["data"]) == 64
+    assert Image.open(tmp_path / "whole" / "samples" / "data.png").size[0] > 8 * 32
+    (root / "cats" / "0.png").unlink()
+    with pytest.raises(UserError, match="this run's data has changed since"):
+        run(tmp_path / "parts", "steps=6", *mine)
+
+
+def test_two_commands_lead_from_a_folder_to_a_student(tmp_path):
+    root = own_images(tmp_path / "images", {"cats": 4, "dogs": 3})
+    mine = ("data.name=folder", f"data.path={root}")
+    run(tmp_path / "teacher", *mine, "model.num_classes=0")
+    recipe = f"config={RECIPE.parent / 'demo_dar.yaml'}"
+    few = ("batch_size=2", "regression.count=2", "regression.solver_steps=4", "student.routing.chunk_size=2")
+    places = (f"teacher.path={tmp_path / 'teacher' / 'student'}", f"regression.cache={tmp_path / 'pairs'}")
+    argv = [recipe, *mine, *few, *places, f"out_dir={tmp_path / 'dar'}", "launch.cpu=true"]
+    distill.main([*argv, "steps=1"])
+    network, card = load_network(tmp_path / "dar" / "student")
+    assert network.config.num_classes == 2 and card.label_names == ("cats", "dogs") and len(card.rungs) == 4
+    assert card.origin["data"] == load_network(tmp_path / "teacher" / "student")[1].origin["data"]
+    (root / "cats" / "0.png").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        distill.main([*argv, "steps=2"])
+
+
+def test_textures_make_a_teacher(tmp_path):
+    run(tmp_path, "data.name=textures", "model.num_classes=0")
+    card = load_network(tmp_path / "student")[1]
+    assert card.label_names == textures.NAMES and card.origin["data"] == textures.data_hash()
+
+
+def test_a_network_for_other_data_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(config.ConfigError, match="model.num_classes = 3: the data has 7"):
+        run(tmp_path / "run", "model.num_classes=3")
+    for wrong, told in (("data.size=64", "model.input_size 32 must equal"), ("model.in_channels=4", "must be 3")):
+        with pytest.raises(config.ConfigError, match=told):
+            run(tmp_path / "run", wrong)
+    root = own_images(tmp_path / "images", {"cats": 1})
+    (root / "cats" / "1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="'cats/1.png': not one of"):
+        run(tmp_path / "run", "data.name=folder", f"data.path={root}", "model.num_classes=0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipes_for_ones_own_images_need_only_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(RECIPE.parents[2])
+    file = "config=configs/folder64/teacher.yaml"
+    cfg = config.load(pretrain.PretrainConfig, [file, f"data.path={tmp_path}"])
+    dar, residual = (
+        config.load(distill.DistillConfig, [f"config=configs/folder64/{arm}.yaml", f"data.path={tmp_path}"])
+        for arm in ("dar", "residual")
+    )
+    assert dar.data == cfg.data and dar.teacher.path == f"{cfg.out_dir}/student"
+    keys = {key for key, _, _ in config.differences(dar, residual)}
+    assert "student.routing.query" in keys and keys <= {"out_dir", "student.routing.query"}
+    with pytest.raises(config.ConfigError, match="name the folder of your images, data.path=FOLDER"):
+        config.load(pretrain.PretrainConfig, [file])
 
 
 @pytest.mark.parametrize("dropout, expected", [(0.0, 0), (1.0, 200), (0.25, 50)])

@@ -4,10 +4,8 @@ Every fifth 96-pixel tile is held out, and no training crop touches one. A batch
 """
 
 import hashlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from dmd_dar.data.images import to_model_range
 from dmd_dar.draws import Draws
-from dmd_dar.keys import key
 
 FOLDER = Path(__file__).parent / "photos"
 NAMES = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
@@ -24,14 +21,6 @@ COLOUR = ("astronaut", "chelsea", "coffee")
 MIRRORED = ("brick", "chelsea", "coffee", "grass", "gravel")  # not astronaut and camera: lettering, a known pose
 TILE = 96
 HELD_OUT_EVERY = 5
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What the networks learn from."""
-
-    name: Literal["photos"] = key("photos", "data set")
-    size: int = key(32, "side of a crop: 32 or 64", unit="pixels", least=32, most=64)
 
 
 def read_photos() -> list[Tensor]:
@@ -69,6 +58,7 @@ class Photos:
     """Crops of side `size`, on `device`. `held_out` takes them from the held-out tiles alone, never mirrored."""
 
     num_classes = len(NAMES)
+    label_names = NAMES
     colour_labels = tuple(NAMES.index(name) for name in COLOUR)
 
     def __init__(self, size: int, device: torch.device | str = "cpu", held_out: bool = False):
@@ -80,6 +70,7 @@ class Photos:
             return torch.tensor([0, *lengths]).cumsum(0)[:-1].to(device)
 
         self.size, self.shape, self.device = size, (3, size, size), torch.device(device)
+        self.hash = data_hash()
         self.pixels = torch.cat([photo.reshape(-1, 3) for photo in photos]).to(device)  # (all pixels, 3) uint8
         self.positions = torch.cat(positions).to(device)
         self.pixel_start, self.position_start = starts(pixels), starts(counts)

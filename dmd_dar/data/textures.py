@@ -41,12 +41,14 @@ class Textures:
     """Squares of side `size`, on `device`; the class is the kind of texture, see NAMES. Every image is a fresh one."""
 
     num_classes = len(NAMES)
+    label_names = NAMES
     colour_labels: tuple[int, ...] = ()
 
     def __init__(self, size: int, device: torch.device | str = "cpu"):
         if size < spectrum.MIN_SIZE:
             raise ValueError(f"size must be at least {spectrum.MIN_SIZE}, got {size}")
         self.size, self.shape, self.device = size, (3, size, size), torch.device(device)
+        self.hash = data_hash()
 
     def planes(self, labels: Tensor, draws: Draws) -> Tensor:
         """Grey levels before quantisation: labels (B,) -> float64 (B, S, S), mean 0.5."""
