@@ -1,11 +1,12 @@
 """What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
 
 import contextlib
+import copy
 import hashlib
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import to_model_range, to_pixels
-from dmd_dar.data.photos import Photos
+from dmd_dar.data.sources import Source
 from dmd_dar.diagnostics.usage import routing_usage
 from dmd_dar.distill import DistillConfig
 from dmd_dar.draws import Draws, sample_range
@@ -34,7 +35,8 @@ from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import load_network, network_hash
 from dmd_dar.models.sit import SiT
-from eval.measure import ImageSet
+from eval.cost import latencies, peak_memory
+from eval.sets import ImageSet
 
 LATENCY_BATCH = 16
 LATENCY_RUNS = 5
@@ -107,23 +109,11 @@ class Bench:
             cache=Path(cfg.cache),
         )
 
-    def latency(self, generator: Generator) -> float:
-        """Milliseconds per image, median of LATENCY_RUNS batches after one to warm up."""
+    def call(self, generator: Generator) -> Callable[[], Tensor]:
+        """Samples LATENCY_BATCH images, the same ones every time."""
         draws = Draws(self.seed, "latency", 0, sample_range(0, LATENCY_BATCH, self.device))
         cond, noise = balanced_labels(draws.samples, self.num_classes), draws.normal("noise", *self.shape)
-        times = []
-        for _ in range(LATENCY_RUNS + 1):
-            self._wait()
-            began = time.perf_counter()
-            with torch.no_grad():
-                generator(cond, draws, noise)
-            self._wait()
-            times.append(time.perf_counter() - began)
-        return 1000 * sorted(times[1:])[LATENCY_RUNS // 2] / LATENCY_BATCH
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return partial(generator, cond, draws, noise)
 
 
 RESERVED = ("real", "real, again", "teacher")
@@ -165,25 +155,49 @@ def read_arms(runs: tuple[str, ...]) -> list[Arm]:
     return arms
 
 
-def real_sets(bench: Bench, data: Photos) -> tuple[ImageSet, ImageSet]:
-    """Two independent sets of training-tile crops with the samples' labels: the reference and its null."""
+def real_crops(bench: Bench, data: Source, phase: str) -> tuple[Tensor, Tensor]:
+    """Training crops uint8 (N, 3, S, S) with the samples' labels (N,), other ones for every `phase`."""
     samples = sample_range(0, bench.count, bench.device)
     labels = balanced_labels(samples, bench.num_classes)
+    return data.crops(labels, Draws(bench.seed, phase, 0, samples)).cpu(), labels.cpu()
 
-    def crops(phase: str) -> Tensor:
-        return data.crops(labels, Draws(bench.seed, phase, 0, samples)).cpu()
 
+def real_sets(bench: Bench, data: Source) -> tuple[ImageSet, ImageSet]:
+    """Two independent sets of training crops: the reference and its null."""
     return (
-        ImageSet("real", crops("real"), labels.cpu(), "real", paired=False),
-        ImageSet("real, again", crops("real_null"), labels.cpu(), "null", paired=False),
+        ImageSet("real", *real_crops(bench, data, "real"), "real", paired=False),
+        ImageSet("real, again", *real_crops(bench, data, "real_null"), "null", paired=False),
     )
 
 
-def network_facts(network: SiT, evaluations: int, latency: float, identity: str) -> dict[str, Any]:
+def with_costs(sets: Iterable[ImageSet], bench: Bench) -> list[ImageSet]:
+    """The sets, those of networks with the time and the peak memory of sampling LATENCY_BATCH images in their facts.
+
+    The networks take turns, so that a busy machine slows all of them.
+    """
+    sets = list(sets)
+    calls = {one.name: bench.call(one.generator) for one in sets if one.generator is not None}
+    timed = latencies(calls, bench.device, LATENCY_RUNS)
+    facts: dict[str, dict[str, Any]] = {one.name: {} for one in sets}
+    for name, time in timed.items():
+        memory = peak_memory(calls[name], bench.device)
+        facts[name] = {
+            "latency_ms_per_image": round(time.median_ms / LATENCY_BATCH, 3),
+            "latency_ms_range": [round(end / LATENCY_BATCH, 3) for end in (time.least_ms, time.most_ms)],
+            "latency_runs": time.runs,
+            "cost_batch": LATENCY_BATCH,
+            "peak_memory_mb": round(memory.peak_bytes / 1e6, 3),
+            "peak_memory_method": memory.method,
+        }
+    return [replace(one, facts={**one.facts, **facts[one.name]}) for one in sets]
+
+
+def network_facts(network: SiT, evaluations: int, latency: float | None, identity: str) -> dict[str, Any]:
+    """`latency` in milliseconds per image, None where it is measured later."""
     routers = sum(p.numel() for p in network.router_parameters())
     return {
         "evaluations": evaluations,
-        "latency_ms_per_image": round(latency, 3),
+        **({} if latency is None else {"latency_ms_per_image": round(latency, 3)}),
         "parameters": sum(p.numel() for p in network.parameters()),
         "router_parameters": routers,
         "network": identity,
@@ -211,8 +225,8 @@ class Teacher:
         generator = ode_generator(self.velocity, solver_steps)
         facts = {"teacher": self.weights, "guidance": self.guidance_scale, "heun_steps": solver_steps}
         images, labels = bench.cached(facts, generator)
-        facts = network_facts(self.network, 2 * solver_steps, bench.latency(generator), self.weights)
-        return ImageSet("teacher", images, labels, "teacher", paired=True, facts=facts)
+        facts = network_facts(self.network, 2 * solver_steps, None, self.weights)
+        return ImageSet("teacher", images, labels, "teacher", paired=True, facts=facts, generator=generator)
 
     def undistilled_sets(self, bench: Bench) -> list[ImageSet]:
         """The teacher itself at the students' rungs, along the ODE and re-noised: what distillation has to beat."""
@@ -221,8 +235,8 @@ class Teacher:
             generator = few_step_generator(self.velocity, self.rungs, sampler)
             facts = {"teacher": self.weights, "guidance": self.guidance_scale, "rungs": self.rungs, "sampler": sampler}
             images, labels = bench.cached(facts, generator)
-            facts = network_facts(self.network, len(self.rungs), bench.latency(generator), self.weights)
-            sets.append(ImageSet(f"undistilled, {name}", images, labels, "undistilled", paired=True, facts=facts))
+            facts = network_facts(self.network, len(self.rungs), None, self.weights)
+            sets.append(ImageSet(f"undistilled, {name}", images, labels, "undistilled", True, facts, generator))
         return sets
 
 
@@ -232,16 +246,18 @@ def student_set(arm: Arm, bench: Bench, teacher_images: ImageSet, hf_gain: Calla
     generator = few_step_generator(velocity_of(network, card.prediction), card.rungs)
     identity = {"student": network_hash(arm.folder / "student"), "rungs": card.rungs}
     images, labels = bench.cached(identity, generator)
-    facts = network_facts(network, len(card.rungs), bench.latency(generator), identity["student"])
+    facts = network_facts(network, len(card.rungs), None, identity["student"])
     facts |= {"updates": card.origin["steps"], "seed": arm.cfg.seed}
     if network.dar is not None:
         draws = Draws(bench.seed, "usage", 0, sample_range(0, USAGE_IMAGES, bench.device))
         x0 = to_model_range(teacher_images.images[:USAGE_IMAGES]).to(bench.device)
         cond = teacher_images.labels[:USAGE_IMAGES].to(bench.device)
         facts["routing"] = routing_usage(network, x0, cond, card.rungs, draws)
-        network.dar.reset()
-        reset, _ = bench.cached({**identity, "routers": "reset"}, generator)
+        plain = copy.deepcopy(network)
+        plain.dar.reset()
+        without = few_step_generator(velocity_of(plain, card.prediction), card.rungs)
+        reset, _ = bench.cached({**identity, "routers": "reset"}, without)
         shift = hf_gain(reset) - hf_gain(images)
         facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= ROUTER_USED_DB}
         facts["label"] = "router used" if abs(shift) >= ROUTER_USED_DB else "router unused"
-    return ImageSet(arm.name, images, labels, "student", paired=True, facts=facts)
+    return ImageSet(arm.name, images, labels, "student", True, facts, generator)

@@ -1,24 +1,22 @@
-"""The figures of a report, as PNG bytes: curves from a result of eval.measure, grids from the images themselves.
+"""The charts of a report, as PNG bytes, from a result of eval.measure.
 
 Real is black, the teacher blue, residual vermilion, DAR green; each line has a style of its own besides.
 """
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-import pywt
-import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 
-from eval.measure import ImageSet
-from eval.structure import WAVELET, luma
+from eval.maps import mean_log_map
+from eval.sets import ImageSet
 
 REAL, TEACHER, RESIDUAL, DAR = "#000000", "#0072B2", "#D55E00", "#009E73"
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#B8A800")  # Okabe-Ito; grey and a darker yellow for white paper
@@ -26,9 +24,8 @@ DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 MARKERS = "osD^vPX"
 BAND_GREY = "0.93"
 NEAR_DB, MOST_SPAN_DB = 2.0, 25.0
-GRID_ROWS, TILE, GAP, BLOCK_GAP, HEADER, ROW_LABEL = 8, 128, 4, 20, 52, 120
-HEADER_FONT, ROW_FONT = 20, 16
-GRID_WIDTH_IN_TILES = 14
+MAP_COLUMNS = 4
+LEAST_MAP_SPAN_DB = 2.0  # of the colour scale of differences
 
 
 @dataclass(frozen=True)
@@ -39,28 +36,42 @@ class Style:
 
 
 def styles(rows: Sequence[dict]) -> dict[str, Style]:
-    """Colour, line style and marker of each set of a result, by role and by what its name says it is."""
-    free, chosen = list(OTHERS), {}
+    """Colour, line style and marker of each set of a result, by role and by what its name says it is.
+
+    Students of one arm that were trained from different seeds share its colour.
+    """
+    free, chosen, owner = list(OTHERS), {}, {}
     for index, row in enumerate(rows):
-        colour = {"real": REAL, "teacher": TEACHER}.get(row["role"])
-        if row["role"] == "student":
-            words = row["name"].lower()
-            colour = RESIDUAL if "residual" in words else DAR if "dar" in words else None
-        if colour is None or any(colour == style.colour for style in chosen.values()):
+        colour, seed = _own_colour(row), row["facts"].get("seed")
+        if colour is None or (colour in owner and seed in owner[colour]):
             colour = free.pop(0) if free else OTHERS[index % len(OTHERS)]
-        solid = colour in (REAL, TEACHER, RESIDUAL, DAR)
-        dash = {REAL: "-", TEACHER: "-", RESIDUAL: "--", DAR: "-."}[colour] if solid else DASHES[index % len(DASHES)]
+        owner.setdefault(colour, []).append(seed)
+        named = {REAL: "-", TEACHER: "-", RESIDUAL: "--", DAR: "-."}
+        dash = named[colour] if colour in named else DASHES[index % len(DASHES)]
         chosen[row["name"]] = Style(colour, dash, MARKERS[index % len(MARKERS)])
     return chosen
 
 
-def figures(result: dict, sets: Sequence[ImageSet]) -> dict[str, bytes]:
-    """All figures of the report by name: gain, bands, psd, samples, detail."""
+def _own_colour(row: dict) -> str | None:
+    if row["role"] != "student":
+        return {"real": REAL, "teacher": TEACHER}.get(row["role"])
+    words = row["name"].lower()
+    return RESIDUAL if "residual" in words else DAR if "dar" in words else None
+
+
+def charts(result: dict[str, Any], sets: Sequence[ImageSet]) -> dict[str, bytes]:
+    """All charts of the report by name: gain, bands, psd, maps and, where there are several seeds, forest."""
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         drawn = {"gain": gain_figure(result), "bands": band_figure(result), "psd": psd_figure(result)}
-    drawn["samples"] = sample_grid(result, sets, colour_tiles)
-    drawn["detail"] = sample_grid(result, sets, _detail_of(result, sets))
+        drawn["maps"] = map_figure(result, sets)
+        if result.get("forest"):
+            drawn["forest"] = forest_figure(result["forest"])
     return drawn
+
+
+def charted(result: dict[str, Any]) -> list[dict]:
+    """The rows that the charts show against the teacher: all but the nulls."""
+    return [row for row in result["sets"] if row["against"]["teacher"] is not None and row["role"] != "null"]
 
 
 def gain_figure(result: dict) -> bytes:
@@ -68,11 +79,7 @@ def gain_figure(result: dict) -> bytes:
 
     Where a curve leaves +-NEAR_DB, a second panel below shows the surroundings of the margin enlarged.
     """
-    curves = {
-        row["name"]: (row["frequencies"], row["against"]["teacher"]["gain_curve_db"])
-        for row in result["sets"]
-        if row["against"]["teacher"] is not None
-    }
+    curves = {row["name"]: (row["frequencies"], row["against"]["teacher"]["gain_curve_db"]) for row in charted(result)}
     values = [value for _, curve in curves.values() for value in curve]
     low, high = min(values, default=0.0), max(values, default=0.0)
     wide = low < -NEAR_DB or high > NEAR_DB
@@ -96,38 +103,45 @@ def _gain_panel(axes: Axes, result: dict, curves: dict[str, tuple[list[float], l
         style = look[name]
         axes.plot(frequencies, curve, color=style.colour, ls=style.dash, lw=2, label=_plain(name))
     axes.set_xlim(result["bands"]["edges"][0], 0.5)
-    axes.set_ylabel("against the teacher (dB)")
+    axes.set_ylabel(f"against {_plain(result['teacher'])} (dB)")
 
 
 def _margin_strip(axes: Axes, result: dict) -> None:
     margin = result["margins"]["gain_db"]
-    axes.axhline(0, color=TEACHER, lw=1.5, label=f"teacher, ±{margin:g} dB")
+    axes.axhline(0, color=TEACHER, lw=1.5, label=f"{_plain(result['teacher'])}, ±{margin:g} dB")
     axes.axhspan(-margin, margin, color=TEACHER, alpha=0.16, lw=0)
 
 
 def band_figure(result: dict) -> bytes:
-    """Gain of each band against the teacher with its confidence interval."""
+    """Gain of each band against the teacher with its confidence interval, enlarged below where one is far off."""
     names = result["bands"]["names"]
-    figure, axes = _axes(9, 4.2)
+    gains = [row["against"]["teacher"]["gain_db"][name]["value"] for row in charted(result) for name in names]
+    wide = max((abs(gain) for gain in gains if gain is not None), default=0.0) > NEAR_DB
+    figure = Figure(figsize=(9, 7.2 if wide else 4.2), layout="constrained")
+    panels = figure.subplots(2 if wide else 1, squeeze=False, sharex=True)[:, 0]
+    for axes in panels:
+        _band_panel(axes, result)
+    if wide:
+        panels[0].autoscale(axis="y")
+        panels[1].set_title("the same, enlarged", fontsize=10, loc="left")
+    panels[-1].set_ylim(-NEAR_DB, NEAR_DB)
+    panels[-1].set_xticks(range(len(names)), [_band_label(result, name) for name in names])
+    return _finish(figure, panels[0])
+
+
+def _band_panel(axes: Axes, result: dict) -> None:
+    names, rows, look = result["bands"]["names"], charted(result), styles(result["sets"])
     _margin_strip(axes, result)
     axes.axvspan(len(names) - 1.5, len(names) - 0.5, color=BAND_GREY, zorder=0)
-    look = styles(result["sets"])
-    rows = [row for row in result["sets"] if row["against"]["teacher"] is not None]
     for place, row in enumerate(rows):
         gains = [row["against"]["teacher"]["gain_db"][name] for name in names]
         x = np.arange(len(names)) + 0.7 * ((place + 0.5) / len(rows) - 0.5)
-        value, low, high = (np.array([gain[key] for gain in gains], dtype=float) for key in ("value", "low", "high"))
-        style = look[row["name"]]
-        errors = np.clip([value - low, high - value], 0, None)
-        axes.errorbar(
-            x, value, errors, fmt=style.marker, color=style.colour, capsize=3, ms=6, lw=1.6, label=_plain(row["name"])
-        )
+        low, value, high = (np.array([gain[end] for gain in gains], dtype=float) for end in ("low", "value", "high"))
+        style, errors = look[row["name"]], np.clip([value - low, high - value], 0, None)
+        plain = {"fmt": style.marker, "color": style.colour, "label": _plain(row["name"])}
+        axes.errorbar(x, value, errors, capsize=3, ms=6, lw=1.6, **plain)
     axes.set_xlim(-0.5, len(names) - 0.5)
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, -NEAR_DB), max(high, NEAR_DB))
-    axes.set_xticks(range(len(names)), [_band_label(result, name) for name in names])
-    axes.set_ylabel("gain against the teacher (dB)")
-    return _finish(figure, axes)
+    axes.set_ylabel(f"gain against {_plain(result['teacher'])} (dB)")
 
 
 def psd_figure(result: dict) -> bytes:
@@ -137,10 +151,9 @@ def psd_figure(result: dict) -> bytes:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for row in result["sets"]:
-        style = look[row["name"]]
-        axes.plot(
-            row["frequencies"], row["power"], color=style.colour, ls=style.dash, lw=1.8, label=_plain(row["name"])
-        )
+        if row["role"] != "null":
+            style, label = look[row["name"]], _plain(row["name"])
+            axes.plot(row["frequencies"], row["power"], color=style.colour, ls=style.dash, lw=1.8, label=label)
     axes.set_xlim(result["bands"]["edges"][0], 0.5)
     _shade_bands(axes, result)
     ticks = [tick for tick in (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2) if tick >= axes.get_xlim()[0]]
@@ -149,6 +162,91 @@ def psd_figure(result: dict) -> bytes:
     axes.set_xlabel("frequency (cycles per pixel)")
     axes.set_ylabel("power of luma (image units²)")
     return _finish(figure, axes)
+
+
+def map_figure(result: dict[str, Any], sets: Sequence[ImageSet]) -> bytes:
+    """Mean log power over the plane of frequencies of each set, and below the differences from the teacher's."""
+    planes = {one.name: mean_log_map(one.batches()).numpy() for one in sets if one.role != "null"}
+    base = planes[result["teacher"]]
+    differences = {name: plane - base for name, plane in planes.items() if name != result["teacher"]}
+    span = max([LEAST_MAP_SPAN_DB, *(float(np.quantile(np.abs(d), 0.995)) for d in differences.values())])
+    low, high = (np.quantile(np.stack(list(planes.values())), q) for q in (0.005, 1))
+    lines = [math.ceil(len(part) / MAP_COLUMNS) for part in (planes, differences)]
+    figure = Figure(figsize=(9, 0.4 + 2.35 * sum(lines)), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=[max(1, n) for n in lines], squeeze=False)[:, 0]
+    _planes(parts[0], planes, "mean log power (dB)", cmap="viridis", vmin=low, vmax=high)
+    if differences:
+        label = f"minus {_plain(result['teacher'])} (dB)"
+        _planes(parts[1], differences, label, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -span, span))
+    return _png(figure)
+
+
+def _planes(part: Any, planes: dict[str, np.ndarray], label: str, **options: Any) -> None:
+    axes = part.subplots(math.ceil(len(planes) / MAP_COLUMNS), MAP_COLUMNS, squeeze=False).flatten().tolist()
+    image = None
+    for panel, (name, plane) in zip(axes, planes.items(), strict=False):
+        height, width = plane.shape  # f = 0 lies in the middle of pixel [H // 2, W // 2]
+        ends = (-0.5 - 0.5 / width, 0.5 - 0.5 / width, 0.5 - 0.5 / height, -0.5 - 0.5 / height)
+        image = panel.imshow(plane, extent=ends, interpolation="nearest", **options)
+        panel.set_title(_plain(_shortened(name, 24)), fontsize=10)
+        panel.set_xticks([-0.5, 0, 0.5 - 1 / width], ["−½", "0", "½"], fontsize=8)
+        panel.set_yticks([-0.5, 0, 0.5 - 1 / height], ["−½", "0", "½"], fontsize=8)
+    for panel in axes[len(planes) :]:
+        panel.set_visible(False)
+    part.colorbar(image, ax=axes, label=label, shrink=0.85)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def forest_figure(forest: dict[str, Any]) -> bytes:
+    """Signed gains of both arms seed by seed, and their difference in distance from the teacher with its interval."""
+    lines = [line for one in forest["comparisons"] for line in forest_lines(one)]
+    figure = Figure(figsize=(9, 1.6 + 0.38 * len(lines)), layout="constrained")
+    gains, difference = figure.subplots(1, 2, sharey=True)
+    colours = {"dar": (DAR, "D")}
+    for y, line in enumerate(lines):
+        for arm, gain in line["gain_db"].items():
+            colour, marker = colours.get(arm, (RESIDUAL if arm == "residual" else OTHERS[0], "o"))
+            gains.plot(gain, y, marker, color=colour, ms=7)
+        _forest_bar(difference, y, line)
+    for axes in (gains, difference):
+        axes.axvline(0, color="0.35", lw=1)
+        axes.grid(axis="y", color=BAND_GREY)
+        axes.set_axisbelow(True)
+    gains.set_yticks(range(len(lines)), [_plain(line["title"]) for line in lines])
+    gains.set_ylim(len(lines) - 0.5, -0.5)
+    gains.set_xlabel("HF gain against the teacher (dB)")
+    difference.set_xlabel("nearer by (dB); above 0 favours DAR")
+    arms = list(dict.fromkeys(arm for line in lines for arm in line["gain_db"]))
+    for arm in arms:
+        colour, marker = colours.get(arm, (RESIDUAL if arm == "residual" else OTHERS[0], "o"))
+        gains.plot([], [], marker, color=colour, label=_plain(arm))
+    return _finish(figure, gains)
+
+
+def forest_lines(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each seed of a comparison and one for all of them."""
+    lines = [
+        {"title": f"seed {seed['seed']}", "gain_db": seed["gain_db"], **seed["difference_db"], "all": False}
+        for seed in one["per_seed"]
+    ]
+    return [
+        *lines,
+        {"title": f"all, {one['baseline']}", "gain_db": one["gain_db"], **one["difference_db"], "all": True},
+    ]
+
+
+def _forest_bar(axes: Axes, y: int, line: dict[str, Any]) -> None:
+    """The interval; an end that is unbounded is not drawn but marked by an arrow."""
+    value, colour = line["value"], TEACHER if line["all"] else "0.25"
+    for end, arrow in (("low", "<"), ("high", ">")):
+        if line[end] is None:
+            axes.plot(value, y, arrow, color=colour, ms=12, mfc="none")
+        else:
+            axes.plot([value, line[end]], [y, y], color=colour, lw=3 if line["all"] else 1.6)
+    axes.plot(value, y, "d" if line["all"] else "o", color=colour, ms=9 if line["all"] else 6)
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -191,80 +289,10 @@ def _finish(figure: Figure, axes: Axes) -> bytes:
     if handles:
         columns = min(4, len(labels))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=3)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def colour_tiles(images: torch.Tensor) -> np.ndarray:
-    """uint8 (n, 3, H, W) -> (n, H, W, 3)."""
-    return images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def fine_detail(images: torch.Tensor) -> np.ndarray:
-    """Luma without its level-1 wavelet approximation, uint8 (n, 3, H, W) -> (n, H, W) around 0."""
-    plane = luma(images.double() / 255)
-    approximation, bands = pywt.dwt2(plane, WAVELET, mode="symmetric", axes=(-2, -1))
-    detail = pywt.idwt2((np.zeros_like(approximation), bands), WAVELET, mode="symmetric", axes=(-2, -1))
-    return detail[:, : plane.shape[-2], : plane.shape[-1]]
-
-
-def _detail_of(result: dict, sets: Sequence[ImageSet]) -> Callable[[torch.Tensor], np.ndarray]:
-    """Fine detail around mid-grey, amplified alike for all sets so that the teacher's just fills the range."""
-    anchor = next((one for one in sets if one.name == result["teacher"]), sets[0])
-    amplitude = max(float(np.quantile(np.abs(fine_detail(anchor.images[:256])), 0.98)), 1 / 255)
-
-    def tiles(images: torch.Tensor) -> np.ndarray:
-        grey = 127.5 + 127.5 * np.clip(fine_detail(images) / amplitude, -1, 1)
-        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=-1)
-
-    return tiles
-
-
-def sample_grid(result: dict, sets: Sequence[ImageSet], tiles_of: Callable[[torch.Tensor], np.ndarray]) -> bytes:
-    """One block of columns per set and one class per row; a place in a block is the same noise seed in paired sets.
-
-    Pixels are enlarged without interpolation. Nulls are left out. Unpaired sets (real) show images of the row's class.
-    """
-    sets = [one for one in sets if one.role != "null"]
-    columns = max(1, min(4, GRID_WIDTH_IN_TILES // len(sets)))
-    classes = sets[0].labels.unique()
-    classes = classes[torch.linspace(0, len(classes) - 1, min(GRID_ROWS, len(classes))).round().long()].tolist()
-    rows = classes if len(classes) > 2 else [label for label in classes for _ in range(4 // len(classes))]
-    height, width = sets[0].images.shape[-2:]
-    zoom = max(1, TILE // width)
-    tile_h, tile_w, block = zoom * height, zoom * width, columns * (zoom * width + GAP) + BLOCK_GAP
-    canvas = Image.new("RGB", (ROW_LABEL + len(sets) * block, HEADER + len(rows) * (tile_h + GAP)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for index, one in enumerate(sets):
-        left = ROW_LABEL + index * block
-        for line, part in enumerate(one.name.split(", ", 1)):
-            place = (left, 4 + line * (HEADER_FONT + 2))
-            draw.text(place, _fitted(part, block - BLOCK_GAP, HEADER_FONT), fill="black", font=_font(HEADER_FONT))
-        for row, label in enumerate(rows):
-            nth = rows[:row].count(label) * columns
-            chosen = torch.nonzero(one.labels == label).flatten()[nth : nth + columns]
-            for column, tile in enumerate(tiles_of(one.images[chosen]) if len(chosen) else []):
-                picture = Image.fromarray(tile).resize((tile_w, tile_h), Image.Resampling.NEAREST)
-                canvas.paste(picture, (left + column * (tile_w + GAP), HEADER + row * (tile_h + GAP)))
-    for row, label in enumerate(rows):
-        name = _fitted(str(result["class_names"].get(str(label), f"class {label}")), ROW_LABEL - 12, ROW_FONT)
-        draw.text((6, HEADER + row * (tile_h + GAP) + 4), name, fill="black", font=_font(ROW_FONT))
-    buffer = io.BytesIO()
-    canvas.save(buffer, format="png", optimize=True)
-    return buffer.getvalue()
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def _fitted(text: str, width: int, size: int) -> str:
-    """The text on one line, cut with an ellipsis to `width` pixels."""
-    text = " ".join(text.split())
-    font = _font(size)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"

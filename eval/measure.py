@@ -5,42 +5,41 @@ Legend: N images of a set, F radial bins. Everything is measured on 8-bit images
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eval import frechet, structure
+from eval import distances, features, frechet, maps, sliced, structure
+from eval.distances import Ledger, Suite
+from eval.features import Features
+from eval.images import UnfitError
+from eval.sectors import sector_means
+from eval.sets import ImageSet, validate
 from eval.spectrum import (
     BAND_EDGES,
     BAND_NAMES,
     Spectrum,
+    as_floats,
     band_gains,
     gain_curve,
     hf_gain_by_class,
     median_gains,
     spectrum_of,
 )
-from eval.stats import Sample, images_for_half_width
+from eval.stats import Interval, Sample, bootstrap_interval, images_for_half_width
+from eval.threads import one_thread
 from eval.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, verdict
 
-SCHEMA_VERSION = 1
+__all__ = ["CHROMA", "SCHEMA_VERSION", "ImageSet", "jsonable", "measure"]
+
+SCHEMA_VERSION = 2
 SANE_HALF_WIDTH_DB = 0.25  # half of the margin: a wider interval cannot lie inside it comfortably
 CHROMA = ("cb", "cr")
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Samples of one origin. `paired`: row i shares noise and class with row i of every other paired set."""
-
-    name: str
-    images: Tensor  # uint8 (N, 3, H, W)
-    labels: Tensor  # (N,) integers
-    role: Literal["real", "teacher", "undistilled", "student", "null"]
-    paired: bool
-    facts: dict[str, Any] = field(default_factory=dict)  # JSON-able: latency_ms_per_image, steps, parameters, ...
+DIVERSITY_IMAGES = 256  # of a class, whose pairs are looked at
+SLICED_IMAGES = 512  # of a set, whose patches are sorted: their distances cost more than all else together
 
 
 @dataclass(frozen=True)
@@ -48,144 +47,292 @@ class Measured:
     """Everything about one set that the comparisons need, measured once."""
 
     source: ImageSet
-    labels: np.ndarray  # (N,)
     luma: Spectrum
     chroma: dict[str, Spectrum]
-    kurtosis: np.ndarray  # (N,)
-    parent_child: np.ndarray  # (N,)
-    flat: np.ndarray  # (N, 2)
-    features: Tensor  # (N, 20)
-    pixel_spread: dict[int, float]  # diversity of each class in pixels
+    structure: structure.Structure
+    lines: np.ndarray  # (N, 2, 4, 5), see maps.grid_lines
+    plane: Tensor  # (H, W) mean log power, dB
+    wavelet_energy: np.ndarray  # (3, 3) mean log energy, finest level first, columns LH, HL, HH
+    wavelet_kurtosis: np.ndarray  # (3, 3) medians
+    patches: list[Tensor]
+    features: dict[str, Features]
+    spread: dict[int, float]  # diversity of each class in pixels
+    spread_of_all: dict[int, float]  # of all images as one class
 
-    def sample(self, values: np.ndarray) -> Sample:
-        return Sample(values, self.labels)
+    def __len__(self) -> int:
+        return self.source.count
+
+
+@dataclass(frozen=True)
+class Target:
+    """A set that others are compared with, and what a second set of its source would show."""
+
+    measured: Measured
+    second: Measured | None
+    sliced_null: list[float]  # of each level, at the target's own size
+    neighbours_null: dict[str, dict[str, Any]]  # by extractor; empty without a second set
 
 
 def measure(
     sets: Iterable[ImageSet],
     reference: ImageSet,
-    real: ImageSet,
-    colour_labels: set[int],
+    real: ImageSet | None,
+    colour_labels: set[int] | None,
     seed: int,
     class_names: dict[int, str] | None = None,
-) -> dict:
-    """Compares every set with the teacher's samples (`reference`) and with `real` images, in every metric of eval/.
+    suite: Suite | None = None,
+    ledger: Ledger | None = None,
+) -> dict[str, Any]:
+    """Compares every set with `reference` (the teacher's samples) and with `real` images, in every metric of eval/.
 
-    colour_labels: the classes that have colour; chroma is measured over these only. seed: of the bootstrap.
-    Returns JSON-able data of SCHEMA_VERSION. ValueError naming the set whose images do not fit.
+    colour_labels: the classes that have colour; chroma is measured over these only (None: all). seed: of the bootstrap.
+    suite: what reads features, fd_wavelet alone by default. Sets that do not fit are left out and told in `ledger`;
+    UnfitError where `reference` or `real` does not fit. Returns JSON-able data of SCHEMA_VERSION.
     """
-    everything = _unique([real, reference, *sets])
-    validate(everything)
-    measured = {one.name: measure_one(one) for one in everything}
-    null = next((measured[one.name].features for one in everything if one.role == "null"), None)
+    suite, ledger = suite or Suite(), Ledger() if ledger is None else ledger
+    names = class_names or {}
+    fixed = [one for one in (real, reference) if one is not None]
+    for one in fixed:
+        validate(one, reference)
+    everything = fixed + _fitting(list(sets), fixed, ledger)
+    with one_thread(suite.small):
+        rows = _rows(everything, reference, real, colour_labels, seed, names, suite, ledger)
+    head = {"teacher": reference.name, "real": real and real.name, "class_names": names}
+    parts = {**head, **_scales(reference), "skipped": ledger.skipped, "sets": rows}
+    return jsonable({"schema_version": SCHEMA_VERSION, "seed": seed, **parts})
+
+
+def _rows(
+    everything: list[ImageSet],
+    reference: ImageSet,
+    real: ImageSet | None,
+    colour_labels: set[int] | None,
+    seed: int,
+    names: dict[int, str],
+    suite: Suite,
+    ledger: Ledger,
+) -> list[dict[str, Any]]:
+    """Every set by itself and against the two."""
+    measured = [measure_one(one, suite, ledger) for one in everything]
+    by_name = {one.source.name: one for one in measured}
+    null = next((one for one in measured if one.source.role == "null"), None)
+    targets = {"teacher": target(by_name[reference.name], None, seed, ledger)}
+    if real is not None:
+        targets["real"] = target(by_name[real.name], null, seed, ledger)
     rows = []
-    for one in measured.values():
-        row = describe(one)
+    for one in measured:
+        row: dict[str, Any] = {**describe(one, seed), **distances.alone(one.source, suite, names, seed, ledger)}
+        row["fid_npz"] = distances.against_statistics(one.features.get("fid"), suite, ledger)
         row["against"] = {"teacher": None, "real": None}
-        for key, other, second in (("teacher", reference, None), ("real", real, null)):
-            if one.source is not other:
-                row["against"][key] = compare(one, measured[other.name], colour_labels, seed, second)
+        for key, other in targets.items():
+            if one is not other.measured:
+                row["against"][key] = compare(one, other, colour_labels, seed, suite, ledger)
         rows.append(row)
-    names = {"teacher": reference.name, "real": real.name, "class_names": class_names or {}}
-    return jsonable({"schema_version": SCHEMA_VERSION, "seed": seed, **names, **_scales(real.images), "sets": rows})
+    return rows
 
 
-def _scales(images: Tensor) -> dict:
+def _scales(one: ImageSet) -> dict[str, Any]:
     """Image size, bands and margins: what a reader of the numbers needs to place them."""
-    height, width = images.shape[-2:]
     return {
-        "image_size": [height, width],
-        "bands": {"names": BAND_NAMES, "edges": [1.5 / min(height, width), *BAND_EDGES]},
+        "image_size": one.stream.size,
+        "bands": {"names": BAND_NAMES, "edges": [1.5 / min(one.stream.size), *BAND_EDGES]},
         "margins": {"gain_db": GAIN_MARGIN_DB, "kurtosis": KURTOSIS_RANGE, "flat_noise_db": FLAT_NOISE_DB},
     }
 
 
-def _unique(sets: list[ImageSet]) -> list[ImageSet]:
-    """In order, an object given twice once."""
-    return list({id(one): one for one in sets}.values())
-
-
-def validate(sets: list[ImageSet]) -> None:
-    """ValueError naming the first set with another shape, dtype, number of labels, or a name used before."""
-    shape = sets[0].images.shape[1:]
-    seen: set[str] = set()
+def _fitting(sets: list[ImageSet], fixed: list[ImageSet], ledger: Ledger) -> list[ImageSet]:
+    """The further sets that can be compared, each once."""
+    kept: list[ImageSet] = []
     for one in sets:
-        images = one.images
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"{one.name}: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        if images.shape[1:] != shape:
-            raise ValueError(f"{one.name}: images {tuple(images.shape[1:])}, but {tuple(shape)} in {sets[0].name}")
-        if len(images) < 4 or one.labels.shape != (len(images),):
-            raise ValueError(f"{one.name}: {len(images)} images (at least 4) and labels {tuple(one.labels.shape)}")
-        if one.name in seen:
-            raise ValueError(f"two sets are called {one.name!r}")
-        seen.add(one.name)
+        if any(one is other for other in (*fixed, *kept)):
+            continue
+        if ledger.attempt("every metric", one.name, lambda one=one: _fits(one, fixed[-1], [*fixed, *kept])):
+            kept.append(one)
+    return kept
 
 
-def measure_one(one: ImageSet) -> Measured:
-    images = one.images.float() / 255
+def _fits(one: ImageSet, reference: ImageSet, others: list[ImageSet]) -> bool:
+    if one.name in [other.name for other in others]:
+        raise UnfitError(f"two sets are called {one.name!r}; rename one of their folders")
+    validate(one, reference)
+    return True
+
+
+def measure_one(one: ImageSet, suite: Suite, ledger: Ledger) -> Measured:
+    wavelets = [structure.wavelet_statistics(as_floats(batch)) for batch in one.batches()]
+    energy, kurtosis = (np.concatenate(parts) for parts in zip(*wavelets, strict=True))
+    some, labels = _some(one)
     return Measured(
         source=one,
-        labels=one.labels.cpu().numpy(),
-        luma=spectrum_of(images),
-        chroma={channel: spectrum_of(images, channel=channel) for channel in CHROMA},
-        kurtosis=structure.hf_kurtosis(images),
-        parent_child=structure.parent_child_corr(images),
-        flat=structure.flat_patch_energy(images),
-        features=frechet.wavelet_features(images),
-        pixel_spread=frechet.class_diversity(images.flatten(1), one.labels),
+        luma=spectrum_of(one.batches()),
+        chroma={channel: spectrum_of(one.batches(), channel=channel) for channel in CHROMA},
+        structure=structure.structure_of(one.batches()),
+        lines=np.concatenate([maps.grid_lines(batch) for batch in one.batches()]),
+        plane=maps.mean_log_map(one.batches()),
+        wavelet_energy=energy.mean(0),
+        wavelet_kurtosis=np.median(kurtosis, axis=0),
+        patches=sliced.sliced_patches(one.first(SLICED_IMAGES)),
+        features=distances.features_of(one, suite, ledger),
+        spread={} if one.labels is None else frechet.class_diversity(some, labels),
+        spread_of_all=_spread_of_all(one),
     )
 
 
-def describe(one: Measured) -> dict:
+def _some(one: ImageSet) -> tuple[Tensor, Tensor]:
+    """Small pixels (n, D) and labels of at most DIVERSITY_IMAGES of each class; nothing where classes are unknown."""
+    classes = np.zeros(0, dtype=int) if one.classes is None else one.classes
+    rows = np.sort(
+        np.concatenate([np.flatnonzero(classes == c)[:DIVERSITY_IMAGES] for c in np.unique(classes)] or [[]])
+    )
+    rows = rows.astype(int)
+    pixels = [features.small_pixels(one.rows(rows[i : i + 256].tolist())) for i in range(0, len(rows), 256)]
+    return torch.cat(pixels) if pixels else torch.empty(0, 0), torch.from_numpy(classes[rows])
+
+
+def _spread_of_all(one: ImageSet) -> dict[int, float]:
+    pixels = features.small_pixels(one.first(DIVERSITY_IMAGES))
+    return frechet.class_diversity(pixels, torch.zeros(len(pixels)))
+
+
+def target(measured: Measured, second: Measured | None, seed: int, ledger: Ledger) -> Target:
+    patches = None if second is None else second.patches
+    levels = sliced.sliced_wasserstein(measured.patches, measured.patches, second=patches, seed=seed)
+    null = {}
+    if second is not None and len(second) == len(measured):
+        shared = measured.features.keys() & second.features.keys()
+        pairs = {name: (second.features[name], measured.features[name]) for name in shared}
+        found = {name: distances.neighbours(*pair, seed, ledger) for name, pair in pairs.items()}
+        null = {name: values for name, values in found.items() if values is not None}
+    return Target(measured, second, [level.null for level in levels], null)
+
+
+def describe(one: Measured, seed: int) -> dict[str, Any]:
     """What is measured on a set alone."""
     slope, slope_hf = one.luma.slopes
+    lines = maps.grid_peaks(Sample(one.lines, _labels_or_one_class(one)), rng=np.random.default_rng(seed))
     return {
         "name": one.source.name,
         "role": one.source.role,
         "paired": one.source.paired,
-        "images": len(one.labels),
+        "images": len(one),
         "facts": one.source.facts,
         "frequencies": one.luma.frequencies.tolist(),
         "power": one.luma.power.tolist(),
         "hfer": one.luma.hfer,
         "slope": slope,
         "slope_hf": slope_hf,
-        "hf_kurtosis": float(np.median(one.kurtosis)),
-        "parent_child_corr": float(np.median(one.parent_child)),
+        "hf_kurtosis": float(np.median(one.structure.kurtosis)),
+        "gradient_kurtosis": float(np.median(one.structure.gradient_kurtosis)),
+        "parent_child_corr": float(np.median(one.structure.parent_child)),
+        "wavelet": {"log_energy": one.wavelet_energy.tolist(), "kurtosis": one.wavelet_kurtosis.tolist()},
+        "grid_lines": _told(lines),
     }
 
 
-def compare(one: Measured, other: Measured, colour_labels: set[int], seed: int, second: Tensor | None) -> dict:
-    """All metrics of `one` against `other`. `second`: features of another set of the other's source, for the null."""
-    rng = np.random.default_rng(seed)
+def _told(lines: list[maps.GridLine]) -> list[dict[str, Any]]:
+    return [{**asdict(line), "word": line.word} for line in lines]
+
+
+def _labels_or_one_class(one: Measured) -> np.ndarray:
+    return np.zeros(len(one), dtype=int) if one.source.classes is None else one.source.classes
+
+
+def compare(
+    one: Measured, target: Target, colour_labels: set[int] | None, seed: int, suite: Suite, ledger: Ledger
+) -> dict[str, Any]:
+    """All metrics of `one` against the target's set."""
+    other, rng = target.measured, np.random.default_rng(seed)
     paired = one.source.paired and other.source.paired
-    energies = one.sample(one.luma.energies), other.sample(other.luma.energies)
+    labelled = one.source.labels is not None and other.source.labels is not None
+
+    def samples(read: Any) -> tuple[Sample, Sample]:
+        """What `read` takes from both, with classes where both have them."""
+        classes = [_labels_or_one_class(m) if labelled else np.zeros(len(m), dtype=int) for m in (one, other)]
+        return Sample(read(one), classes[0]), Sample(read(other), classes[1])
+
+    energies = samples(lambda m: m.luma.energies)
     gains = band_gains(*energies, paired=paired, rng=rng)
-    by_class = hf_gain_by_class(*energies)
+    by_class = hf_gain_by_class(*energies) if labelled else {}
     curve, lsd, lsd_signed = gain_curve(one.luma, other.luma)
-    kurtosis = structure.kurtosis_ratio(one.sample(one.kurtosis), other.sample(other.kurtosis), paired=paired, rng=rng)
-    flat_noise = structure.flat_noise_db(one.sample(one.flat), other.sample(other.flat), paired=paired, rng=rng)
-    return {
+    kurtosis = structure.kurtosis_ratio(*samples(lambda m: m.structure.kurtosis), paired=paired, rng=rng)
+    flat_noise = structure.flat_noise_db(*samples(lambda m: m.structure.flat), paired=paired, rng=rng)
+    gradient = structure.kurtosis_ratio(*samples(lambda m: m.structure.gradient_kurtosis), paired=paired, rng=rng)
+    agreement = structure.parent_child_difference(*samples(lambda m: m.structure.parent_child), paired=paired, rng=rng)
+    found = {
         "reference": other.source.name,
         "paired": paired,
-        "class_share_gap": class_share_gap(one.labels, other.labels),
+        "reference_images": len(other),
+        "class_share_gap": class_share_gap(energies[0].labels, energies[1].labels) if labelled else None,
         "verdict": verdict(gains["HF"], kurtosis, flat_noise),
         "gain_db": gains,
         "gain_db_median": median_gains(*energies) if paired else None,
-        "images_for_quarter_db": images_for_half_width(gains["HF"], len(one.labels), SANE_HALF_WIDTH_DB),
+        "images_for_quarter_db": images_for_half_width(gains["HF"], len(one), SANE_HALF_WIDTH_DB),
         "hf_gain_by_class": by_class,
         "hf_gain_class_median": float(np.median(list(by_class.values()))) if by_class else None,
         "gain_curve_db": curve.tolist(),
         "lsd": lsd,
         "lsd_signed": lsd_signed,
+        "hfer_difference": _hfer_difference(*samples(lambda m: m.luma.hfer_per_image), paired=paired, rng=rng),
+        "slope_difference": one.luma.slopes[0] - other.luma.slopes[0],
+        "slope_hf_difference": one.luma.slopes[1] - other.luma.slopes[1],
         "hf_kurtosis_ratio": kurtosis,
-        "parent_child_difference": float(np.median(one.parent_child) - np.median(other.parent_child)),
+        "gradient_kurtosis_ratio": gradient,
+        "parent_child_difference": agreement,
         "flat_noise_db": flat_noise,
-        "fd_wavelet": _distance(one, other, rng, second),
-        "diversity_ratio": _diversity(one, other),
-        "chroma": _chroma(one, other, colour_labels, paired, rng),
+        "wavelet_kurtosis_ratio": _ratios(one.wavelet_kurtosis, other.wavelet_kurtosis),
+        "grid_lines": _told(maps.grid_peaks(*samples(lambda m: m.lines), paired=paired, rng=rng)),
+        "map_sectors_db": sector_means(one.plane - other.plane),
+        "sliced_wasserstein": _sliced(one, target, seed),
+        "diversity_ratio": _diversity(one, other, labelled),
+        "chroma": _chroma(samples, colour_labels if labelled else None, paired, rng),
     }
+    return {**found, **_over_features(one, target, suite, seed, ledger)}
+
+
+def _hfer_difference(ours: Sample, theirs: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
+    """Difference of the means over images of the share of energy at f > 1/4."""
+    return bootstrap_interval(lambda a, b: a.mean(1) - b.mean(1), ours, theirs, paired=paired, rng=rng)
+
+
+def _ratios(ours: np.ndarray, theirs: np.ndarray) -> list[list[float]]:
+    """NaN where the reference has no heavy tails to preserve."""
+    tails = theirs >= structure.LEAST_KURTOSIS
+    return np.where(tails, ours / np.where(tails, theirs, 1.0), np.nan).tolist()
+
+
+def _sliced(one: Measured, target: Target, seed: int) -> list[dict[str, float]]:
+    """Distance of each level, the finest first, beside its null, rescaled to the sizes that are compared."""
+    other = target.measured
+    if one is target.second:
+        levels = sliced.sliced_wasserstein(one.patches, other.patches, seed=seed)
+        pairs = [(level.value, level.null) for level in levels]
+    else:
+        images, others = (len(m.patches[0]) for m in (one, other))
+        scale = ((1 / images + 1 / others) * others / 2) ** 0.5
+        values = sliced.level_distances(one.patches, other.patches, seed)
+        pairs = [(value, scale * null) for value, null in zip(values, target.sliced_null, strict=True)]
+    return [{"value": value, "null": null, "excess": value - null} for value, null in pairs]
+
+
+def _over_features(one: Measured, target: Target, suite: Suite, seed: int, ledger: Ledger) -> dict[str, Any]:
+    """Frechet distances by the name of their features, KID, precision and recall, modes and paired LPIPS."""
+    other, name = target.measured, one.source.name
+    second = None if target.second is None or target.second is one else target.second.features
+    found: dict[str, Any] = {}
+    near = {}
+    for metric in sorted(one.features.keys() & other.features.keys()):
+        pair = one.features[metric], other.features[metric]
+        again = None if second is None else second.get(metric)
+        found[metric] = ledger.attempt(metric, name, lambda p=pair, a=again: features.compare(*p, seed, a))
+        call = distances.neighbours(*pair, seed, ledger)
+        if call is not None:
+            near[metric] = {**call, "null": target.neighbours_null.get(metric) if one is not target.second else None}
+    found = {metric: value for metric, value in found.items() if value is not None}
+    found["neighbours"] = near
+    found["modes"] = distances.modes_of(one.source, other.source, suite, seed, ledger)
+    paired = one.source.paired and other.source.paired and suite.lpips is not None
+    found["lpips_paired"] = distances.lpips_paired(one.source, other.source, suite, ledger) if paired else None
+    return found
 
 
 def class_share_gap(labels: np.ndarray, other: np.ndarray) -> float:
@@ -193,46 +340,35 @@ def class_share_gap(labels: np.ndarray, other: np.ndarray) -> float:
     return max(abs(float((labels == label).mean() - (other == label).mean())) for label in np.union1d(labels, other))
 
 
-def _distance(one: Measured, other: Measured, rng: np.random.Generator, second: Tensor | None) -> dict:
-    second = None if second is one.features else second
-    null = frechet.fd_null(other.features, len(one.labels), rng, second)
-    distance = frechet.fd_wavelet(one.features, other.features, null, (one.source.name, other.source.name))
-    return {**asdict(distance), "excess": distance.excess}
-
-
-def _diversity(one: Measured, other: Measured) -> dict:
-    """Diversity in pixels and in standardised wavelet features, as ratios to the other set's, class by class."""
-    spread = {
-        "pixels": [m.pixel_spread for m in (one, other)],
-        "wavelet": [
-            frechet.class_diversity(frechet.standardise(m.features, other.features), m.source.labels)
+def _diversity(one: Measured, other: Measured, labelled: bool) -> dict[str, Any]:
+    """Diversity in pixels and in wavelet features, as ratios to the other set's; by class where classes are known."""
+    pairs = {"pixels": [m.spread if labelled else m.spread_of_all for m in (one, other)]}
+    if labelled and all("fd_wavelet" in m.features for m in (one, other)):
+        base = other.features["fd_wavelet"].values
+        pairs["wavelet"] = [
+            frechet.class_diversity(frechet.standardise(m.features["fd_wavelet"].values, base), m.source.labels)
             for m in (one, other)
-        ],
-    }
+        ]
     ratios = {}
-    for name, (ours, theirs) in spread.items():
+    for name, (ours, theirs) in pairs.items():
         by_class = frechet.diversity_ratio(ours, theirs)
         values = list(by_class.values())
-        ratios[name] = {
-            "by_class": by_class,
-            "least": min(values, default=math.nan),
-            "median": float(np.median(values)) if values else math.nan,
-        }
+        median = float(np.median(values)) if values else math.nan
+        ratios[name] = {"by_class": by_class, "least": min(values, default=math.nan), "median": median}
     return ratios
 
 
-def _chroma(one: Measured, other: Measured, colour_labels: set[int], paired: bool, rng: np.random.Generator):
+def _chroma(samples: Any, colour_labels: set[int] | None, paired: bool, rng: np.random.Generator) -> Any:
     """Band gains of Cb and Cr over the classes that have colour; None when there are none."""
-    rows = [np.isin(m.labels, list(colour_labels)) for m in (one, other)]
-    if not all(selected.any() for selected in rows):
-        return None
     gains = {}
     for channel in CHROMA:
-        ours, theirs = (
-            Sample(m.chroma[channel].energies[selected], m.labels[selected])
-            for m, selected in zip((one, other), rows, strict=True)
-        )
-        gains[channel] = band_gains(ours, theirs, paired=paired, rng=rng)
+        pair = samples(lambda m, c=channel: m.chroma[c].energies)
+        if colour_labels is not None:
+            chosen = [np.isin(sample.labels, list(colour_labels)) for sample in pair]
+            if not all(rows.any() for rows in chosen):
+                return None
+            pair = [Sample(s.values[rows], s.labels[rows]) for s, rows in zip(pair, chosen, strict=True)]
+        gains[channel] = band_gains(*pair, paired=paired, rng=rng)
     return gains
 
 

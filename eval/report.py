@@ -1,28 +1,35 @@
 """Did the detail survive? python -m eval.report runs=[RUN_A,RUN_B,...] out=DIR"""
 
 import dataclasses
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder
-from dmd_dar.data.photos import NAMES, Photos, data_hash
+from dmd_dar.data.sources import open_data
 from dmd_dar.distill import DistillConfig
+from dmd_dar.errors import UserError
 from dmd_dar.keys import key
-from eval import arms
-from eval.measure import ImageSet, measure
-from eval.page import terminal_table, write_report
+from eval import arms, forest
+from eval.columns import terminal_table
+from eval.distances import Ledger, Metric, Sources, prepare
+from eval.measure import jsonable, measure
+from eval.page import write_report
+from eval.provenance import git_state, provenance
+from eval.sets import ImageSet, read_set
 from eval.spectrum import BAND_NAMES, spectrum_of
+
+__all__ = ["ReportConfig", "git_state", "hf_gain_db", "main", "report"]
+
+TEACHER = "teacher"
+GENERAL = ("auto", "offline")  # words for `metrics` that stand alone
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,21 @@ class ReportConfig:
     """python -m eval.report"""
 
     runs: tuple[str, ...] = key((), "run folders of distill.py; they share teacher, rungs and guidance", path=True)
-    out: str = key("out/report", "folder for report.html, report.json and the figures")
-    reference: Literal["teacher"] = key("teacher", "what the verdict compares with")
-    n: int = key(1024, "images of each set", least=64)
+    images: tuple[str, ...] = key((), "further sets: folders of PNG or npy files, named after the folder", path=True)
+    reference: str = key(TEACHER, "what the verdict compares with: the runs' teacher, or without runs a folder")
+    real: str = key("", "without runs: folder of real images; runs bring their own", path=True)
+    compare: str = key("", "compare.json of eval.compare, whose seeds are drawn", path=True)
+    metrics: tuple[Metric, ...] = key(
+        ("auto",), "which metrics with weights: auto takes those whose weights are there, offline none, or name them"
+    )
+    statistics: str = key("", "npz with mu and sigma of other images' FID features", path=True)
+    inception: str = key("", "file of FID's Inception; empty looks where eval.weights does", path=True)
+    clip: str = key("", "local-dir:FOLDER or hf-hub:OWNER/NAME; empty takes the default of eval.weights")
+    prompt: str = key("a photo of {}", "prompt of the CLIP score, {} being the class")
+    allow_download: bool = key(False, "fetch weights that are missing")
+    strict: bool = key(False, "exit with code 2 where a metric that was asked for is skipped; --strict does the same")
+    out: str = key("out/report", "folder for report.html, report.json, report.csv and the figures")
+    n: int = key(1024, "images of each set that is sampled", least=64)
     seed: int = key(0, "of the evaluation noise, the real crops and the bootstrap", least=0)
     solver_steps: int = key(15, "Heun steps of the teacher, two evaluations each", unit="steps", least=1)
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
@@ -41,8 +60,56 @@ class ReportConfig:
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
 
     def __post_init__(self) -> None:
-        if not self.runs:
+        if not self.runs and not self.images:
             raise ValueError("runs is empty: name at least one run folder, runs=[out/demo/residual,out/demo/dar]")
+        if self.runs and (self.reference != TEACHER or self.real):
+            raise ValueError("reference and real are for folders without runs, which bring their own; leave them out")
+        if not self.runs and self.reference == TEACHER:
+            raise ValueError("reference is the teacher of runs, but there are none: name a folder, reference=FOLDER")
+        if len(self.metrics) > 1 and any(word in self.metrics for word in GENERAL):
+            raise ValueError("metrics holds auto or offline beside others: give one of these words alone, or names")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a report compares. `fit`: real images that are not compared, and their labels, for what is fitted."""
+
+    reference: ImageSet
+    real: ImageSet | None
+    sets: list[ImageSet]
+    read: list[arms.Arm]
+    fit: tuple[Tensor, Tensor | None]
+    colour_labels: set[int] | None
+    class_names: dict[int, str]
+    data_hash: str | None = None
+
+
+def sampled(cfg: ReportConfig, device: torch.device) -> Inputs:
+    """Every network of the runs on the same noise, and crops of their data."""
+    read = arms.read_arms(cfg.runs)
+    teacher = arms.Teacher.of(read[0].cfg, device)
+    data, classes = open_data(read[0].cfg.data, device), teacher.network.config.num_classes
+    if classes != data.num_classes:
+        fault = f"their teacher knows {classes} classes, their data has {data.num_classes}"
+        raise config.ConfigError(f"runs: {fault}; there is nothing real to compare with")
+    bench = arms.Bench.of(cfg, teacher.network, device)
+    print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
+    real, null = arms.real_sets(bench, data)
+    reference = teacher.sample_set(bench, cfg.solver_steps)
+    sets = [null, *teacher.undistilled_sets(bench)]
+    sets += [arms.student_set(arm, bench, reference, lambda x: hf_gain_db(x, reference.images)) for arm in read]
+    reference, *sets = arms.with_costs([reference, *sets], bench)
+    fit = arms.real_crops(bench, data, "fit")
+    names = dict(enumerate(data.label_names))
+    return Inputs(reference, real, sets, read, fit, set(data.colour_labels), names, data.hash)
+
+
+def opened(cfg: ReportConfig) -> Inputs:
+    """The folders of a report without runs."""
+    reference = read_set(cfg.reference, "teacher")
+    real = read_set(cfg.real, "real") if cfg.real else None
+    fit = (real or reference).first(cfg.n), None
+    return Inputs(reference, real, [], [], fit, None, {})
 
 
 def hf_energy(images: Tensor) -> float:
@@ -85,12 +152,14 @@ def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str,
                     "hf_gain_db_baseline": start["gain_db"]["HF"]["value"],
                     "least_class_diversity": ours["diversity_ratio"]["pixels"]["least"],
                     "routing": row["facts"].get("routing"),
+                    "latency_ms_per_image": row["facts"]["latency_ms_per_image"],
+                    "peak_memory_mb": row["facts"]["peak_memory_mb"],
                 }
             )
     return checks
 
 
-ARM_KEYS = ("student.routing.", "log.", "launch.", "checkpoint.", "out_dir", "resume")
+ARM_KEYS = ("student.routing.", "log.", "launch.", "checkpoint.", "out_dir", "resume", "regression.cache")
 
 
 def routing_comparisons(checks: list[dict[str, Any]], read: list[arms.Arm]) -> list[str]:
@@ -116,7 +185,7 @@ def unequal(ours: DistillConfig, theirs: DistillConfig) -> list[str]:
 
 
 def compare_pair(routed: dict[str, Any], plain: dict[str, Any]) -> str:
-    """Absolute HF gain and fd_wavelet above its null of a routed arm against its residual twin, as plain words."""
+    """HF gain, fd_wavelet above its null and cost of a routed arm against its residual twin, as plain words."""
 
     def word(ours: float, theirs: float, digits: int) -> str:
         ours, theirs = round(ours, digits), round(theirs, digits)
@@ -127,8 +196,37 @@ def compare_pair(routed: dict[str, Any], plain: dict[str, Any]) -> str:
     return (
         f"{routed['name']} against {plain['name']}: HF gain {gain} ({routed['hf_gain_db']:+.2f} dB, there"
         f" {plain['hf_gain_db']:+.2f}); fd_wavelet above its null {distance} ({routed['fd_excess']:.2f}, there"
-        f" {plain['fd_excess']:.2f}). One training seed: no test of significance."
+        f" {plain['fd_excess']:.2f}); {cost_words(routed, plain)}. One pair of training runs: no test of significance."
     )
+
+
+def cost_words(routed: dict[str, Any], plain: dict[str, Any]) -> str:
+    time, memory = (routed[name] / plain[name] for name in ("latency_ms_per_image", "peak_memory_mb"))
+    return f"{time:.2f} times its time and {memory:.2f} times its peak memory"
+
+
+def seed_pairs(read: list[arms.Arm], sets: list[ImageSet]) -> list[forest.Pair]:
+    """Routed students with the residual ones that differ from them in routing alone, of the form with most seeds."""
+    by_name = {one.name: one for one in sets}
+    forms: dict[str, list[forest.Pair]] = {}
+    for arm in read:
+        routing = arm.cfg.student.routing
+        twins = [other for other in read if other.cfg.student.routing.query == "residual"]
+        twins = [other for other in twins if not unequal(arm.cfg, other.cfg)]
+        if routing.query != "residual" and twins:
+            pair = arm.cfg.seed, by_name[twins[0].name], by_name[arm.name]
+            forms.setdefault(repr(routing), []).append(pair)
+    return max(forms.values(), key=len, default=[])
+
+
+def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> dict[str, Any] | None:
+    """What the forest plot shows: the given compare.json, or runs that were trained in pairs from several seeds."""
+    if cfg.compare:
+        return ledger.attempt("seed by seed", cfg.compare, lambda: forest.from_file(cfg.compare))
+    pairs = seed_pairs(inputs.read, inputs.sets)
+    if len({seed for seed, _, _ in pairs}) < max(2, len(pairs)):
+        return None
+    return ledger.attempt("seed by seed", "", lambda: forest.from_runs(pairs, inputs.reference, cfg.seed))
 
 
 def check_sentence(check: dict[str, Any]) -> str:
@@ -149,17 +247,16 @@ def check_sentence(check: dict[str, Any]) -> str:
     return text + "."
 
 
-def provenance(cfg: ReportConfig, read: list[arms.Arm], device: torch.device, seconds: float) -> dict[str, Any]:
-    """Where the numbers come from."""
+def origin(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
+    """Command, weights, seeds and configurations: what this command knows of where its numbers come from."""
+    sets = [inputs.reference, *inputs.sets]
     return {
         "command": command_line(cfg),
-        "git": git_state(),
-        "runs": {arm.name: arm.raw for arm in read},
+        "checkpoints": {one.name: one.facts["network"] for one in sets if "network" in one.facts},
+        "seeds": {"evaluation": cfg.seed, **{f"training of {arm.name}": arm.cfg.seed for arm in inputs.read}},
+        "data_hash": inputs.data_hash,
+        "runs": {arm.name: arm.raw for arm in inputs.read},
         "report": dataclasses.asdict(cfg),
-        "data_hash": data_hash(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": f"{device}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
-        "seconds": round(seconds, 1),
     }
 
 
@@ -167,45 +264,61 @@ def command_line(cfg: ReportConfig) -> str:
     """The command that makes this report again, with every key that is not at its default."""
     given = config.differences(ReportConfig(runs=("",)), cfg)
     values = {key: f"[{','.join(value)}]" if isinstance(value, list | tuple) else value for key, _, value in given}
-    return shlex.join(["python", "-m", "eval.report", *(f"{key}={value}" for key, value in values.items())])
+    words = [f"{key}={value}" for key, value in values.items() if value != "[]"]
+    return shlex.join(["python", "-m", "eval.report", *words])
 
 
-def git_state() -> str:
-    """Commit and whether the tree differs from it; "unknown" outside a checkout."""
-    root = Path(__file__).parent.parent
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def conclude(result: dict[str, Any], inputs: Inputs) -> None:
+    """Add `checks` of the students against the undistilled teacher, and `conclusions` in words."""
+    result["checks"], result["conclusions"] = [], []
+    if inputs.read:
+        result["checks"] = distillation_checks(result, better_baseline(inputs.sets, result))
+        result["conclusions"] = [check_sentence(check) for check in result["checks"]]
+        result["conclusions"] += routing_comparisons(result["checks"], inputs.read)
 
 
 def report(cfg: ReportConfig) -> None:
-    """Sample every network on the same noise, measure, write the report, print its table."""
+    """Sample or read every set, measure, write the report, print its table. UserError for a skip where strict."""
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
-    read = arms.read_arms(cfg.runs)
-    teacher = arms.Teacher.of(read[0].cfg, device)
-    if teacher.network.config.num_classes != len(NAMES):
-        raise config.ConfigError("runs: their teacher has other classes than photos; nothing real to compare with")
-    make_folder(cfg.out)
-    bench = arms.Bench.of(cfg, teacher.network, device)
-    print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
-    real, null = arms.real_sets(bench, Photos(read[0].cfg.data.size, device))
-    reference = teacher.sample_set(bench, cfg.solver_steps)
-    sets = [null, *teacher.undistilled_sets(bench)]
-    sets += [arms.student_set(arm, bench, reference, lambda x: hf_gain_db(x, reference.images)) for arm in read]
-    names = dict(enumerate(NAMES))
-    result = measure(sets, reference, real, set(Photos.colour_labels), cfg.seed, names)
-    result["checks"] = distillation_checks(result, better_baseline(sets, result))
-    result["conclusions"] = [check_sentence(check) for check in result["checks"]]
-    result["conclusions"] += routing_comparisons(result["checks"], read)
-    facts = provenance(cfg, read, device, time.monotonic() - began)
-    write_report(result, [real, reference, *sets], Path(cfg.out), cfg.title, facts)
+    out, ledger = make_folder(cfg.out), Ledger()
+    inputs = sampled(cfg, device) if cfg.runs else opened(cfg)
+    for folder in cfg.images:
+        one = ledger.attempt("every metric", folder, lambda folder=folder: read_set(folder))
+        inputs.sets.extend([one] if one is not None else [])
+    sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device)
+    suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt, cfg.statistics)
+    common = (inputs.colour_labels, cfg.seed, inputs.class_names, suite, ledger)
+    result = measure(inputs.sets, inputs.reference, inputs.real, *common)
+    result["forest"] = jsonable(seed_by_seed(cfg, inputs, ledger))
+    result["skipped"] = jsonable(ledger.skipped)
+    conclude(result, inputs)
+    facts = provenance(device, time.monotonic() - began, **origin(cfg, inputs))
+    shown = [one for one in (inputs.real, inputs.reference, *inputs.sets) if one is not None]
+    write_report(result, shown, out, cfg.title, facts)
     print(terminal_table(result))
     print(*result["conclusions"], sep="\n")
+    print_skipped(ledger)
     print(f"report: {Path(cfg.out) / 'report.html'}")
+    missed = [one for one in ledger.skipped if one.requested]
+    if cfg.strict and missed:
+        raise UserError(
+            f"{len(missed)} metrics that were asked for were skipped, first {missed[0].metric}: {missed[0].reason};"
+            f" the others are in {out / 'report.json'}"
+        )
+
+
+def print_skipped(ledger: Ledger) -> None:
+    for one in ledger.skipped:
+        of = f" of {one.name}" if one.name else ""
+        print(f"not measured: {one.metric}{of}: {one.reason}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+    """`config.run_job`, with --strict for strict=true."""
+    words = ["strict=true" if word == "--strict" else word for word in argv]
+    config.run_job(ReportConfig, report, words, description=__doc__ or "")
 
 
 if __name__ == "__main__":
-    config.run_job(ReportConfig, report, sys.argv[1:], description=__doc__ or "")
+    main(sys.argv[1:])

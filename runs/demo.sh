@@ -8,5 +8,6 @@ for arm in residual dar regression; do
   python distill.py config=configs/photos32/demo_$arm.yaml
 done
 echo "== report"
-python -m eval.report runs=[out/demo/residual,out/demo/dar,out/demo/regression] out=out/demo/report n=1024
+python -m eval.report runs=[out/demo/residual,out/demo/dar,out/demo/regression] out=out/demo/report n=1024 \
+  metrics=[offline]
 echo "demo: $((SECONDS - began)) s"

@@ -1,15 +1,23 @@
-"""The report: complete, self-contained, escaped, and the same for any order of the sets."""
+"""Measuring sets: signs, nulls, independence of the other sets and of batches, what is skipped and why."""
 
+import csv
+import io
 import json
-import re
+import math
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from eval.figures import GAP, HEADER, ROW_LABEL
+from eval import distances, features, perceptual
+from eval import sets as sets_module
+from eval.columns import terminal_table
+from eval.distances import Ledger, Sources, Suite, prepare
+from eval.images import UnfitError
 from eval.measure import ImageSet, measure
-from eval.page import terminal_table, write_report
+from eval.numbers import as_csv, numbers
+from eval.sectors import sector_means
+from eval.sets import read_set
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -28,9 +36,15 @@ def sets(crops, blur, eight_bit):
 
 
 @pytest.fixture(scope="module")
-def result(sets):
+def suite(crops):
+    images, labels = crops(32, 10, 7)
+    return prepare(("offline",), (images, labels), 0, Ledger(), Sources(), "{}", "")
+
+
+@pytest.fixture(scope="module")
+def result(sets, suite):
     others = [sets["residual"], sets["hostile"]]
-    return measure(others, sets["teacher"], sets["real"], {0, 3, 4}, 0, class_names={6: HOSTILE})
+    return measure(others, sets["teacher"], sets["real"], {0, 3, 4}, 0, {6: HOSTILE}, suite)
 
 
 def row(result: dict, name: str) -> dict:
@@ -39,7 +53,7 @@ def row(result: dict, name: str) -> dict:
 
 def test_result_is_strict_json_and_signed_rightly(result):
     json.dumps(result, allow_nan=False)
-    assert result["schema_version"] == 1
+    assert result["schema_version"] == 2
     residual = row(result, "residual")["against"]
     for key in ("teacher", "real"):
         against = residual[key]
@@ -54,8 +68,8 @@ def test_result_is_strict_json_and_signed_rightly(result):
     assert row(result, "residual")["facts"]["loss"] is None
 
 
-def test_result_does_not_depend_on_the_other_sets(sets, result):
-    alone = measure([sets["hostile"]], sets["teacher"], sets["real"], {0, 3, 4}, 0)
+def test_result_does_not_depend_on_the_other_sets(sets, result, suite):
+    alone = measure([sets["hostile"]], sets["teacher"], sets["real"], {0, 3, 4}, 0, suite=suite)
     assert row(alone, HOSTILE) == row(result, HOSTILE)
 
 
@@ -73,30 +87,173 @@ def test_grey_classes_stay_out_of_chroma(sets):
     assert row(none, "teacher")["against"]["real"]["chroma"] is None
 
 
-def test_report_on_disk(tmp_path, sets, result):
-    title = f"Title {HOSTILE} & more"
-    write_report(result, list(sets.values()), tmp_path, title, {"command": HOSTILE, "dirty": False})
-    names = {path.name for path in tmp_path.iterdir()}
-    pictures = {"gain.png", "bands.png", "psd.png", "samples.png", "detail.png"}
-    assert names == pictures | {"report.json", "report.html"}
-    for name in pictures:
-        assert min(Image.open(tmp_path / name).size) > 200
-    page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page
-    assert not re.search(r'(?:src|href)="(?!data:image/png;base64,)', page) and "http" not in page
-    assert page.count("<img ") == page.count('<img alt="') == 5
-    assert page.index("Verdict</h2>") < page.index("<figure") < page.index("Provenance</h2>")
-    assert json.loads((tmp_path / "report.json").read_text())["provenance"]["dirty"] is False
+def test_metrics_beside_the_spectrum_are_signed_rightly(result):
+    against = row(result, "residual")["against"]["teacher"]
+    assert against["slope_hf_difference"] < -1 and against["hfer_difference"]["high"] < 0  # blurred: steeper
+    assert against["map_sectors_db"]["B4"]["x"] < -3 > against["map_sectors_db"]["B4"]["y"]
+    assert against["sliced_wasserstein"][0]["excess"] > 0.05 > against["sliced_wasserstein"][-1]["excess"]
+    assert against["fd_pca"]["excess"] < 0.05 * against["fd_wavelet"]["excess"]  # blind to blur, each in its units
+    assert np.array(against["wavelet_kurtosis_ratio"]).shape == (3, 3)
+    near = against["neighbours"]
+    assert (
+        near["fd_wavelet"]["recall"] < near["fd_pca"]["recall"]
+        and near["fd_wavelet"]["kid"] > 10 * near["fd_pca"]["kid"]
+    )
+    assert against["modes"]["least_share_ratio"] > 0 and against["modes"]["agreement"] > 0.5
+    assert against["fd_classifier"]["comparable_to_published"] is False
 
 
-def test_samples_are_enlarged_without_interpolation(tmp_path, sets, result):
-    write_report(result, [sets["teacher"]], tmp_path, "grid", {})
-    grid = Image.open(tmp_path / "samples.png").convert("RGB")
-    first = sets["teacher"].images[0]
-    box = (ROW_LABEL, HEADER, ROW_LABEL + 128, HEADER + 128)
-    shown = torch.tensor(list(grid.crop(box).resize((32, 32), Image.Resampling.NEAREST).tobytes())).reshape(32, 32, 3)
-    assert torch.equal(shown.permute(2, 0, 1).to(torch.uint8), first)
-    assert grid.getpixel((ROW_LABEL + 128 + GAP // 2, HEADER + 5)) == (255, 255, 255)
+def test_a_lattice_is_found_on_its_line_and_side(crops):
+    images, labels = crops(32, 12, 3)
+    lattice = images.clone().int()
+    lattice[..., ::4] += 12  # columns of period 4
+    spoiled = ImageSet("lattice", lattice.clamp(0, 255).to(torch.uint8), labels, "student", True)
+    measured = measure([spoiled], ImageSet("teacher", images, labels, "teacher", True), None, None, 0)
+    lines = row(measured, "lattice")["against"]["teacher"]["grid_lines"]
+    words = {(line["axis"], line["period"]): line["word"] for line in lines}
+    assert words["x", 4] == "peak" and words["y", 4] == "none" and words["y", 2] == "none"
+    sectors = row(measured, "lattice")["against"]["teacher"]["map_sectors_db"]
+    assert sectors["B2"]["x"] > sectors["B2"]["y"] + 0.3
+
+
+def test_sectors_divide_the_plane():
+    size = 32
+    f = torch.fft.fftshift(torch.fft.fftfreq(size, dtype=torch.float64))
+    means = sector_means(f.abs()[None, :].expand(size, size))  # the horizontal frequency itself
+    assert means["B0"] == {"x": None, "y": None, "diagonal": None}
+    assert means["B3"]["x"] > 0.25 > means["B3"]["diagonal"] > means["B3"]["y"] >= 0
+    assert means["B3"]["y"] < 0.5 * math.sin(math.pi / 8)
+
+
+def test_every_number_is_in_the_csv(result):
+    rows = list(csv.DictReader(io.StringIO(as_csv(result))))
+    assert len(rows) == len(numbers(result))
+    (gain,) = [r for r in rows if (r["set"], r["against"], r["metric"]) == ("residual", "teacher", "gain_db.y.HF")]
+    assert float(gain["low"]) < float(gain["value"]) < float(gain["high"]) < -3 and gain["images"] == "112"
+    (distance,) = [r for r in rows if (r["set"], r["against"], r["metric"]) == ("residual", "real", "fd_pca")]
+    assert distance["null"] and distance["comparable_to_published"] == "False" and distance["low"] == ""
+    metrics = {r["metric"] for r in rows}
+    assert {"grid_peak_db.x.2", "sliced_wasserstein.1", "kid.fd_pca", "recall.fd_classifier", "slope"} <= metrics
+    assert not any(r["metric"].startswith("gain_db.y.B0") for r in rows)  # empty at 32 px
+
+
+def test_batches_do_not_change_the_result(sets, monkeypatch):
+    pair = sets["residual"], sets["teacher"]
+    whole = measure(pair[:1], pair[1], None, None, 0)
+    monkeypatch.setattr(sets_module, "BATCH", 17)
+    split = measure(pair[:1], pair[1], None, None, 0)
+    ours, theirs = (row(r, "residual")["against"]["teacher"] for r in (split, whole))
+    assert ours["gain_db"]["HF"]["value"] == pytest.approx(theirs["gain_db"]["HF"]["value"], abs=1e-9)
+    assert ours["flat_noise_db"]["value"] == pytest.approx(theirs["flat_noise_db"]["value"], abs=1e-9)
+    assert ours["fd_wavelet"]["value"] == pytest.approx(theirs["fd_wavelet"]["value"], rel=1e-9)
+
+
+def test_a_folder_that_does_not_fit_in_memory_reads_the_same(tmp_path, sets, monkeypatch):
+    np.save(tmp_path / "all.npy", sets["residual"].images.numpy())
+    held = read_set(str(tmp_path))
+    monkeypatch.setattr(sets_module, "IN_MEMORY", 0)
+    streamed = read_set(str(tmp_path))
+    assert isinstance(held.images, torch.Tensor) and not isinstance(streamed.images, torch.Tensor)
+    ours, theirs = (measure([one], sets["teacher"], None, None, 0) for one in (held, streamed))
+    ours, theirs = (row(r, tmp_path.name) for r in (ours, theirs))
+    assert ours == theirs
+    assert ours["against"]["teacher"]["hf_gain_by_class"] == {}  # classes are not known
+    gain = ours["against"]["teacher"]["gain_db"]["HF"]
+    assert gain["value"] == pytest.approx(
+        row(measure([sets["residual"]], sets["teacher"], None, None, 0), "residual")["against"]["teacher"]["gain_db"][
+            "HF"
+        ]["value"]
+    )
+
+
+def test_labels_beside_a_folder(tmp_path, sets):
+    np.save(tmp_path / "all.npy", sets["residual"].images[:8].numpy())
+    (tmp_path / "samples.json").write_text(json.dumps({"labels": list(range(8))}))
+    assert read_set(str(tmp_path)).labels.tolist() == list(range(8))
+    (tmp_path / "samples.json").write_text(json.dumps({"labels": [1, 2]}))
+    with pytest.raises(UnfitError, match="2 labels for 8 images"):
+        read_set(str(tmp_path))
+    (tmp_path / "samples.json").write_text("{}")
+    with pytest.raises(UnfitError, match="no list of labels"):
+        read_set(str(tmp_path))
+
+
+def test_a_metric_that_fails_leaves_the_others(sets):
+    def broken(images):
+        out = images.float().mean((1, 2, 3))[:, None].repeat(1, 2)
+        out[0] = float("nan")
+        return out
+
+    ledger = Ledger()
+    bad = Suite((features.wavelet(), features.Extractor("fd_broken", broken)))
+    small = ImageSet("small", sets["residual"].images[:40], sets["residual"].labels[:40], "student", False)
+    measured = measure([small], sets["teacher"], sets["real"], set(), 0, suite=bad, ledger=ledger)
+    assert row(measured, "small")["against"]["teacher"]["fd_wavelet"]["value"] > 0
+    told = {(one.metric, one.name): one.reason for one in ledger.skipped}
+    assert "not finite" in told["fd_broken", "small"] and "not finite" in told["fd_broken", "teacher"]
+    unequal = [one.reason for one in ledger.skipped if (one.metric, one.name) == ("precision and recall", "small")]
+    assert any("40 images in small, 112 in teacher; take the first 40" in reason for reason in unequal)
+    near = row(measured, "small")["against"]["teacher"]["neighbours"]["fd_wavelet"]
+    assert near["precision"] is None and near["kid"] > 0 and near["kid_subset_size"] == 20
+    assert "fd_broken" not in row(measured, "small")["against"]["teacher"]
+
+
+@pytest.mark.parametrize("metrics, requested", [(("fid", "lpips", "clip"), True), (("auto",), False)])
+def test_weights_that_are_missing_are_told(sets, tmp_path, monkeypatch, metrics, requested):
+    monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setattr(distances, "find", lambda weights: None)
+    monkeypatch.setattr("eval.weights.find", lambda weights: None)
+    ledger = Ledger()
+    suite = prepare(metrics, (sets["real"].images, None), 0, ledger, Sources(), "{}", "")
+    told = {one.metric: one for one in ledger.skipped if one.metric != "fd_classifier"}
+    assert {"fid", "lpips", "clip"} <= told.keys()
+    assert all(one.requested is requested and "DMD_DAR_WEIGHTS_DIR" in one.reason for one in told.values())
+    assert [one.name for one in suite.extractors] == ["fd_wavelet", "fd_pca"]
+
+
+def test_metrics_with_weights_stand_beside_the_others(sets, tmp_path, monkeypatch):
+    """Networks of a few numbers in place of the real ones: what is asked for reaches its row, its null and the CSV."""
+
+    def means(images):
+        return images.double().mean((2, 3)) / 255
+
+    fake = features.Extractor("fid", means, comparable_to_published=True, native_size=299)
+    monkeypatch.setattr(distances.inception, "fid", lambda path, download, device: fake)
+    metric = perceptual.Lpips(lambda a, b: (a - b).abs().mean((1, 2, 3)), "cpu", {})
+    monkeypatch.setattr(perceptual, "load_lpips", lambda allow_download, device: metric)
+    monkeypatch.setattr(perceptual, "load_clip", lambda allow_download, device: "clip")
+    monkeypatch.setattr(perceptual, "clip_score", scored)
+    np.savez(tmp_path / "known.npz", mu=np.full(3, 0.5), sigma=0.01 * np.eye(3))
+    ledger, known = Ledger(), str(tmp_path / "known.npz")
+    fit = sets["real"].images, None
+    asked = prepare(("fid", "lpips", "clip"), fit, 0, ledger, Sources(), "a photo of {}", known)
+    measured = measure([sets["residual"]], sets["teacher"], sets["real"], set(), 0, {0: "x"}, asked, ledger)
+    assert {one.metric for one in ledger.skipped if one.requested} == {"precision and recall"} and not asked.small
+    one = row(measured, "residual")
+    assert one["against"]["real"]["fid"]["comparable_to_published"] and one["against"]["real"]["fid"]["upsampled"]
+    known_mean = means(sets["residual"].images).mean(0)
+    assert one["fid_npz"]["value"] > float((known_mean - 0.5).square().sum()) and one["fid_npz"]["null"] is None
+    assert one["against"]["teacher"]["lpips_paired"]["value"] > 0 and one["against"]["real"]["lpips_paired"] is None
+    assert one["lpips_diversity"]["value"] < row(measured, "teacher")["lpips_diversity"]["value"]  # blurred
+    assert one["clip"]["value"] == 1.0 and one["clip"]["standard_error"] == 0.0
+    metrics = {number.metric for number in numbers(measured) if number.name == "residual"}
+    assert {"fid", "fid_npz", "kid.fid", "lpips_paired", "lpips_diversity", "clip"} <= metrics
+
+
+def scored(clip, images, prompts):
+    assert (
+        clip == "clip" and len(images) == len(prompts) and {prompts[0], prompts[-1]} == {"a photo of x", "a photo of 6"}
+    )
+    return perceptual.ClipScore(1.0, np.ones(len(images)), {"model": "none"})
+
+
+def test_statistics_without_fid_or_pickled_are_told(tmp_path, sets):
+    np.savez(tmp_path / "good.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "bad.npz", mu=np.array([{}], dtype=object), sigma=np.eye(3))
+    for name, reason in (("good", "FID itself was not measured"), ("bad", "pickles are refused")):
+        ledger = Ledger()
+        prepare(("offline",), (sets["real"].images, None), 0, ledger, Sources(), "{}", str(tmp_path / f"{name}.npz"))
+        assert any(reason in one.reason for one in ledger.skipped)
 
 
 def test_terminal_table(result):
@@ -107,17 +264,30 @@ def test_terminal_table(result):
     assert line.split()[1:3] == ["reduced", f"{gain:+.2f}"]
 
 
+BLACK = torch.zeros(8, 3, 48, 48, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"images": torch.zeros(8, 3, 32, 32)}, "odd: expected uint8"),
-        ({"images": torch.zeros(8, 3, 48, 48, dtype=torch.uint8)}, "odd: images"),
-        ({"labels": torch.zeros(7)}, "odd: 8 images"),
+        ({"images": BLACK}, "odd: images of 48x48 px, but 32x32 px in"),
+        ({"images": BLACK[:2, :, :32, :32], "labels": None}, "odd: 2 images are too few"),
+        ({"labels": torch.zeros(7)}, "odd: 8 images and labels (7,)"),
         ({"name": "teacher"}, "two sets are called 'teacher'"),
     ],
 )
-def test_sets_that_do_not_fit(sets, change, message):
+def test_sets_that_do_not_fit_are_left_out_and_told(sets, change, message):
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     fields = {"name": "odd", "images": images, "labels": torch.zeros(8), "role": "student", "paired": False} | change
-    with pytest.raises(ValueError, match=re.escape(message)):
-        measure([ImageSet(**fields)], sets["teacher"], sets["real"], set(), 0)
+    ledger = Ledger()
+    measured = measure([ImageSet(**fields), sets["residual"]], sets["teacher"], None, set(), 0, ledger=ledger)
+    assert [one["name"] for one in measured["sets"]] == ["teacher", "residual"]
+    assert [one.reason[: len(message)] for one in ledger.skipped] == [message]
+    assert measured["skipped"][0]["metric"] == "every metric" and measured["skipped"][0]["requested"]
+
+
+def test_a_reference_that_does_not_fit_stops_the_report(sets):
+    tiny = ImageSet("tiny", torch.zeros(8, 3, 16, 16, dtype=torch.uint8), None, "teacher", False)
+    with pytest.raises(UnfitError, match="tiny: images of 16x16 px; spectra need 32 px"):
+        measure([], tiny, None, None, 0)

@@ -1,17 +1,28 @@
+import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dmd_dar import config, distill
 from dmd_dar.data.photos import Photos
-from eval import arms, report, teacher
+from dmd_dar.errors import UserError
+from eval import arms, distances, forest, report, teacher
+from eval.classifier import fit_classifier
+from eval.measure import ImageSet, jsonable
 from eval.report import ReportConfig
 from tests.tiny import tiny_teacher
 
 RECIPES = Path(__file__).parents[2] / "configs" / "photos32"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(distances, "fit_classifier", partial(fit_classifier, steps=5))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +53,12 @@ def runs(tmp_path_factory) -> Path:
 
 def options(root: Path, *names: str, **changes) -> ReportConfig:
     argv = [f"runs=[{','.join(str(root / name) for name in names)}]", f"out={root / 'report'}", "n=70", "cpu=true"]
-    argv += ["solver_steps=2", f"cache={root / 'cache'}", *(f"{name}={value}" for name, value in changes.items())]
+    argv += [
+        "solver_steps=2",
+        "metrics=[offline]",
+        f"cache={root / 'cache'}",
+        *(f"{name}={value}" for name, value in changes.items()),
+    ]
     return config.load(ReportConfig, argv)
 
 
@@ -58,7 +74,21 @@ def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
     assert sum(sentence.startswith("dar against residual:") for sentence in result["conclusions"]) == 1
     page = (runs / "report" / "report.html").read_text()
     assert "What was found" in page and "<script" not in page
-    assert result["provenance"]["runs"]["dar"]["student"]["routing"]["query"] == "timestep"
+    origin = result["provenance"]
+    assert origin["runs"]["dar"]["student"]["routing"]["query"] == "timestep"
+    assert {"commit", "dirty"} == origin["git"].keys() and len(origin["contract_hash"]) == 16
+    assert origin["checkpoints"]["dar"] == rows["dar"]["facts"]["network"] != origin["checkpoints"]["residual"]
+    assert origin["seeds"] == {
+        "evaluation": 0,
+        **{f"training of {name}": 0 for name in ("residual", "dar", "regression")},
+    }
+    assert f"runs=[{runs / 'residual'}," in origin["command"] and "metrics=[offline]" in origin["command"]
+    costs = rows["dar"]["facts"]
+    low, high = costs["latency_ms_range"]
+    assert 0 < low <= costs["latency_ms_per_image"] <= high and costs["peak_memory_mb"] > 0
+    assert rows["teacher"]["facts"]["latency_ms_per_image"] > 0 and "latency_ms_per_image" not in rows["real"]["facts"]
+    assert result["forest"] is None and result["skipped"] == []
+    assert (runs / "report" / "report.csv").read_text().count("\ndar,student,teacher,") > 50
 
 
 def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
@@ -73,14 +103,15 @@ def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
         return original(noting, count, **settings)
 
     monkeypatch.setattr(arms, "generate", recording)
-    report.report(options(runs, "residual", "dar", cache=runs / "fresh"))
+    report.sampled(options(runs, "residual", "dar", cache=runs / "fresh"), torch.device("cpu"))
     first = [noise for noise in seen["noise"] if len(noise) == 2][::2]
     assert len(first) >= 5 and all(torch.equal(noise, first[0]) for noise in first)
 
 
 def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
-    report.report(options(runs, "residual", cache=runs / "one"))
-    report.report(options(runs, "residual", cache=runs / "two", batch_size=9))
+    for cache, batch_size in (("one", 64), ("two", 9)):
+        cfg = options(runs, "residual", cache=runs / cache, batch_size=batch_size)
+        report.sampled(cfg, torch.device("cpu"))
     names = [sorted(path.name for path in (runs / cache).iterdir()) for cache in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 4
     for name in names[0]:
@@ -99,6 +130,118 @@ def test_damaged_kept_images_are_made_anew(runs, tmp_path):
     assert torch.equal(made[0], again[0]) and torch.equal(load_file(kept)["images"], made[0])
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, crops) -> Path:
+    """Sets of files, some of which no metric can take."""
+    root = tmp_path_factory.mktemp("folders")
+    for name in ("truth", "ours", "nan", "mixed", "grey", "few", "pickled", "empty"):
+        (root / name).mkdir()
+    images = crops(32, 6, 0)[0].numpy()
+    np.save(root / "truth" / "all.npy", images)
+    np.save(root / "ours" / "all.npy", np.clip(images.astype(int) + 8, 0, 255).astype(np.uint8))
+    broken = images[:8].astype(np.float32) / 255
+    broken[3, 0, 0, 0] = np.nan
+    np.save(root / "nan" / "all.npy", broken)
+    for name, size in (("a", 32), ("b", 40)):
+        np.save(root / "mixed" / f"{name}.npy", np.zeros((2, 3, size, size), dtype=np.uint8))
+    np.save(root / "grey" / "all.npy", np.zeros((8, 1, 32, 32), dtype=np.uint8))
+    np.save(root / "few" / "all.npy", images[:2])
+    np.save(root / "pickled" / "all.npy", np.array([{}], dtype=object), allow_pickle=True)
+    return root
+
+
+BAD = {
+    "nan": "1 images hold numbers that are not finite, first 3",
+    "mixed": "40 x 40, but 32 x 32 in a.npy",
+    "grey": "shape (8, 1, 32, 32)",
+    "few": "2 images are too few",
+    "pickled": "no plain array",
+    "empty": "no .png or .npy in this folder",
+}
+
+
+def from_folders(root: Path, *names: str, **changes) -> ReportConfig:
+    images = ",".join(str(root / name) for name in names)
+    argv = [f"images=[{images}]", f"reference={root / 'truth'}", f"out={root / 'report'}", "metrics=[offline]"]
+    return config.load(ReportConfig, argv + [f"{name}={value}" for name, value in changes.items()])
+
+
+def test_folders_without_runs_and_inputs_that_no_metric_can_take(folders, capsys):
+    cfg = from_folders(folders, "ours", *BAD, strict=True)
+    with pytest.raises(UserError, match=r"6 metrics that were asked for were skipped.*report\.json"):
+        report.report(cfg)
+    result = json.loads((folders / "report" / "report.json").read_text())
+    rows = {row["name"]: row for row in result["sets"]}
+    assert rows.keys() == {"truth", "ours"}  # partial results are kept
+    against = rows["ours"]["against"]["teacher"]
+    assert abs(against["gain_db"]["HF"]["value"]) < 0.2  # brighter, no sharper
+    assert against["modes"] is None and against["hf_gain_class_median"] is None
+    told = {Path(one["name"]).name: one["reason"] for one in result["skipped"] if one["requested"]}
+    assert told.keys() == BAD.keys() and all(words in told[name] for name, words in BAD.items())
+    assert capsys.readouterr().err.count("not measured: every metric of") == len(BAD)
+    assert "What was not measured" in (folders / "report" / "report.html").read_text()
+
+
+def test_without_strict_a_skip_is_no_failure(folders, capsys):
+    report.report(from_folders(folders, "ours", "empty", real=folders / "truth"))
+    out = capsys.readouterr()
+    assert "against truth" in out.out and "no .png or .npy" in out.err
+
+
+def test_the_flag_is_the_key(monkeypatch, folders):
+    seen = []
+    monkeypatch.setattr(report, "report", seen.append)
+    report.main([f"images=[{folders / 'ours'}]", f"reference={folders / 'truth'}", "--strict"])
+    assert seen[0].strict and not dataclasses.replace(seen[0], strict=False).strict
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["images=[{ours}]"], "reference is the teacher of runs, but there are none"),
+        (["runs=[{ours}]", "real={ours}"], "leave them out"),
+        (["runs=[{ours}]", "metrics=[auto,fid]"], "alone"),
+        (["runs=[{ours}]", "metrics=[fld]"], "one of auto, offline, fid"),
+        (["runs=[{ours}]", "statistics=/nowhere.npz"], "no such file"),
+    ],
+)
+def test_requests_that_make_no_sense(folders, argv, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.load(ReportConfig, [word.format(ours=folders / "ours") for word in argv])
+
+
+def test_seeds_in_pairs_make_the_forest(crops, blur, eight_bit, runs):
+    images, labels = crops(32, 8, 0)
+    clean = images.double() / 255
+
+    def student(name: str, sigma: float) -> ImageSet:
+        return ImageSet(name, eight_bit(blur(clean, sigma)), labels, "student", True)
+
+    reference = ImageSet("teacher", images, labels, "teacher", True)
+    pairs = [(s, student(f"residual_{s}", 0.5 + 0.05 * s), student(f"dar_{s}", 0.3)) for s in (1, 0)]
+    told = jsonable(forest.from_runs(pairs, reference, 0))
+    (one,) = told["comparisons"]
+    assert one["seeds"] == [0, 1] and one["pilot"] and "pilot" in told["label"]
+    for seed in one["per_seed"]:
+        gains, nearer = seed["gain_db"], seed["difference_db"]
+        assert gains["residual"] < gains["dar"] < 0 < nearer["low"] < nearer["value"] < nearer["high"]
+        assert nearer["value"] == pytest.approx(abs(gains["residual"]) - abs(gains["dar"]))
+    (arm, *_) = arms.read_arms((str(runs / "residual"),))
+    routed = dataclasses.replace(arm.cfg, student=dataclasses.replace(arm.cfg.student, routing=arms_routing(runs)))
+    read = []
+    for s in (0, 1):
+        for name, cfg in (("residual", arm.cfg), ("dar", routed)):
+            read.append(dataclasses.replace(arm, name=f"{name}_{s}", cfg=dataclasses.replace(cfg, seed=s)))
+    sets = [one for pair in pairs for one in pair[1:]]
+    assert [(s, a.name, b.name) for s, a, b in report.seed_pairs(read, sets)] == [
+        (s, f"residual_{s}", f"dar_{s}") for s in (0, 1)
+    ]
+
+
+def arms_routing(runs: Path):
+    return arms.read_arm(str(runs / "dar")).cfg.student.routing
+
+
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     with pytest.raises(config.ConfigError, match="no config.yaml"):
         arms.read_arms((str(tmp_path),))
@@ -110,10 +253,18 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 
 def test_the_better_baseline_and_the_comparison_have_the_right_sign():
     def check(name, gain, excess):
-        return {"name": name, "hf_gain_db": gain, "fd_excess": excess}
+        time = 3.0 if name == "dar" else 2.0
+        return {
+            "name": name,
+            "hf_gain_db": gain,
+            "fd_excess": excess,
+            "latency_ms_per_image": time,
+            "peak_memory_mb": 2 * time,
+        }
 
     better = report.compare_pair(check("dar", -0.5, -0.2), check("residual", 2.0, 0.4))
     assert "HF gain better (-0.50 dB, there +2.00)" in better and "above its null better (-0.20, there 0.40)" in better
+    assert "1.50 times its time and 1.50 times its peak memory" in better
     worse = report.compare_pair(check("dar", 3.0, 0.05), check("residual", -2.0, -0.01))
     assert "HF gain worse" in worse and "above its null worse" in worse
     assert "HF gain equal" in report.compare_pair(check("dar", 1.0, 1.0), check("residual", -1.0, 1.0))
@@ -121,7 +272,8 @@ def test_the_better_baseline_and_the_comparison_have_the_right_sign():
 
 def test_runs_that_differ_in_more_than_routing_are_not_called_a_comparison(runs):
     read = arms.read_arms(tuple(str(runs / name) for name in ("regression", "dar")))
-    checks = [{"name": arm.name, "hf_gain_db": 0.0, "fd_excess": 0.0} for arm in read]
+    costs = {"latency_ms_per_image": 1.0, "peak_memory_mb": 1.0}
+    checks = [{"name": arm.name, "hf_gain_db": 0.0, "fd_excess": 0.0, **costs} for arm in read]
     (sentence,) = report.routing_comparisons(checks, read)
     assert "matching.weight" in sentence and "not a comparison" in sentence
 

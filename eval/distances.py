@@ -1,0 +1,251 @@
+"""Distances between sets over features, what each set holds, and the metrics that need weights: whatever can be had.
+
+A metric that cannot be measured is recorded with its reason, and the others go on.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from dmd_dar.errors import UserError
+from eval import dino, features, inception, perceptual
+from eval.classifier import Classifier, fit_classifier, modes
+from eval.features import Extractor, Features, scaled
+from eval.images import UnfitError
+from eval.moments import Gaussian, load_reference
+from eval.neighbours import compare_neighbours, kid, precision_recall
+from eval.sets import ImageSet
+from eval.threads import one_thread
+from eval.weights import ALEXNET, INCEPTION, Weights, clip_weights, dinov2_weights, find, missing_message
+
+T = TypeVar("T")
+Metric = Literal["auto", "offline", "fid", "patch_fid", "fd_dinov2", "clip", "lpips"]
+WEIGHT_BOUND: tuple[Metric, ...] = ("fid", "patch_fid", "fd_dinov2", "clip", "lpips")
+KID_SUBSET_OFFLINE = 256  # images; of no use for comparisons with published values, so the quicker choice
+KID_SUBSET = 1000
+MOST_CLASSIFIED = 10_000  # images of a set whose modes are counted
+MOST_PERCEPTUAL = 1000  # images of a set that CLIP and LPIPS read
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A metric that was not measured. `requested` is False where weights that nobody asked for are missing."""
+
+    metric: str
+    name: str  # of the set, empty where it concerns all
+    reason: str
+    requested: bool = True
+
+
+class Ledger:
+    """What was skipped, in the order in which it was met."""
+
+    def __init__(self) -> None:
+        self.skipped: list[Skipped] = []
+
+    def attempt(self, metric: str, name: str, call: Callable[[], T], requested: bool = True) -> T | None:
+        """The result, or None and an entry with the error that names the remedy."""
+        try:
+            return call()
+        except UserError as error:
+            self.add(metric, name, str(error), requested)
+            return None
+
+    def add(self, metric: str, name: str, reason: str, requested: bool = True) -> None:
+        entry = Skipped(metric, name, " ".join(reason.split()), requested)
+        if entry not in self.skipped:
+            self.skipped.append(entry)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where weights come from: paths of the user's own, or the places that eval.weights looks in."""
+
+    inception: str | None = None
+    clip: str | None = None  # local-dir:FOLDER or hf-hub:OWNER/NAME
+    allow_download: bool = False
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What reads the images, fitted or loaded once for a report."""
+
+    extractors: tuple[Extractor, ...] = field(default_factory=lambda: (features.wavelet(),))
+    classifier: Classifier | None = None
+    clip: perceptual.Clip | None = None
+    lpips: perceptual.Lpips | None = None
+    prompt: str = "{}"
+    statistics: Gaussian | None = None  # of FID's features of other images
+
+    @property
+    def small(self) -> bool:
+        """Whether nothing in it is a large network."""
+        return not (self.clip or self.lpips or any(one.comparable_to_published for one in self.extractors))
+
+
+def wanted(metrics: Iterable[Metric], sources: Sources, ledger: Ledger) -> list[Metric]:
+    """The metrics with weights to measure: those that are named, or for `auto` those whose weights are there."""
+    if "auto" not in metrics:
+        return [name for name in WEIGHT_BOUND if name in metrics]
+    files: dict[Metric, Weights] = {
+        "fid": INCEPTION,
+        "patch_fid": INCEPTION,
+        "fd_dinov2": dinov2_weights(),
+        "clip": clip_weights(),
+        "lpips": ALEXNET,
+    }
+    given = {"fid": sources.inception, "patch_fid": sources.inception, "clip": sources.clip}
+    found = [name for name, weights in files.items() if given.get(name) or find(weights)]
+    for name in files:
+        if name not in found:
+            ledger.add(name, "", missing_message(files[name]), requested=False)
+    return found
+
+
+def prepare(
+    metrics: tuple[Metric, ...],
+    fit: tuple[Tensor, Tensor | None],
+    seed: int,
+    ledger: Ledger,
+    sources: Sources,
+    prompt: str,
+    statistics: str,
+) -> Suite:
+    """Everything that can be fitted or loaded. `fit`: real uint8 images (N, 3, H, W), none of them compared, and their
+    labels (N,) or None. `statistics`: an npz with mu and sigma of FID's features."""
+    images, labels = fit
+    names, requested = wanted(metrics, sources, ledger), "auto" not in metrics
+    with one_thread():
+        pca, classifier = _fitted(images, labels, seed, ledger)
+    path, download, device = sources.inception or None, sources.allow_download, sources.device
+    loaders: dict[str, Callable[[], Any]] = {
+        "fid": lambda: inception.fid(path, download, device),
+        "patch_fid": lambda: inception.patch_fid(path, download, device),
+        "fd_dinov2": lambda: dino.dinov2(None, download, device),
+        "clip": lambda: perceptual.load_clip(
+            **({"source": sources.clip} if sources.clip else {}), allow_download=download, device=device
+        ),
+        "lpips": lambda: perceptual.load_lpips(allow_download=download, device=device),
+    }
+    loaded = {name: ledger.attempt(name, "", loaders[name], requested) for name in names}
+    networks = [loaded.get(name) for name in ("fid", "patch_fid", "fd_dinov2")]
+    offline = [features.wavelet(), pca, classifier and classifier.extractor()]
+    gaussian = ledger.attempt("fid", statistics, lambda: load_reference(statistics)) if statistics else None
+    if gaussian is not None and loaded.get("fid") is None:
+        ledger.add("fid", statistics, "FID itself was not measured; ask for it, metrics=[fid]")
+    return Suite(
+        tuple(one for one in (*offline, *networks) if one is not None),
+        classifier,
+        loaded.get("clip"),
+        loaded.get("lpips"),
+        prompt,
+        gaussian,
+    )
+
+
+def _fitted(
+    images: Tensor, labels: Tensor | None, seed: int, ledger: Ledger
+) -> tuple[Extractor | None, Classifier | None]:
+    pca = ledger.attempt("fd_pca", "", lambda: features.fit_pca(images, seed=seed))
+    if labels is None:
+        ledger.add("fd_classifier", "", "no labelled real images to train the classifier on", requested=False)
+        return pca, None
+    return pca, ledger.attempt("fd_classifier", "", lambda: fit_classifier(images, labels, seed))
+
+
+def features_of(one: ImageSet, suite: Suite, ledger: Ledger) -> dict[str, Features]:
+    """By extractor, those that can be had."""
+    found = {}
+    for extractor in suite.extractors:
+        values = ledger.attempt(extractor.name, one.name, lambda e=extractor: features.extract(one.stream, e))
+        if values is not None:
+            found[extractor.name] = values
+    return found
+
+
+def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+    """KID, precision and recall without their null; KID alone between sets of unequal size."""
+    subset = KID_SUBSET if ours.extractor.comparable_to_published else KID_SUBSET_OFFLINE
+    if len(ours.values) == len(theirs.values):
+        call = partial(compare_neighbours, ours, theirs, seed, None, subset)
+        return ledger.attempt("KID, precision and recall", ours.name, call)
+    both, names = (scaled(ours, theirs), scaled(theirs, theirs)), (ours.name, theirs.name)
+    ledger.attempt("precision and recall", ours.name, lambda: precision_recall(*both, names=names))
+    size = min(subset, *(len(rows) // 2 for rows in both))
+    found = ledger.attempt("KID", ours.name, lambda: kid(*both, seed=seed, subset_size=size, names=names))
+    if found is None:
+        return None
+    return {
+        "features": ours.extractor.name,
+        **{"kid": found.value, "kid_std": found.std, "kid_subset_size": size, "kid_subsets": found.subsets},
+        **{"precision": None, "recall": None, "images": len(ours.values)},
+        "comparable_to_published": ours.extractor.comparable_to_published,
+        "upsampled": ours.upsampled,
+    }
+
+
+def alone(one: ImageSet, suite: Suite, class_names: dict[int, str], seed: int, ledger: Ledger) -> dict[str, Any]:
+    """Metrics with weights of a set by itself: CLIP score and LPIPS diversity."""
+    found: dict[str, Any] = {}
+    if suite.clip is not None:
+        found["clip"] = ledger.attempt("clip", one.name, lambda: _clip(one, suite, class_names))
+    if suite.lpips is not None:
+        found["lpips_diversity"] = ledger.attempt("lpips", one.name, lambda: _diversity(one, suite, seed))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _clip(one: ImageSet, suite: Suite, class_names: dict[int, str]) -> dict[str, Any]:
+    images = one.first(MOST_PERCEPTUAL)
+    labels = _classes(one, "CLIP score")[: len(images)].tolist()
+    prompts = [suite.prompt.replace("{}", class_names.get(label, str(label))) for label in labels]
+    score = perceptual.clip_score(suite.clip, images, prompts)
+    error = float(score.per_image.std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else None
+    return {"value": score.value, "standard_error": error, "prompt": suite.prompt, **score.facts}
+
+
+def _diversity(one: ImageSet, suite: Suite, seed: int) -> dict[str, Any]:
+    images = one.first(MOST_PERCEPTUAL)
+    labels = _classes(one, "LPIPS diversity")[: len(images)]
+    return perceptual.lpips_diversity(suite.lpips, images, labels, seed)
+
+
+def _classes(one: ImageSet, what: str) -> Tensor:
+    if one.labels is None:
+        raise UnfitError(f"{what} of {one.name}: its classes are not known; put a samples.json beside the images")
+    return one.labels
+
+
+def lpips_paired(one: ImageSet, other: ImageSet, suite: Suite, ledger: Ledger) -> dict[str, Any] | None:
+    """Mean LPIPS between images of equal noise and class."""
+
+    def measure() -> dict[str, Any]:
+        found = perceptual.lpips_paired(suite.lpips, one.first(MOST_PERCEPTUAL), other.first(MOST_PERCEPTUAL))
+        return {name: value for name, value in found.items() if name != "per_image"}
+
+    return ledger.attempt("lpips", one.name, measure)
+
+
+def modes_of(one: ImageSet, other: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+    """The classes that a set holds beside those of another, as the classifier sees them."""
+    if suite.classifier is None:
+        return None
+    ours, theirs = (x.first(MOST_CLASSIFIED) for x in (one, other))
+    labels = None if one.labels is None else one.labels[: len(ours)].cpu()
+
+    def measure() -> dict[str, Any]:
+        return {"images": len(ours), **modes(suite.classifier, ours, theirs, labels, seed)}
+
+    return ledger.attempt("modes", one.name, measure)
+
+
+def against_statistics(ours: Features | None, suite: Suite, ledger: Ledger) -> dict[str, Any] | None:
+    """FID against the npz."""
+    if ours is None or suite.statistics is None:
+        return None
+    known = suite.statistics
+    return ledger.attempt("fid against the npz", ours.name, lambda: features.compare(ours, known))

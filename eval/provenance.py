@@ -1,0 +1,89 @@
+"""Where the numbers of a report come from: code, inputs, machine, and the contract of how images become numbers."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmd_dar import spectrum
+from dmd_dar.data.images import to_pixels
+from eval import maps, sliced, structure, verdict
+
+PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
+
+
+def git_state() -> str:
+    """Commit and whether the tree differs from it; "unknown" outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def code_state() -> dict[str, Any]:
+    """The commit, and whether tracked files differ from it (None outside a checkout)."""
+    state = git_state()
+    return {"commit": state.removesuffix("-dirty"), "dirty": None if state == "unknown" else state.endswith("-dirty")}
+
+
+def contract() -> dict[str, Any]:
+    """How images become numbers: reports whose `contract_hash` agrees may be compared.
+
+    The constants are those that the code uses; the rounding is what `to_pixels` does to a ramp beyond its range.
+    """
+    ramp = torch.linspace(-1.1, 1.1, 1024).reshape(1, 1, 32, 32)
+    return {
+        "pixels": "decoded in float32, clamped, quantised once by rounding; stored as PNG or npy; never resized",
+        "quantised_ramp": hashlib.sha256(bytes(to_pixels(ramp).flatten().tolist())).hexdigest()[:16],
+        "luma": spectrum.LUMA,
+        "chroma_factors": (spectrum.CB_FACTOR, spectrum.CR_FACTOR),
+        "window": "periodic Hann, weighted mean removed, first bin dropped",
+        "bands": spectrum.BAND_EDGES,
+        "fits_below": spectrum.HIGHEST_FIT,
+        "quantisation_power": spectrum.QUANTISATION_POWER,
+        "wavelet": (structure.WAVELET, structure.LEVELS),
+        "flat_patches": (structure.PATCH, structure.FLAT_SHARE),
+        "grid_periods": maps.PERIODS,
+        "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST),
+        "margins": (verdict.GAIN_MARGIN_DB, verdict.KURTOSIS_RANGE, verdict.FLAT_NOISE_DB),
+    }
+
+
+def contract_hash() -> str:
+    return hashlib.sha256(json.dumps(contract(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device}, {name}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device, seconds: float, **facts: Any) -> dict[str, Any]:
+    """Code, contract, versions, device and wall time, with what the command itself knows (`facts`) before them."""
+    return {
+        **facts,
+        "git": code_state(),
+        "contract_hash": contract_hash(),
+        "contract": contract(),
+        "versions": versions(),
+        "device": machine(device),
+        "seconds": round(seconds, 1),
+    }
