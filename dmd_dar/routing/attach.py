@@ -8,8 +8,10 @@ Class, parameters and state-dict keys of the backbone stay as they are; the rout
 """
 
 import os
-from collections.abc import Mapping
-from types import MethodType
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,7 +21,7 @@ from dmd_dar.errors import DamagedFileError
 from dmd_dar.routing.check import prove
 from dmd_dar.routing.consumers import Plan, plan_of
 from dmd_dar.routing.examples import example_inputs as inputs_for
-from dmd_dar.routing.folder import FORM, read_folder, save_routed
+from dmd_dar.routing.folder import FORM, WEIGHTS, computed_buffers, read_folder, save_routed
 from dmd_dar.routing.hooks import DarBank
 from dmd_dar.routing.layout import ChunkSize, Final, Query, RoutingConfig, Scale, Summary
 
@@ -48,13 +50,16 @@ def attach(
     `example_inputs` for it, keyword arguments of the model's forward. `allow_change` permits forms that change the
     function; the change is then measured and printed.
 
-    The routers are float32 (float64 in a float64 model). Attach before `fully_shard`, and call `model.dar.reset()`
-    after filling a model that was on the meta device. PEFT freezes all that is not its own: call
-    `model.dar.requires_grad_(True)` after adding an adapter. Checkpointing must not be reentrant (diffusers' is not).
+    The routers are float32 (float64 in a float64 model), and stay so when the model is cast to less. Attach before
+    `fully_shard` and `torch.compile`, and call `model.dar.reset()` after filling a model that was on the meta device.
+    PEFT freezes all that is not its own: attach after adding an adapter, or call `model.dar.requires_grad_(True)`.
+    Checkpointing must not be reentrant (diffusers' is not).
 
-    Raises ValueError, with `model` as it was, where the model has routers already or no blocks, the options do not
-    fit it, the form would change its function, or the check finds that it did, naming the first block that differs.
+    Raises ValueError, with `model` as it was, where it is no transformer, has routers already or no blocks, the options
+    do not fit it, the form would change its function, or the check finds that it did, naming the first block that
+    differs.
     """
+    _refuse_wrapped(model)
     if getattr(model, "dar", None) is not None:
         raise ValueError(f"this {type(model).__name__} already has routers at .dar: detach it first")
     config = RoutingConfig(query, chunk_size, summary, scale, final)
@@ -75,6 +80,16 @@ def attach(
     elif check:
         bank.proof = _prove
     return model
+
+
+def _refuse_wrapped(model: Any) -> None:
+    """Raises ValueError for what holds a transformer but is none."""
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"{name} is compiled: attach before torch.compile, or pass model._orig_mod and compile again")
+    if not isinstance(model, nn.Module):
+        held = isinstance(getattr(model, "transformer", None), nn.Module)
+        raise ValueError(f"{name} is not a transformer: pass " + ("pipe.transformer" if held else "an nn.Module"))
 
 
 def _prove(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -108,33 +123,50 @@ def load_routed(folder: str | os.PathLike[str]) -> Any:
     """
     import diffusers
 
-    saved = read_folder(folder)
-    model_class: Any = getattr(diffusers, saved.backbone["_class_name"], None)
-    if nn.Module not in getattr(model_class, "__mro__", ()):
-        raise DamagedFileError(f"{folder}: diffusers has no model class {saved.backbone['_class_name']!r}")
-    try:
+    saved, form = read_folder(folder), Path(folder) / FORM
+    name = saved.backbone["_class_name"]
+    model_class: Any = getattr(diffusers, name, None)
+    if nn.Module not in getattr(model_class, "__mro__", ()) or not hasattr(model_class, "from_config"):
+        raise DamagedFileError(f"{form}: backbone._class_name: diffusers has no model class {name!r}")
+    with _blamed(f"{form}: backbone"):
         model: Any = model_class.from_config(saved.backbone)
-        install(model, saved.routing, plan_of(model, saved.granularity))
+    with _blamed(f"{form}: granularity"):
+        plan = plan_of(model, saved.granularity)
+    with _blamed(f"{form}: routing"):
+        install(model, saved.routing, plan)
+    with _blamed(f"{form.with_name(WEIGHTS)}: the weights do not fit what {FORM} says"):
         model.load_state_dict(saved.weights, assign=True)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise DamagedFileError(f"{folder}: the weights do not fit what {FORM} says: {error}") from error
-    for name, dtype in saved.buffer_dtypes.items():
-        path, _, buffer = name.rpartition(".")
-        owner = model.get_submodule(path)
-        setattr(owner, buffer, getattr(owner, buffer).to(getattr(torch, dtype)))
+    buffers = computed_buffers(model)
+    if buffers.keys() != saved.buffer_dtypes.keys():
+        raise DamagedFileError(f"{form}: buffer_dtypes must name {[*buffers]}, got {[*saved.buffer_dtypes]}")
+    for key, buffer in buffers.items():
+        path, _, own = key.rpartition(".")
+        setattr(model.get_submodule(path), own, buffer.to(saved.buffer_dtypes[key]))
     return model.eval()
 
 
+@contextmanager
+def _blamed(part: str) -> Iterator[None]:
+    """DamagedFileError naming `part` for whatever its values make other code raise."""
+    try:
+        yield
+    except Exception as error:
+        raise DamagedFileError(f"{part}: {type(error).__name__}: {error}") from error
+
+
 def install(model: Any, config: RoutingConfig, plan: Plan) -> DarBank:
-    """Put the routers of `plan` at `model.dar` and their hooks in place, unchecked; returns the routers."""
+    """Put the routers of `plan` at `model.dar` and their hooks in place, unchecked; returns the routers.
+
+    Where the hooks find no place, `model` is as it was.
+    """
     parameter = next(model.parameters())
     dtype = getattr(model, "dtype", parameter.dtype)
     with parameter.device:
         bank = DarBank(model, plan, config).to(torch.promote_types(dtype, torch.float32))
-    model.dar = bank
     bank.install(model)
+    model.dar = bank
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = MethodType(save_routed, model)
+        model.save_pretrained = partial(save_routed, model)  # a bound method could not be unpickled
     return bank
 
 

@@ -16,28 +16,34 @@ def prove(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Run a routed model's forward with and without its routers, at rest, and compare.
 
     Forms that do not keep the function are measured, and the change is printed. Raises ValueError naming the first
-    block whose output differs otherwise: by a bit for `stream`, by more than rounding for `count`.
+    block whose output differs otherwise, by a bit for `stream`, by more than rounding for `count`, or the first that is
+    not finite; and where the routers hold memory that nothing filled.
     """
     with _at_rest(model):
         plain = _outputs(model, args, kwargs, routed=False)
         routed = _outputs(model, args, kwargs, routed=True)
-    moved = {path: change(plain[path], routed[path], path) for path in plain}
-    config, name = model.dar.config, type(model).__name__
-    if not config.keeps_function:
-        print(f"routing changes the output of {name} by {moved['output']:.3g} (relative, in norm)")
-        return
-    for path, far in moved.items():
-        if far > (0 if config.scale == "stream" else TOLERANCE[plain[path][0].dtype]):
+    config, name, far = model.dar.config, type(model).__name__, 0.0
+    for path in plain:
+        far = change(plain[path], routed[path], path)
+        if config.keeps_function and far > (0 if config.scale == "stream" else TOLERANCE[plain[path][0].dtype]):
             raise ValueError(
                 f"routing changes the function of {name}: {path} is the first to differ, by {far:.3g} (relative, in"
                 " norm); if its routers are not at their start, call model.dar.reset()"
             )
+    if not model.dar.was_reset:
+        raise ValueError(f"the routers of {name} are not at their start: call model.dar.reset() once it is filled")
+    if not config.keeps_function:
+        print(f"routing changes the output of {name} by {far:.3g} (relative, in norm)")
 
 
 def change(plain: list[Tensor], routed: list[Tensor], path: str) -> float:
     """|routed - plain| / |plain| over all tensors, 0 only if all bits agree. Raises ValueError for non-finite ones."""
-    if not all(bool(x.isfinite().all()) for x in plain):
+    if not _finite(plain):
         raise ValueError(f"{path} of the plain network is not finite: check it with other example_inputs")
+    if not _finite(routed):
+        raise ValueError(
+            f"{path} of the routed network is not finite: if its routers are not at their start, call model.dar.reset()"
+        )
     if len(plain) == len(routed) and all(map(torch.equal, plain, routed)):
         return 0.0
     pairs = [(x.double(), y.double()) for x, y in zip(plain, routed, strict=True)]
@@ -45,6 +51,10 @@ def change(plain: list[Tensor], routed: list[Tensor], path: str) -> float:
         sum(float(x.square().sum()) for x in xs) for xs in ([y - x for x, y in pairs], [x for x, _ in pairs])
     )
     return max((apart / size) ** 0.5 if size else float("inf"), torch.finfo(torch.float64).tiny)
+
+
+def _finite(outputs: list[Tensor]) -> bool:
+    return all(bool(x.isfinite().all()) for x in outputs)
 
 
 @contextmanager
@@ -67,11 +77,12 @@ def _outputs(model: Any, args: tuple, kwargs: dict, *, routed: bool) -> dict[str
     def keep(path: str) -> Callable:
         return lambda module, inputs, output: found.__setitem__(path, tensors(output))
 
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    devices = sorted({x.device.index for x in model.parameters() if x.device.type == "cuda"})
     handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in bank.plan.blocks]
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=devices):
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                generator.manual_seed(0)
             found["output"] = tensors(bank.run(model, args, kwargs, routed=routed))
     finally:
         for handle in handles:

@@ -6,7 +6,8 @@ the weights bear a name that they do not look for, and config.json asks for a qu
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.routing.layout import RoutingConfig
 
 FORMAT = 1
-WEIGHTS, FORM = "dar_weights.safetensors", "dar.json"
+WEIGHTS, FORM, CONFIG = "dar_weights.safetensors", "dar.json", "config.json"
+KEYS = {"format": int, "backbone": dict, "routing": dict, "granularity": str, "buffer_dtypes": dict}
 BARRIER = {"quant_method": "dar: it has routers, load it with dmd_dar.routing.load_routed"}
 
 
@@ -31,7 +33,7 @@ class Saved:
     backbone: dict[str, Any]
     routing: RoutingConfig
     granularity: str
-    buffer_dtypes: dict[str, str]  # of the buffers that are computed, not saved
+    buffer_dtypes: dict[str, torch.dtype]  # of the buffers that are computed, not saved
     weights: dict[str, Tensor]
 
 
@@ -64,39 +66,86 @@ def save_routed(
         raise UserError(f"{folder} holds the weights of a plain model, {plain[0]}: save to another folder")
     backbone, routing = json.loads(model.to_json_string()), asdict(model.dar.config)
     form = {"format": FORMAT, "backbone": backbone, "routing": routing, "granularity": model.dar.plan.granularity}
-    computed = {name: value for name, value in model.named_buffers() if name not in weights}
-    form["buffer_dtypes"] = {name: str(value.dtype).removeprefix("torch.") for name, value in computed.items()}
+    buffers = computed_buffers(model)
+    form["buffer_dtypes"] = {name: str(value.dtype).removeprefix("torch.") for name, value in buffers.items()}
     half = folder / f".{WEIGHTS}.tmp"
     save_file(weights, half, metadata={"format": "pt", "routing": json.dumps(routing)})
     os.replace(half, folder / WEIGHTS)
     sync_folder(folder)
     write_atomic(folder / FORM, json.dumps(form, indent=1))
-    write_atomic(folder / "config.json", json.dumps({**backbone, "quantization_config": BARRIER}, indent=1))
+    write_atomic(folder / CONFIG, json.dumps({**backbone, "quantization_config": BARRIER}, indent=1))
+
+
+def computed_buffers(model: Any) -> dict[str, Tensor]:
+    """The buffers that are not in the state dict."""
+    saved = model.state_dict()
+    return {name: value for name, value in model.named_buffers() if name not in saved}
 
 
 def read_folder(folder: str | os.PathLike[str]) -> Saved:
-    """What `save_routed` wrote. Raises MissingWeightsError or DamagedFileError, naming the file and the fault."""
+    """What `save_routed` wrote. Raises MissingWeightsError or DamagedFileError, naming the file, key and fault."""
     folder = Path(folder)
-    for name in (FORM, WEIGHTS):
+    for name in (FORM, WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise MissingWeightsError(f"{folder / name} is missing: give a folder that a routed model was saved to")
-    try:
-        form = json.loads((folder / FORM).read_text())
-        if form["format"] != FORMAT:
-            raise ValueError(f"its format is {form['format']!r}, not {FORMAT}")
-        saved = {"routing": RoutingConfig(**form["routing"]), "granularity": form["granularity"]}
-        saved |= {"backbone": dict(form["backbone"]), "buffer_dtypes": dict(form["buffer_dtypes"])}
-        str(saved["backbone"]["_class_name"])
-        if not all(isinstance(getattr(torch, name, None), torch.dtype) for name in saved["buffer_dtypes"].values()):
-            raise ValueError(f"buffer_dtypes names something else than a dtype: {saved['buffer_dtypes']}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DamagedFileError(f"{folder / FORM} describes no routed transformer: {error!r}") from error
+    form = _read_form(folder / FORM)
+    found, saved = _read_json(folder / CONFIG), {**form["backbone"], "quantization_config": BARRIER}
+    if found != saved:
+        found = found if isinstance(found, dict) else {}
+        keys = sorted(key for key in {*found, *saved} if found.get(key) != saved.get(key))
+        raise DamagedFileError(
+            f"{folder / CONFIG} was not saved with {FORM}, they differ in {', '.join(keys)}: if a plain model was saved"
+            " to this folder later, load it with diffusers, and save routed models to another folder"
+        )
+    routing = _routing(f"{folder / FORM}: routing", form["routing"])
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            trained = RoutingConfig(**json.loads((file.metadata() or {})["routing"]))
+            metadata = json.loads((file.metadata() or {})["routing"])
         weights = load_file(folder / WEIGHTS)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise DamagedFileError(f"{folder / WEIGHTS} is not a routed transformer's: {error!r}") from error
-    if trained != saved["routing"]:
-        raise DamagedFileError(f"{folder}: {FORM} says {saved['routing']}, but the weights were saved with {trained}")
-    return Saved(**saved, weights=weights)
+    trained = _routing(f"{folder / WEIGHTS}: routing", metadata)
+    if trained != routing:
+        raise DamagedFileError(f"{folder}: {FORM} says {routing}, but the weights were saved with {trained}")
+    return Saved(form["backbone"], routing, form["granularity"], form["buffer_dtypes"], weights)
+
+
+def _read_form(path: Path) -> dict[str, Any]:
+    """dar.json with exactly its keys, each of its type, buffer_dtypes as torch's; routing is not looked into."""
+    form = _read_json(path)
+    if isinstance(form, dict) and form.get("format", FORMAT) != FORMAT:
+        raise DamagedFileError(f"{path}: format is {form['format']!r}, not {FORMAT}")
+    _check_keys(f"{path}", form, KEYS)
+    for key, kind in KEYS.items():
+        if type(form[key]) is not kind:
+            raise DamagedFileError(f"{path}: {key} must be of type {kind.__name__}, got {form[key]!r}")
+    if not isinstance(name := form["backbone"].get("_class_name"), str):
+        raise DamagedFileError(f"{path}: backbone._class_name must name a class, got {name!r}")
+    dtypes = {name: getattr(torch, str(dtype), None) for name, dtype in form["buffer_dtypes"].items()}
+    for name, dtype in dtypes.items():
+        if not isinstance(dtype, torch.dtype):
+            raise DamagedFileError(f"{path}: buffer_dtypes.{name} is no dtype: {form['buffer_dtypes'][name]!r}")
+    return {**form, "buffer_dtypes": dtypes}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise DamagedFileError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _routing(where: str, values: Any) -> RoutingConfig:
+    _check_keys(where, values, [field.name for field in fields(RoutingConfig)])
+    try:
+        return RoutingConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{where}: {error}") from error
+
+
+def _check_keys(where: str, found: Any, keys: Iterable[str]) -> None:
+    if not isinstance(found, dict):
+        raise DamagedFileError(f"{where} must be a mapping, got {found!r:.80}")
+    for fault, names in (("lacks", set(keys) - set(found)), ("has unknown keys", set(found) - set(keys))):
+        if names:
+            raise DamagedFileError(f"{where} {fault}: {', '.join(sorted(names))}")

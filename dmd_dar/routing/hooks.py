@@ -4,10 +4,12 @@ Bound methods, because copy.deepcopy then gives the copy hooks that use the copy
 """
 
 import copy
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,12 @@ StreamObserver = Callable[[str, int, Tensor], None]  # (stream, router l, alpha 
 
 
 class Pass:
-    """What the hooks know of one forward pass."""
+    """What the hooks know of one forward pass; they leave one that is not `routed` alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, observe: StreamObserver | None = None, routed: bool = True) -> None:
+        self.observe, self.routed = observe, routed
+        self.with_grad = torch.is_grad_enabled()
+        self.graph: dict[str, bool] = {}  # whether each stream's latest consumer ran with gradients
         self.histories: dict[str, History] = {}
         self.last: dict[str, Tensor] = {}  # x_l of each stream, as its latest consumer saw it
         self.handed: dict[str, Tensor] = {}  # h_l that the latest block was given in place of x_l
@@ -36,7 +41,7 @@ class Pass:
         """An independent copy, for recomputing a part of the pass; tensors are shared."""
         twin = copy.copy(self)
         twin.histories = {name: history.snapshot() for name, history in self.histories.items()}
-        for name in ("last", "handed", "outputs", "place"):
+        for name in ("graph", "last", "handed", "outputs", "place"):
             setattr(twin, name, dict(getattr(self, name)))
         return twin
 
@@ -45,7 +50,8 @@ class DarBank(nn.Module):
     """One `RouterBank` per token stream, and the hooks. Never called itself.
 
     `t_projection` (d, d_t) exists where the network's timestep embedding is not d wide and the query needs it; it
-    starts as copies of the identity, the routers' gates at zero. `observe`, if set, sees every router's weights.
+    starts as copies of the identity, the routers' gates at zero. `observe`, if set, sees every router's weights once a
+    forward. The parameters are float32 or wider, also when the model is cast to less. Each thread has its own pass.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, config: RoutingConfig):
@@ -66,10 +72,32 @@ class DarBank(nn.Module):
             if t_width != plan.width:
                 self.t_projection = nn.Parameter(_tiled_identity(plan.width, t_width))
         self.observe: StreamObserver | None = None
-        self.bypassed = False
         self.proof: Callable[[nn.Module, tuple, dict], None] | None = None  # runs once, at the next forward
-        self._pass: Pass | None = None
+        self._warned = False
+        self._thread = threading.local()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def _pass(self) -> Pass | None:
+        return getattr(self._thread, "now", None)
+
+    @_pass.setter
+    def _pass(self, now: Pass | None) -> None:
+        self._thread.now = now
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._thread = threading.local()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def wide(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device, torch.float32) if y.dtype.itemsize < 4 else y
+
+        return super()._apply(wide, recurse)
 
     def bank(self, stream: str) -> RouterBank:
         bank = self.streams[stream]
@@ -81,6 +109,12 @@ class DarBank(nn.Module):
         """Whether all queries are zero, so that the sources weigh the same."""
         return all(self.bank(stream).at_start for stream in self.streams)
 
+    @property
+    def was_reset(self) -> bool:
+        """Whether queries, gains and t_projection can be what `reset` makes them, not memory that nothing filled."""
+        gains = all(bool((self.bank(stream).gain == 1).all()) for stream in self.streams)
+        return self.at_start and gains and (not hasattr(self, "t_projection") or bool(self.t_projection.any()))
+
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the start: zero queries, unit gains; the network then computes what it did before routing."""
@@ -90,7 +124,14 @@ class DarBank(nn.Module):
             self.t_projection.copy_(_tiled_identity(*self.t_projection.shape))
 
     def install(self, model: nn.Module) -> None:
-        """Register every hook on `model` and its modules."""
+        """Register every hook on `model` and its modules; all or, where that fails, none."""
+        try:
+            self._register(model)
+        except BaseException:
+            self.remove(model)
+            raise
+
+    def _register(self, model: nn.Module) -> None:
         keep = self._handles.append
         keep(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         keep(model.register_forward_hook(self._end, always_call=True))
@@ -118,11 +159,11 @@ class DarBank(nn.Module):
 
     def run(self, model: Any, args: tuple, kwargs: dict, *, routed: bool) -> Any:
         """The model's forward, routed or plain, past the hooks of its call: for use before or within one."""
-        self.bypassed, self._pass = not routed, Pass() if routed else None
+        self._pass = Pass(self.observe, routed)
         try:
             return model.forward(*args, **kwargs)
         finally:
-            self.bypassed, self._pass = False, None
+            self._pass = None
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         func = getattr(model, "_gradient_checkpointing_func", None)
@@ -131,7 +172,19 @@ class DarBank(nn.Module):
         if self.proof is not None:
             proof, self.proof = self.proof, None
             proof(model, args, kwargs)
-        self._pass = None if self.bypassed else Pass()
+        if torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
+            self._warn_if_frozen(model)
+        self._pass = Pass(self.observe)
+
+    def _warn_if_frozen(self, model: nn.Module) -> None:
+        if any(x.requires_grad for x in self.parameters()) or not any(x.requires_grad for x in model.parameters()):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(model).__name__} trains, but its routers are frozen, as PEFT leaves them: to train them too, call"
+            " model.dar.requires_grad_(True)",
+            stacklevel=2,
+        )
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
         self._pass = None
@@ -146,31 +199,34 @@ class DarBank(nn.Module):
 
     def _route(self, stream: str, router: int, name: str, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook of a consumer or block: h_l in place of the stream that it was to read."""
-        if self.bypassed:
+        now, enabled = self._running(), torch.is_grad_enabled()
+        if not now.routed:
             return None
-        now = self._running()
-        x = args[0] if args else kwargs[name]
+        with torch.set_grad_enabled(enabled or now.with_grad):  # a block under no_grad reads what has a graph
+            x = self._read(now, stream, router, args[0] if args else kwargs[name])
+        now.graph[stream] = enabled
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+    def _read(self, now: Pass, stream: str, router: int, x: Tensor) -> Tensor:
+        """What a consumer or block is given in place of x (B, T, d)."""
         if self.plan.granularity == "block":
             for place, y in enumerate(now.outputs.pop(stream, ())):
                 if y is x:
                     now.place[stream] = place
-            x = now.handed[stream] = self._state(now, stream, router, _undo(now, stream, x))
-        elif router > 1:
-            x = self._state(now, stream, router, x.to(now.dtype or x.dtype)).to(x.dtype)
-        else:
-            now.last[stream] = x.to(now.dtype or x.dtype)
-            return None
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+            now.handed[stream] = self._state(now, stream, router, _undo(now, stream, x))
+            return now.handed[stream]
+        h = self._state(now, stream, router, x.to(now.dtype or x.dtype))
+        return x if router == 1 else h.to(x.dtype)
 
     def _note_outputs(self, stream: str, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._pass is not None and isinstance(output, tuple):
+        if self._pass is not None and self._pass.routed and isinstance(output, tuple):
             self._pass.outputs[stream] = output
 
     def _last_block(self, stream: str, router: int, module: nn.Module, args: tuple, output: Any):
         """Forward hook of the last block, block granularity: the head's state in place of the stream it returns."""
-        if self.bypassed:
-            return None
         now = self._running()
+        if not now.routed:
+            return None
         outputs = [output] if isinstance(output, Tensor) else list(output)
         place = now.place.get(stream)
         if place is None:  # something was added on the way from block to block, or there is one output only
@@ -179,7 +235,8 @@ class DarBank(nn.Module):
             if len(places) != 1:
                 raise ValueError(f"cannot tell which of {len(outputs)} outputs of the last of {stream} is the stream")
             place = places[0]
-        outputs[place] = self._state(now, stream, router, _undo(now, stream, outputs[place]))
+        with torch.set_grad_enabled(now.with_grad or torch.is_grad_enabled()):
+            outputs[place] = self._state(now, stream, router, _undo(now, stream, outputs[place]))
         return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
 
     def _running(self) -> Pass:
@@ -197,7 +254,8 @@ class DarBank(nn.Module):
             return x
         history = now.histories.get(stream) or self._new_history(now, stream)
         last, tokens, raw = now.last[stream], x.shape[1], x
-        v = _difference(x, last[:, -tokens:])
+        with torch.set_grad_enabled(now.graph[stream]):  # what a block makes under no_grad is a constant
+            v = _difference(x, last[:, -tokens:])
         if tokens < last.shape[1]:  # the head behind a joint stream reads the image tokens, which come last
             rest = last.shape[1] - tokens
             v, x = nn.functional.pad(v, (0, 0, rest, 0)), torch.cat([last[:, :rest], x], dim=1)
@@ -212,12 +270,13 @@ class DarBank(nn.Module):
     def _new_history(self, now: Pass, stream: str) -> History:
         bank = self.bank(stream)
         t_embedding = self._t_embedding(now)
-        observe = None if self.observe is None else partial(self.observe, stream)
+        observe = None if now.observe is None else partial(now.observe, stream)
         if stream in now.last:
             joinable = "joint" in self.streams
             history = History(bank, now.last[stream], t_embedding, observe, joinable)
         else:
             now.last[stream] = torch.cat([now.last.pop("text"), now.last.pop("image")], dim=1)
+            now.graph[stream] = now.graph["image"]
             text, image = now.histories.pop("text"), now.histories.pop("image")
             history = History.joined(text, image, bank, t_embedding)
             history.observe = observe
@@ -259,7 +318,8 @@ class Region:
             if not torch.is_grad_enabled():
                 raise RuntimeError("routing needs checkpointing with use_reentrant=False: the history is no argument")
             return self.module(*args, **kwargs)
-        outer, self.bank._pass = self.bank._pass, self.start.snapshot()
+        outer, again = self.bank._pass, self.start.snapshot()
+        self.bank._pass, again.observe = again, None
         try:
             return self.module(*args, **kwargs)
         finally:
@@ -282,7 +342,8 @@ def _undo(now: Pass, stream: str, y: Tensor) -> Tensor:
     if stream not in now.handed:
         return y
     wide = torch.promote_types(y.dtype, torch.float32)
-    return (y.to(wide) + (now.last[stream].to(wide) - now.handed[stream].to(wide))).to(y.dtype)
+    with torch.set_grad_enabled(now.graph[stream]):
+        return (y.to(wide) + (now.last[stream].to(wide) - now.handed[stream].to(wide))).to(y.dtype)
 
 
 def _out_features(module: nn.Module) -> int:

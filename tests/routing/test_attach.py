@@ -13,6 +13,7 @@ from dmd_dar.routing.consumers import Form, sublayer_plan
 from dmd_dar.routing.examples import example_inputs
 from dmd_dar.routing.history import History
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.router import RouterBank
 from tests.routing.tiny_models import NAMES, distance, gradients, output, shaken, tiny_model
 
 diffusers = pytest.importorskip("diffusers")
@@ -168,29 +169,82 @@ class ResidualSiT(SiT):
 
 
 FORM = Form("Block", "blocks", "norm1 norm2", head="final_layer.norm_final", width="width")
+SIT_INPUTS = {
+    "x": torch.randn(2, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+    "t": torch.tensor([0.1, 0.9], dtype=torch.float64),
+    "labels": torch.zeros(2, dtype=torch.long),
+}
+
+
+def hooked_names(named: dict) -> dict:
+    return {name.replace("dar.", "dar.streams.image."): value for name, value in named.items()}
+
+
+def sit_pair(explicit_class: type[SiT], hooked_class: type[SiT], routing: RoutingConfig) -> tuple[SiT, SiT]:
+    """The same random network with its routers explicit and in hooks."""
+    torch.manual_seed(0)
+    shape = dict(input_size=8, in_channels=2, patch=4, width=16, depth=4, heads=2)
+    explicit = explicit_class(SiTConfig(**shape, routing=routing)).double()
+    hooked = hooked_class(SiTConfig(**shape)).double()
+    with torch.no_grad():
+        for parameter in explicit.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    install(hooked, routing, sublayer_plan(hooked, FORM))
+    hooked.load_state_dict(hooked_names(explicit.state_dict()))
+    return explicit, hooked
 
 
 @pytest.mark.parametrize("final", ["dedicated", "reuse_last"])
 @pytest.mark.parametrize(("scale", "summary"), [("stream", "sum"), ("stream", "last"), ("convex", "last")])
 @pytest.mark.parametrize("query", QUERIES)
 def test_hooks_and_explicit_history_agree(query, scale, summary, final):
-    torch.manual_seed(0)
-    routing = RoutingConfig(query, 3, summary, scale, final)
-    shape = dict(input_size=8, in_channels=2, patch=4, width=16, depth=4, heads=2)
-    explicit = SiT(SiTConfig(**shape, routing=routing)).double()
-    hooked = ResidualSiT(SiTConfig(**shape)).double()
-    with torch.no_grad():
-        for parameter in explicit.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    install(hooked, routing, sublayer_plan(hooked, FORM))
-    names = {name: name.replace("dar.", "dar.streams.image.") for name in explicit.state_dict()}
-    hooked.load_state_dict({names[name]: value for name, value in explicit.state_dict().items()})
+    explicit, hooked = sit_pair(SiT, ResidualSiT, RoutingConfig(query, 3, summary, scale, final))
+    assert torch.allclose(output(hooked, SIT_INPUTS), output(explicit, SIT_INPUTS), rtol=0, atol=1e-12)
+    ours = hooked_names(gradients(explicit, SIT_INPUTS))
+    assert distance(gradients(hooked, SIT_INPUTS), ours) < 1e-12
 
-    x, t = torch.randn(2, 2, 8, 8, dtype=torch.float64), torch.tensor([0.1, 0.9], dtype=torch.float64)
-    inputs = {"x": x, "t": t, "labels": torch.zeros(2, dtype=torch.long)}
-    assert torch.allclose(output(hooked, inputs), output(explicit, inputs), rtol=0, atol=1e-12)
-    ours = {names[name]: value for name, value in gradients(explicit, inputs).items()}
-    assert distance(gradients(hooked, inputs), ours) < 1e-12
+
+class FrozenSiT(SiT):
+    """Block `frozen` runs without a graph. With `dar` the history is explicit; without, routers may sit in hooks."""
+
+    frozen = 0
+
+    def forward(self, x, t, labels):
+        t_embedding = self.t_embedder(t)
+        c, x = t_embedding + self.y_embedder(labels), self.x_embedder(x) + self.pos_embed
+        history = History(self.dar, x, t_embedding) if isinstance(self.dar, RouterBank) else None
+        for k, block in enumerate(self.blocks):
+            m = block.modulation(c)
+            with torch.set_grad_enabled(k != self.frozen):
+                for sublayer, parts in ((block.attention_output, m[:3]), (block.mlp_output, m[3:])):
+                    v = sublayer(history.state() if history else x, *parts)
+                    x = x + v
+                    if history:
+                        with torch.enable_grad():
+                            history.append(v, x)
+        return self._unpatchify(self.final_layer(history.state() if history else x, c))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+@pytest.mark.parametrize(("scale", "chunk_size"), [("stream", 3), ("stream", 1), ("convex", 2)])
+@pytest.mark.parametrize("query", QUERIES)
+def test_what_a_block_under_no_grad_adds_is_a_constant(query, scale, chunk_size, frozen, monkeypatch):
+    monkeypatch.setattr(FrozenSiT, "frozen", frozen)
+    explicit, hooked = sit_pair(FrozenSiT, FrozenSiT, RoutingConfig(query, chunk_size, "sum", scale))
+    explicit.dar.backend = "naive"
+    ours, found = gradients(explicit, SIT_INPUTS), gradients(hooked, SIT_INPUTS)
+    assert not any(f"blocks.{frozen}." in name for name in found) and "x_embedder.proj.weight" in found
+    assert distance(found, hooked_names(ours)) < 1e-12
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_a_forward_without_gradients_makes_no_graph(name, monkeypatch):
+    model = shaken(attach(tiny_model(name), query="timestep", chunk_size=2))
+    made, append = [], History.append
+    monkeypatch.setattr(History, "append", lambda self, v, x: (made.extend([v, x]), append(self, v, x))[1])
+    with torch.no_grad():
+        result = output(model, example_inputs(model))
+    assert made and not any(x.requires_grad for x in [*made, result])
 
 
 @pytest.mark.parametrize("final", ["dedicated", "reuse_last"])

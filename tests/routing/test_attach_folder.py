@@ -1,6 +1,8 @@
 """Routed transformers on disk: they come back whole, and plain diffusers refuses them."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,32 @@ def test_a_detached_model_is_saved_as_plain(tmp_path):
         attach(model, query="static", chunk_size=2).save_pretrained(tmp_path / "plain")
 
 
+def test_a_plain_model_saved_over_a_routed_one_is_not_taken_for_it(tmp_path):
+    model = detach(saved(tmp_path))
+    model.save_pretrained(tmp_path)
+    plain = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(output(plain, example_inputs(model)), output(model, example_inputs(model)))
+    with pytest.raises(DamagedFileError, match="config.json was not saved with dar.json, they differ in quantization"):
+        load_routed(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(MissingWeightsError, match="config.json is missing"):
+        load_routed(tmp_path)
+
+
+def test_copies_and_pickles_are_saved_with_their_own_weights(tmp_path):
+    model = saved(tmp_path / "first")
+    inputs, routed = example_inputs(model), output(model, example_inputs(model))
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    model.dar.reset()
+    plain = output(model, inputs)
+    for i, twin in enumerate(twins):
+        assert torch.equal(output(twin, inputs), routed) and not torch.equal(plain, routed)
+        assert gradients(twin, inputs).keys() == gradients(model, inputs).keys()
+        twin.save_pretrained(tmp_path / str(i))
+        assert torch.equal(output(load_routed(tmp_path / str(i)), inputs), routed)
+        assert torch.equal(output(detach(twin), inputs), plain) and "save_pretrained" not in vars(twin)
+
+
 @pytest.mark.parametrize("options", [{"safe_serialization": False}, {"variant": "fp16"}, {"push_to_hub": True}])
 def test_what_saving_does_not_offer(tmp_path, options):
     model = attach(tiny_model(DIT), query="static", chunk_size=2)
@@ -99,30 +127,59 @@ def test_what_saving_does_not_offer(tmp_path, options):
 
 
 def rewrite(folder: Path, **changes) -> None:
-    form = json.loads((folder / "dar.json").read_text())
+    """Change dar.json; `backbone` is updated, in config.json too."""
+    form, config = (json.loads((folder / name).read_text()) for name in ("dar.json", "config.json"))
+    backbone = changes.pop("backbone", {})
+    form["backbone"] |= backbone
     (folder / "dar.json").write_text(json.dumps(form | changes))
+    (folder / "config.json").write_text(json.dumps(config | backbone))
+
+
+ROUTING = {"query": "timestep", "chunk_size": 2, "summary": "sum", "scale": "stream", "final": "dedicated"}
+TABLE = "pos_embed.pos_embed"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "dar.json describes no routed transformer: .*its format is 2, not 1"),
-        ({"routing": {"query": "learned"}}, "query must be one of .* got 'learned'"),
-        ({"routing": {"query": "static", "depth": 3}}, "unexpected keyword argument 'depth'"),
-        (
-            {"routing": {"query": "timestep", "chunk_size": 4}},
-            "chunk_size=4.*but the weights were saved with.*chunk_size=2",
-        ),
-        ({"backbone": {"num_layers": 3}}, "describes no routed transformer: KeyError\\('_class_name'\\)"),
-        ({"backbone": {"_class_name": "DDIMScheduler"}}, "diffusers has no model class 'DDIMScheduler'"),
-        ({"granularity": "block"}, "the weights do not fit what dar.json says"),
-        ({"buffer_dtypes": {"pos_embed.pos_embed": "load"}}, "something else than a dtype"),
+        ({"format": 2}, "dar.json: format is 2, not 1"),
+        ({"extra": 1}, "dar.json has unknown keys: extra"),
+        ({"routing": ROUTING | {"query": "learned"}}, "dar.json: routing: query must be one of .* got 'learned'"),
+        ({"routing": ROUTING | {"depth": 3}}, "dar.json: routing has unknown keys: depth"),
+        ({"routing": {"query": "timestep"}}, "dar.json: routing lacks: chunk_size, final, scale, summary"),
+        ({"routing": []}, r"dar.json: routing must be of type dict, got \[\]"),
+        ({"routing": ROUTING | {"chunk_size": 4}}, "chunk_size=4.*but the weights were saved with.*chunk_size=2"),
+        ({"backbone": {"_class_name": None}}, "dar.json: backbone._class_name must name a class, got None"),
+        ({"backbone": {"_class_name": 3}}, "dar.json: backbone._class_name must name a class, got 3"),
+        ({"backbone": {"_class_name": "DDIMScheduler"}}, "_class_name: diffusers has no model class 'DDIMScheduler'"),
+        ({"backbone": {"_class_name": "ModelMixin"}}, "_class_name: diffusers has no model class 'ModelMixin'"),
+        ({"backbone": {"patch_size": 0}}, "dar.json: backbone: ZeroDivisionError"),
+        ({"backbone": {"num_layers": 0}}, "dar.json: granularity: ValueError: .*found none"),
+        ({"backbone": {"num_layers": 2}}, "dar_weights.safetensors: the weights do not fit what dar.json says"),
+        ({"granularity": "block"}, "dar_weights.safetensors: the weights do not fit what dar.json says"),
+        ({"granularity": "layer"}, "dar.json: granularity: .*must be 'sublayer' or 'block', got 'layer'"),
+        ({"buffer_dtypes": {TABLE: "load"}}, f"dar.json: buffer_dtypes.{TABLE} is no dtype: 'load'"),
+        ({"buffer_dtypes": {TABLE: ["float32"]}}, rf"buffer_dtypes.{TABLE} is no dtype: \['float32'\]"),
+        ({"buffer_dtypes": {}}, rf"dar.json: buffer_dtypes must name \['{TABLE}'\], got \[\]"),
+        ({"buffer_dtypes": {TABLE: "float32", "nope.x": "float32"}}, rf"must name \['{TABLE}'\], got .*'nope.x'"),
+        ({"buffer_dtypes": {"pos_embed.proj.weight": "float16"}}, rf"must name \['{TABLE}'\], got .*proj.weight"),
     ],
 )
 def test_a_form_that_does_not_fit(tmp_path, change, message):
     saved(tmp_path)
+    rewrite(tmp_path)
+    load_routed(tmp_path)
     rewrite(tmp_path, **change)
     with pytest.raises(DamagedFileError, match=message):
+        load_routed(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe", b"3"])
+@pytest.mark.parametrize("name", ["dar.json", "config.json"])
+def test_a_file_that_is_no_mapping(tmp_path, name, content):
+    saved(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DamagedFileError, match=name):
         load_routed(tmp_path)
 
 
@@ -137,7 +194,7 @@ def test_files_that_are_damaged_or_missing(tmp_path):
     with pytest.raises(DamagedFileError, match="dar_weights.safetensors is not a routed transformer's"):
         load_routed(tmp_path)
     (tmp_path / "dar.json").write_text("{")
-    with pytest.raises(DamagedFileError, match="dar.json describes no routed transformer"):
+    with pytest.raises(DamagedFileError, match="dar.json cannot be read as JSON"):
         load_routed(tmp_path)
     weights.unlink()
     with pytest.raises(MissingWeightsError, match="dar_weights.safetensors is missing"):

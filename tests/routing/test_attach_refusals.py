@@ -84,6 +84,30 @@ def test_a_model_without_blocks():
     assert same(everything(model), before)
 
 
+def test_what_holds_a_transformer_is_not_one():
+    model = tiny_model("DiTTransformer2DModel")
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=3)
+    pipe = diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler())
+    compiled = torch.compile(model, backend="eager")
+    before = everything(model)
+    with pytest.raises(ValueError, match="DiTPipeline is not a transformer: pass pipe.transformer"):
+        attach(pipe, **GOOD)
+    with pytest.raises(ValueError, match="str is not a transformer: pass an nn.Module"):
+        attach("facebook/DiT-XL-2-256", **GOOD)
+    with pytest.raises(ValueError, match=r"attach before torch.compile, or pass model\._orig_mod"):
+        attach(compiled, **GOOD)
+    assert same(everything(model), before)
+
+
+def test_hooks_that_find_no_place_leave_nothing_behind():
+    model = tiny_model("DiTTransformer2DModel")
+    del model.norm_out
+    before = everything(model)
+    with pytest.raises(AttributeError, match="norm_out"):
+        attach(model, **GOOD, check=False)
+    assert same(everything(model), before)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_detach_takes_all_of_it_away(name):
     model = tiny_model(name)
@@ -109,6 +133,24 @@ def test_the_check_restores_randomness_and_modes():
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
     assert [module.training for module in detach(model).modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_check_seeds_no_device_that_it_does_not_use(monkeypatch):
+    model, seeded = tiny_model("DiTTransformer2DModel"), []
+    for device in (torch.cuda, torch.mps, torch.xpu):
+        for name in ("manual_seed", "manual_seed_all"):
+            monkeypatch.setattr(device, name, seeded.append, raising=False)
+    attach(model, **GOOD)
+    assert seeded == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_the_check_restores_the_device_s_randomness():
+    model = tiny_model("DiTTransformer2DModel").cuda()
+    torch.manual_seed(7)
+    state = torch.cuda.get_rng_state()
+    attach(model, **GOOD)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
 def faulty(monkeypatch, router: int, by: float) -> None:
@@ -154,16 +196,16 @@ def test_the_proof_needs_finite_numbers():
     assert not hasattr(model, "dar")
 
 
-def on_meta(name: str) -> nn.Module:
+def on_meta(name: str, garbage: float = 0.5, **options) -> nn.Module:
     """A model attached on the meta device, then filled with the weights of `tiny_model`; routers are garbage."""
     plain = tiny_model(name)
     with torch.device("meta"):
         model = type(plain).from_config(plain.config).eval()
-    attach(model, query="timestep", chunk_size=2)
+    attach(model, query="timestep", chunk_size=2, **options)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.dar.parameters():
-            parameter.fill_(0.5)
+            parameter.fill_(garbage)
     assert model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys == []
     return model
 
@@ -180,6 +222,15 @@ def test_on_the_meta_device_the_check_waits_for_the_first_forward():
     with pytest.raises(ValueError, match=r"transformer_blocks\.0 is the first to differ.*model\.dar\.reset\(\)"):
         model(**inputs)
     assert not hasattr(model, "dar") and torch.equal(output(model, inputs), output(plain, inputs))
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "convex", "allow_change": True}], ids=["keeps", "changes"])
+@pytest.mark.parametrize(("garbage", "said"), [(float("nan"), "is not finite"), (0.0, "are not at their start")])
+def test_routers_that_nothing_filled_are_found(garbage, said, options):
+    model = on_meta("FluxTransformer2DModel", garbage, **options)
+    with pytest.raises(ValueError, match=rf"router.* {said}.*call model\.dar\.reset\(\)|routed .* {said}.*reset"):
+        model(**example_inputs(tiny_model("FluxTransformer2DModel")))
+    assert not hasattr(model, "dar")
 
 
 def test_blocks_run_only_within_the_model_s_call():

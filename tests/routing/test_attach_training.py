@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dmd_dar.errors import UserError
@@ -60,6 +64,63 @@ def test_checkpointing_frees_what_a_block_computes():
     assert kept(True) < kept(False) / 3
 
 
+def test_recomputation_may_run_in_another_thread():
+    model = shaken(attach(tiny_model(THREE[1], torch.float64), query="timestep", chunk_size=2))
+    inputs = example_inputs(model)
+    expected = gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    model.zero_grad(set_to_none=True)
+    loss = output(model, inputs).square().sum()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(loss.backward).result()
+    assert distance({key: x.grad for key, x in model.named_parameters() if x.grad is not None}, expected) < 1e-12
+
+
+def test_threads_have_passes_of_their_own():
+    model = shaken(attach(tiny_model(THREE[1], torch.float64), query="timestep", chunk_size=2))
+    first = example_inputs(model)
+    second = first | {"hidden_states": 1.5 * first["hidden_states"]}
+    expected = [output(model, inputs).detach() for inputs in (first, second)]
+    meet = threading.Barrier(2, timeout=20)
+
+    def both_are_here(module, args):
+        meet.wait()
+
+    model.transformer_blocks[1].register_forward_pre_hook(both_are_here)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda inputs: output(model, inputs).detach(), (first, second)))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_the_observer_sees_every_router_once_and_no_graph(backend, checkpointing):
+    model = shaken(attach(tiny_model(THREE[2], torch.float64), query="dynamic", chunk_size=2))
+    inputs, seen = example_inputs(model), []
+    for bank in model.dar.streams.values():
+        bank.backend = backend
+    expected = gradients(model, inputs)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    model.dar.observe = lambda stream, router, alpha: seen.append((stream, router, alpha.requires_grad))
+    assert distance(gradients(model, inputs), expected) < 1e-12
+    assert sorted(seen) == sorted((name, l, False) for name, bank in model.dar.streams.items() for l in bank.routers)  # noqa: E741
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda model: model.to(torch.bfloat16)])
+def test_routers_stay_float32_when_the_model_is_cast(cast):
+    model = shaken(attach(tiny_model(THREE[0]), query="timestep", chunk_size=2))
+    routers, pointer = {key: x.clone() for key, x in model.dar.state_dict().items()}, model.dar.streams["image"].gain
+    cast(model)
+    assert next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    assert all(torch.equal(x, routers[key]) and x.dtype == torch.float32 for key, x in model.dar.state_dict().items())
+    assert model.dar.streams["image"].gain is pointer
+    assert output(model, example_inputs(model)).isfinite().all()
+    assert {x.dtype for x in model.double().dar.parameters()} == {torch.float64}
+    assert {x.dtype for x in model.half().dar.parameters()} == {torch.float32}
+    assert {(x.dtype, x.is_meta) for x in model.to("meta").dar.parameters()} == {(torch.float32, True)}
+
+
 def test_reentrant_checkpointing_is_refused():
     model = attach(tiny_model(THREE[0]), query="static", chunk_size=2)
     model.enable_gradient_checkpointing(lambda module, *args: checkpoint(module, *args, use_reentrant=True))
@@ -88,6 +149,37 @@ def test_adapters_find_the_same_targets_and_routers_stay_trainable(tmp_path, nam
     assert sum(key.endswith("w_q") for key in trained) == len(routed.dar.streams)
     with pytest.raises(UserError, match="has adapters"):
         routed.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_routers_attached_after_an_adapter_are_trainable(name):
+    peft = pytest.importorskip("peft")
+    model = tiny_model(name)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    before = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    attach(model, query="timestep", chunk_size=2)
+    after = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert after - before == {f"dar.{key}" for key, _ in model.dar.named_parameters()} and before < after
+
+
+def test_frozen_routers_in_training_are_said_once():
+    model = attach(tiny_model(THREE[0]), query="static", chunk_size=2)
+    inputs = example_inputs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output(model, inputs)
+        output(model.requires_grad_(False), inputs)
+        model.proj_out_1.requires_grad_(True)
+        with torch.no_grad():
+            output(model, inputs)
+        model.dar.requires_grad_(True)
+        output(model, inputs)
+        model.dar.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"routers are frozen.*call model\.dar\.requires_grad_\(True\)"):
+        output(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output(model, inputs)
 
 
 SHALLOW = {

@@ -147,6 +147,7 @@ def test_a_residual_network_has_no_routers(capsys):
         ("chunksize=4", "unknown key; nearest valid key: chunk_size"),
         ("groups=[0]", "must be >= 1"),
         ("out=/", "out is a folder"),
+        ("out=/proc/x.json", "out = '/proc/x.json' cannot be written"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(argument, said, capsys):

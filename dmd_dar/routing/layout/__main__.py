@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.routing.layout import (
     ALPHA,
@@ -115,7 +116,10 @@ def show(cfg: LayoutConfig) -> None:
     print("\n".join([*lines, "", *source_table(cfg), "", *traffic_table(cfg, known["traffic"])]))
     if cfg.out:
         path = Path(cfg.out)
-        write_atomic(make_folder(path.parent) / path.name, json.dumps(known, indent=1))
+        try:
+            write_atomic(make_folder(path.parent) / path.name, json.dumps(known, indent=1))
+        except OSError as error:
+            raise UserError(f"out = {cfg.out!r} cannot be written: {error.strerror}; name another file") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dmd_dar.routing.ops import naive
@@ -35,7 +36,8 @@ class ListedReader:
         bank = self.bank
         sources = self.summaries + self.outputs
         query, gain = bank.query_of(router, self.t_embedding, previous), bank.gain[bank.row(router)]
-        alpha = naive.weights(sources, query, gain) if observed else None
+        with torch.no_grad():
+            alpha = naive.weights(sources, query, gain) if observed else None
         return self.route_of(sources, query, gain, scale=bank.config.scale, stream=stream), alpha
 
     def snapshot(self) -> "ListedReader":
