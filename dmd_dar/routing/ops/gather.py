@@ -23,23 +23,37 @@ if TYPE_CHECKING:
     from dmd_dar.routing.ops.torch import TorchReader
 
 BLOCK_BYTES = 2**23  # half-precision sources are widened this much at a time
+SMALL = 400  # products of fewer terms are slow as batched matrix products on a CPU
 
 
 def mix(w: Tensor, v: Tensor) -> Tensor:
     """sum_i w_ki v_i: w (M, k, n), v (M, n, d) of any float dtype -> (M, k, d) in w's dtype."""
-    if v.dtype == w.dtype:
-        return torch.bmm(w, v)
-    mixed = w.new_empty(len(w), w.shape[1], v.shape[2])
-    rows = max(1, BLOCK_BYTES // (w.element_size() * v[0].numel() + 1))
-    for start in range(0, len(w), rows):
-        block = slice(start, start + rows)
-        torch.bmm(w[block], v[block].to(w.dtype), out=mixed[block])
+    n, terms = v.shape[1], w.shape[1] * v.shape[1] * v.shape[2]
+    if n == 0 or (n > 1 and terms >= SMALL):
+        return _product(w, v)
+    mixed = w[:, :, :1] * v[:, :1]
+    for i in range(1, n):
+        mixed.addcmul_(w[:, :, i : i + 1], v[:, i : i + 1].to(w.dtype))
     return mixed
 
 
 def dots(v: Tensor, x: Tensor) -> Tensor:
     """v_i . x of every token: v (M, n, d), x (M, d) -> (M, n) in x's dtype."""
-    return mix(x[:, None], v.transpose(1, 2))[:, 0]
+    if v.shape[1] * v.shape[2] < SMALL:
+        return (v * x[:, None]).sum(dim=-1)
+    return _product(x[:, None], v.transpose(1, 2))[:, 0]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product in a's dtype; b is widened block by block where it is narrower."""
+    if a.dtype == b.dtype:
+        return torch.bmm(a, b)
+    product = a.new_empty(len(a), a.shape[1], b.shape[2])
+    rows = max(1, BLOCK_BYTES // (a.element_size() * b[0].numel() + 1))
+    for start in range(0, len(a), rows):
+        block = slice(start, start + rows)
+        torch.bmm(a[block], b[block].to(a.dtype), out=product[block])
+    return product
 
 
 @dataclass(frozen=True)
