@@ -2,9 +2,9 @@
 
 A router's backward only leaves its dh_l; when all readers of a source are through, one pass over their dh_l gives
 
-    dv_i = sum_l w_{l,i} dh_l + r_i (u - k_i (k_i . u) / d),    u = sum_l ds_{l,i} q_l,
+    dv_i = sum_l w_{l,i} dh_l + u - v_i (v_i . u) r_i^2 / d,    u = r_i sum_l ds_{l,i} q_l,
 
-as FlashAttention's dK and dV: k_i = r_i v_i, r_i = 1 / RMS(v_i), q_l with gain and 1 / sqrt(d) folded in,
+as FlashAttention's dK and dV: r_i = 1 / RMS(v_i), q_l with gain and 1 / sqrt(d) folded in,
 ds_{l,i} = c alpha_{l,i} (dh_l . v_i - delta_l), delta_l = dh_l . sum_j alpha_{l,j} v_j, c = 1 (convex) or n (count,
 stream), w = c alpha, less 1 in `stream`. In half precision delta_l carries one rounding of h_l.
 Legend as in torch.py: M = B T tokens, d width, R routers, n sources of one router.
@@ -31,10 +31,17 @@ def mix(w: Tensor, v: Tensor) -> Tensor:
     n, terms = v.shape[1], w.shape[1] * v.shape[1] * v.shape[2]
     if n == 0 or (n > 1 and terms >= SMALL):
         return _product(w, v)
-    mixed = w[:, :, :1] * v[:, :1]
-    for i in range(1, n):
-        mixed.addcmul_(w[:, :, i : i + 1], v[:, i : i + 1].to(w.dtype))
-    return mixed
+    return add_mix(w[:, :, :1] * v[:, :1], w[:, :, 1:], v[:, 1:])
+
+
+def add_mix(total: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """total (M, k, d) += sum_i w_ki v_i in place, as `mix`."""
+    n, terms = v.shape[1], w.shape[1] * v.shape[1] * v.shape[2]
+    if n > 1 and terms >= SMALL:
+        return total.baddbmm_(w, v) if v.dtype == w.dtype else total.add_(_product(w, v))
+    for i in range(n):
+        total.addcmul_(w[:, :, i : i + 1], v[:, i : i + 1].to(w.dtype))
+    return total
 
 
 def dots(v: Tensor, x: Tensor) -> Tensor:
@@ -161,35 +168,38 @@ class Source(torch.autograd.Function):
 
 def _gather(ctx: Any, gathered: Gathered, v: Tensor, rms: Tensor, folded: Tensor | None = None) -> Tensor | None:
     """dv of a source and, on the way, its part of the queries' gradient."""
-    rows, form = ctx.rows, ctx.form
-    dh, key = gathered.read(rows), v * rms[:, None]
+    rows, form, v = ctx.rows, ctx.form, v.to(rms.dtype)
+    dh = gathered.read(rows)
     alpha = torch.stack([gathered.rows[row][0][:, ctx.column] for row in rows], dim=1)  # (M, readers)
     w = alpha if form.scale == "convex" else alpha * alpha.new_tensor([form.counts[row] for row in rows])
     if folded is not None:
         delta = torch.stack([gathered.rows[row][1] for row in rows], dim=1)
-        ds = w * (dots(dh, v.to(w.dtype)) - delta)
-        u = _through_queries(gathered, folded, ds, key, rows, form)
+        ds = w * (dots(dh, v) - delta)
+        u = _through_queries(gathered, folded, ds * rms[:, None], v, rows, form)
     else:
         assert gathered.queries is not None
         ds = torch.stack([gathered.rows[row][1][:, ctx.column] for row in rows], dim=1)
-        u = mix(ds[:, None], gathered.queries[:, rows.start : rows.stop])[:, 0]
+        u = mix((ds * rms[:, None])[:, None], gathered.queries[:, rows.start : rows.stop])[:, 0]
     if not ctx.needs_input_grad[0]:
         return None
     dv = mix((w - 1 if form.scale == "stream" else w)[:, None], dh)[:, 0]
-    u -= key * ((key * u).sum(dim=-1, keepdim=True) / v.shape[-1])
+    along = dots(v[:, None], u) * (rms.square() / v.shape[-1])[:, None]  # (M, 1)
     shape, dtype = ctx.like
-    return dv.addcmul_(u, rms[:, None]).to(dtype).view(shape)
+    return dv.add_(u).addcmul_(v, along, value=-1).to(dtype).view(shape)
 
 
-def _through_queries(gathered: Gathered, folded: Tensor, ds: Tensor, key: Tensor, rows: range, form: Form) -> Tensor:
-    """u = sum_l ds_l q_l, (M, d); adds sum ds_l k to the queries' gradient. folded: rows of (R, d) or (B, R, d)."""
+def _through_queries(gathered: Gathered, folded: Tensor, ds: Tensor, v: Tensor, rows: range, form: Form) -> Tensor:
+    """u = sum_l ds_l q_l, (M, d), for ds with RMS^-1; adds sum ds_l v to the queries' gradient.
+
+    folded: rows of (R, d) or (B, R, d).
+    """
     if folded.ndim == 3:
-        ds, key = ds.unflatten(0, (len(folded), -1)), key.unflatten(0, (len(folded), -1))
+        ds, v = ds.unflatten(0, (len(folded), -1)), v.unflatten(0, (len(folded), -1))
     if form.learns:
         if gathered.query_grad is None:
             routers, width = gathered.dh.shape[1:]
             gathered.query_grad = folded.new_zeros(*folded.shape[:-2], routers, width)
-        gathered.query_grad[..., rows.start : rows.stop, :] += ds.transpose(-1, -2) @ key
+        gathered.query_grad[..., rows.start : rows.stop, :] += ds.transpose(-1, -2) @ v
     return (ds @ folded).view(-1, folded.shape[-1])
 
 
@@ -233,7 +243,7 @@ class Route(torch.autograd.Function):
                 rest, d_query, d_gain = _through_logits(flat.to(alpha.dtype), c, alpha, *seen)
             else:
                 mean_times = 1 if ctx.mean_saved else c
-                rest = (flat * state.view(flat.shape).to(alpha.dtype)).sum(dim=-1) / mean_times  # delta
+                rest = dots(state.view(flat.shape)[:, None], flat.to(alpha.dtype))[:, 0] / mean_times  # delta
             ctx.passes.begin(flat).take(ctx.row, flat, alpha, rest, folded)
         return flat.new_zeros(()), dh if ctx.form.scale == "stream" else None, d_query, d_gain, None, None
 

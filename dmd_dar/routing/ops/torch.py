@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dmd_dar.routing.ops.gather import Begin, Form, Passes, Route, Source, dots, mix
+from dmd_dar.routing.ops.gather import Begin, Form, Passes, Route, Source, add_mix, dots, mix
 from dmd_dar.routing.ops.naive import EPS
 
 if TYPE_CHECKING:
@@ -194,8 +194,7 @@ class TorchReader:
             (self.sums[:, base : base + summaries], w[:, :summaries]),
             (self.outs[:, : len(self.out_known)], w[:, summaries:]),
         ):
-            if part.shape[1]:
-                h += mix(weights[:, None], part)[:, 0]
+            add_mix(h[:, None], weights[:, None], part)
         return h
 
     def seen(self) -> list[Tensor]:
