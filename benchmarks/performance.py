@@ -212,8 +212,8 @@ SECTIONS = [
     routing(
         "routing_cpu",
         "Routing on a CPU",
-        "Aims: `torch` at least 8x faster than `naive` on dense chains (4x without page faults), at most 1/8 of its extra"
-        " memory; a training step at most 1.25x the residual one.",
+        "Aims: `torch` at least 8x faster than `naive` on dense chains (4x without page faults), at most 1/8 of its"
+        " extra memory; a training step at most 1.25x the residual one.",
     ),
     routing(
         "routing_cuda",
