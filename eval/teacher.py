@@ -103,6 +103,10 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
             f"path = {cfg.path}: {shape.in_channels} channels and {shape.num_classes} classes; this command judges"
             f" teachers of photos, with 3 and {len(NAMES)}"
         )
+    if card.label_names not in ((), NAMES):
+        raise config.ConfigError(
+            f"path = {cfg.path}: its classes are {', '.join(card.label_names)}; this command judges teachers of photos"
+        )
     out = make_folder(cfg.out)
     bench = Bench.of(cfg, network, device)
     weights = network_hash(cfg.path)

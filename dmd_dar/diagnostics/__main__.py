@@ -79,6 +79,10 @@ def diagnose_one(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
             f"{name} = {run}: {shape.in_channels} channels and {shape.num_classes} classes; this command feeds photos,"
             f" with 3 and {len(NAMES)}"
         )
+    if card.label_names not in ((), NAMES):
+        raise config.ConfigError(
+            f"{name} = {run}: its classes are {', '.join(card.label_names)}; this command feeds photos"
+        )
     data = Photos(shape.input_size, device)
     draws = Draws(cfg.seed, "diagnostics", 0, sample_range(0, cfg.samples, device))
     places = places_of(network)

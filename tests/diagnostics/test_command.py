@@ -120,3 +120,17 @@ def test_a_gate_is_clear_of_zero_beyond_two_standard_errors():
     row = {"router": 3, "sources": [[0, 0], [1, 1], [2, 2]], "standard_error": [[1.0, 1.0, 1.0]]}
     routers = [row | {"gate_gradient": [[2.1, -1.9, -2.1]]}]
     assert clear_gates(routers, 0) == ([0, 2], [3, 3]) and clear_share(routers, 0) == pytest.approx(2 / 3)
+
+
+def test_a_network_of_other_classes_is_refused(tmp_path, capsys):
+    """Seven classes of someone's own images are not the photographs' seven."""
+    from eval import teacher
+
+    names = ("a", "b", "c", "d", "e", "f", "g")
+    save_network(tmp_path / "own", tiny_sit(), ModelCard(label_names=names))
+    with pytest.raises(SystemExit) as exit_:
+        run(f"run={tmp_path / 'own'}", f"out={tmp_path / 'out'}")
+    assert exit_.value.code == 2 and "its classes are a, b, c" in capsys.readouterr().err
+    with pytest.raises(config.ConfigError, match="its classes are a, b, c"):
+        teacher.judge_teacher(teacher.TeacherReportConfig(path=str(tmp_path / "own"), out=str(tmp_path / "judged")))
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
