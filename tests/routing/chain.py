@@ -50,7 +50,9 @@ def chain(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     device: str = "cpu",
+    calm: float = 1.0,
 ) -> Chain:
+    """`calm` scales queries and sublayers down: a deep chain of large ones is chaotic and multiplies any rounding."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -59,8 +61,9 @@ def chain(
     bank = RouterBank(config, num_sublayers, width).to(device, dtype)
     with torch.no_grad():
         for name, parameter in bank.named_parameters():
-            parameter.copy_(draw(*parameter.shape) * (1 if name != "w_q" else width**-0.5) + (name == "gain"))
-    inputs = draw(batch, tokens, width), draw(batch, width), draw(num_sublayers, width)
+            size = {"gain": 1, "w_q": calm * width**-0.5}.get(name, calm)
+            parameter.copy_(draw(*parameter.shape) * size + (name == "gain"))
+    inputs = draw(batch, tokens, width), draw(batch, width), calm * draw(num_sublayers, width)
     return Chain(bank, *(x.to(device, dtype).requires_grad_() for x in inputs))
 
 
