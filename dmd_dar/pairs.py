@@ -6,26 +6,18 @@ The same command continues what was stopped, and several of them share the work 
 import contextlib
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
 from dmd_dar import config, flow
 from dmd_dar.atomic import make_folder, write_atomic
-from dmd_dar.data.shards import Form, Layout, ShardFolder, Shards, differences, fill
+from dmd_dar.data.shards import Form, Layout, Shards, differences
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.guidance import Velocity, guided
@@ -34,14 +26,10 @@ from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
-from dmd_dar.train.loop import StopRequest
-
-Make = Callable[[int, int], dict[str, Tensor]]
+from dmd_dar.train.filling import Make, Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
 BATCH = 64
-LOOK = 0.5  # seconds between looks at the workers
-SAY = 10.0  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
@@ -225,114 +213,15 @@ def shard_maker(cfg: PairsConfig, recipe: Recipe, teacher: Velocity, device: tor
     return make
 
 
-def device_of(cfg: PairsConfig, rank: int) -> torch.device:
-    gpus = 0 if cfg.cpu else torch.cuda.device_count()
-    return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
-
-
-def _worker(cfg: PairsConfig, rank: int, processes: int, line: Connection) -> None:
-    """One of several processes: stops when `line` speaks, and dies with its parent, whose business signals are."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(cfg.threads or max(1, torch.get_num_threads() // processes))
-    device = device_of(cfg, rank)
-    try:
-        recipe, teacher = recipe_and_teacher(cfg, device)
-        make = shard_maker(cfg, recipe, teacher, device)
-        with ShardFolder(cfg.out, layout_of(recipe, cfg.shard_size)) as folder:
-            fill(folder, make, stopped=line.poll, rank=rank, processes=processes)
-    except UserError as error:
-        line.send_bytes(str(error).encode())
-        sys.exit(2)
-
-
-def share(
-    cfg: PairsConfig, workers: int, folder: ShardFolder, stop: StopRequest, report: Callable[[int], None]
-) -> bool:
-    """Let several processes fill the folder; True once it is complete. One that fails stops them all, as UserError."""
-    context = multiprocessing.get_context("spawn")
-    lines = [context.Pipe() for _ in range(workers)]
-    started = [
-        context.Process(target=_worker, args=(cfg, rank, workers, theirs)) for rank, (_, theirs) in enumerate(lines)
-    ]
-    told = False
-    try:
-        for process, (_, theirs) in zip(started, lines, strict=True):
-            process.start()
-            theirs.close()
-        while alive := [process for process in started if process.is_alive()]:
-            alive[0].join(LOOK)
-            if not told and (stop.asked or any(process.exitcode for process in started)):
-                told = True
-                for ours, _ in lines:
-                    with contextlib.suppress(OSError):
-                        ours.send_bytes(b"stop")
-            report(folder.samples_made())
-        for rank, process in enumerate(started):
-            if process.exitcode and not stop.asked:
-                raise UserError(_last_words(rank, process.exitcode, lines[rank][0]))
-    finally:
-        for process in started:
-            if process.is_alive():
-                process.kill()
-    return not folder.missing()
-
-
-def _last_words(rank: int, code: int, line: Connection) -> str:
-    with contextlib.suppress(EOFError, OSError):
-        if line.poll():
-            return line.recv_bytes().decode()
-    return f"worker {rank} ended with code {code}; whole shards are kept, and the same command continues"
-
-
-def progress(n: int, start: int) -> Callable[[int], None]:
-    """report(made): a line with speed and time left, every now and then and at the end."""
-    began = printed = time.monotonic()
-    said = start
-
-    def report(made: int) -> None:
-        nonlocal printed, said
-        now = time.monotonic()
-        if made > said and (made == n or now - printed >= SAY):
-            printed, said, rate = now, made, (made - start) / max(now - began, 1e-9)
-            left = tqdm.format_interval((n - made) / rate)
-            print(f"{made}/{n} pairs  {rate:.3g} pairs/s  ETA {left}", file=sys.stderr, flush=True)
-
-    return report
+def prepare(cfg: PairsConfig, device: torch.device) -> Work:
+    """The pairs of `cfg`, for `fill_folder`."""
+    recipe, teacher = recipe_and_teacher(cfg, device)
+    return Work(layout_of(recipe, cfg.shard_size), shard_maker(cfg, recipe, teacher, device), "pairs")
 
 
 def make_pairs(cfg: PairsConfig) -> None:
-    """Make what is missing of the folder. Exits with code 143 where SIGTERM or SIGINT stopped it, a shard finished.
-
-    Where RANK and WORLD_SIZE are set, this process is one of those that a launcher started, and starts none itself.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0)) if processes > 1 else 0
-    if processes > 1 and cfg.workers > 1:
-        raise UserError(f"workers = {cfg.workers}: WORLD_SIZE = {processes} processes are there already; leave it out")
-    workers = 1 if processes > 1 else cfg.workers or (0 if cfg.cpu else torch.cuda.device_count()) or 1
-    device = torch.device("cpu") if workers > 1 else device_of(cfg, int(os.environ.get("LOCAL_RANK", rank)))
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    recipe, teacher = recipe_and_teacher(cfg, device)
-    with StopRequest() as stop, ShardFolder(cfg.out, layout_of(recipe, cfg.shard_size)) as folder:
-        folder.require_space()
-        made = folder.samples_made()
-        report = progress(cfg.n, made) if rank == 0 else None
-        if workers > 1 and made < cfg.n:
-            finished = share(cfg, workers, folder, stop, report)
-        else:
-            make = shard_maker(cfg, recipe, teacher, device)
-            finished = fill(folder, make, stopped=lambda: stop.asked, report=report, rank=rank, processes=processes)
-        shards = folder.layout.shards
-        done = shards - len(folder.missing())
-    if not finished:
-        print(f"stopped with {done} of {shards} shards in {cfg.out}; the same command continues", file=sys.stderr)
-        raise SystemExit(143)
-    if rank == 0:
-        print(f"{cfg.n} pairs in {cfg.out}, in {shards} shards")
+    """Make what is missing of the folder, see `fill_folder`."""
+    fill_folder(cfg, prepare)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def until(true, seconds: float = 60) -> None:
 @pytest.fixture
 def forked(monkeypatch):
     """Workers without the seconds of a fresh interpreter; they do not notice their parent's death then."""
-    monkeypatch.setattr(pairs.multiprocessing, "get_context", lambda name: FORK)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: FORK)
 
 
 def many(teacher: Path, out: Path, *more: str) -> list[str]:
