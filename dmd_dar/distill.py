@@ -1,6 +1,5 @@
 """Distil a few-step student from a teacher: python distill.py config=FILE.yaml [key=value ...]"""
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,9 +18,8 @@ from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import Generator, few_step_generator
 from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
-from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.perceptual import lpips_loss
-from dmd_dar.models.sit import SiT, with_routing
+from dmd_dar.models.students import Networks, build_networks
 from dmd_dar.models.teachers import Denoiser, Teacher, TeacherConfig, load_teacher, save_trained
 from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajectories_for
 from dmd_dar.routing.layout import RoutingConfig
@@ -95,22 +93,6 @@ class DistillConfig:
             raise ValueError("matching.weight and regression.weight are both 0: nothing would train the student")
 
 
-def build_networks(cfg: DistillConfig, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
-    """Student and fake score, both starting as the teacher's function."""
-    routing = cfg.student.routing
-    routed = with_routing if isinstance(teacher, SiT) else routed_copy
-    try:
-        student = routed(teacher, routing.form(), routing.allow_change)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise config.ConfigError(f"student.{error}") from error
-    fake_score = copy.deepcopy(teacher)
-    for network in (student, fake_score):
-        network.train().requires_grad_(True)
-        if isinstance(network, SiT):
-            network.pos_embed.requires_grad_(False)
-    return student, fake_score
-
-
 def recipe_of(cfg: DistillConfig, teacher: Denoiser, digest: str) -> Recipe:
     """The trajectories this run needs; `digest` is the teacher's."""
     shape = (teacher.config.in_channels, teacher.config.input_size, teacher.config.input_size)
@@ -130,22 +112,20 @@ def build_method(
     cfg: DistillConfig,
     recipe: Recipe,
     prediction: Prediction | Meaning,
-    teacher: Denoiser,
-    student: Denoiser,
-    fake_score: Denoiser,
+    networks: Networks,
     runtime: Runtime,
     codec: Codec | None = None,
 ) -> DMD:
     """The method over three velocities, with its trajectories where the regression loss wants them."""
-    teacher_velocity = guided(velocity_of(teacher, prediction), cfg.guidance_scale, teacher.config.num_classes)
+    teacher_velocity = guided(velocity_of(networks.teacher, prediction), cfg.guidance_scale, recipe.num_classes)
     pairs = None
     if cfg.regression.weight:
         with runtime.main_first():
             pairs = trajectories_for(cfg.regression, recipe, teacher_velocity, runtime.device)
     return DMD(
-        student=velocity_of(student, prediction),
+        student=velocity_of(networks.student, prediction),
         teacher=teacher_velocity,
-        fake_score=velocity_of(fake_score, prediction),
+        fake_score=velocity_of(networks.fake_score, prediction),
         rungs=cfg.rungs,
         renoise=cfg.matching.time,
         num_classes=recipe.num_classes,
@@ -198,11 +178,13 @@ def distill(cfg: DistillConfig) -> None:
     runtime = Runtime(cfg.launch)
     torch.manual_seed(cfg.seed)
     teacher, codec = open_teacher(cfg, runtime.device)
-    student, fake_score = build_networks(cfg, teacher.network)
+    routing = cfg.student.routing
+    networks = build_networks(teacher.network, routing.form(), routing.allow_change)
+    student, fake_score = networks.student, networks.fake_score
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
     with open_run(cfg, runtime) as folder:
-        method = build_method(cfg, recipe, teacher.prediction, teacher.network, student, fake_score, runtime, codec)
-        routers, router_lr = student.router_parameters(), cfg.student.routing.lr
+        method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec)
+        routers, router_lr = student.router_parameters(), routing.lr
         ema = Ema(student, cfg.student.ema)
         optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr)
         student_phase = Phase("student", student, optimiser, method.student_loss, ema)

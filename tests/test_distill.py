@@ -16,6 +16,7 @@ from dmd_dar.data.photos import NAMES
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import with_routing
+from dmd_dar.models.students import build_networks
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import log
@@ -170,16 +171,16 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
     """A no_grad call inside autocast must not leave the later call's weights cast without a graph."""
     cfg = config.load(distill.DistillConfig, arguments(teacher, Path("unused"), "regression.weight=0"))
     network, card = load_network(teacher)
-    student, fake_score = distill.build_networks(cfg, network)
+    networks = build_networks(network, cfg.student.routing.form())
     runtime = Runtime(LaunchConfig(cpu=True))
     recipe = distill.recipe_of(cfg, network, "digest")
-    method = distill.build_method(cfg, recipe, card.prediction, network, student, fake_score, runtime)
+    method = distill.build_method(cfg, recipe, card.prediction, networks, runtime)
     step = next(s for s in range(50) if Draws(0, "student", s, sample_range(0, 1)).shared_integer("rung", 4) == 3)
     with torch.autocast("cpu", torch.bfloat16):
         loss, metrics = method.student_loss(Draws(0, "student", step, sample_range(0, 4)))
     assert loss.dtype == torch.float32 and metrics["dm"].dtype == torch.float32
     loss.backward()
-    without = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    without = [name for name, p in networks.student.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
 
 
