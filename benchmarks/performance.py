@@ -148,8 +148,8 @@ def _chains(result: dict[str, Any]) -> list[str]:
     head += ["speed-up", "extra peak memory", "of naive's", "traffic of a forward, counted", "of copy bandwidth"]
     return [
         f"**All routers of a network** ({size}; `timestep` queries). Speed-ups are against `naive`, the equations on"
-        " stacked sources; `by source` is the same without the stacked copy, a leaner baseline. Extra memory is the peak"
-        " above the same chain with plain additions.\n",
+        " stacked sources; `by source` is the same without the stacked copy, a leaner baseline. Extra memory is the"
+        " peak above the same chain with plain additions.\n",
         table(head, rows),
     ]
 
