@@ -10,17 +10,25 @@ from torch import Tensor
 
 from dmd_dar import config, flow, losses
 from dmd_dar.data.config import DataConfig
-from dmd_dar.data.sources import data_hash
+from dmd_dar.data.sources import data_hash, open_data
 from dmd_dar.errors import UserError
-from dmd_dar.guidance import guided
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
-from dmd_dar.methods.generate import Generator, few_step_generator
-from dmd_dar.models.codecs import Codec, load_codec
+from dmd_dar.methods.generate import decoded, few_step_generator
+from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.perceptual import lpips_loss
 from dmd_dar.models.students import Networks, build_networks
-from dmd_dar.models.teachers import Denoiser, Teacher, TeacherConfig, load_teacher, save_trained
+from dmd_dar.models.teachers import (
+    Denoiser,
+    Teacher,
+    TeacherConfig,
+    codec_of,
+    codec_origin,
+    guided_velocity,
+    load_teacher,
+    save_trained,
+)
 from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajectories_for
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
@@ -117,7 +125,7 @@ def build_method(
     codec: Codec | None = None,
 ) -> DMD:
     """The method over three velocities, with its trajectories where the regression loss wants them."""
-    teacher_velocity = guided(velocity_of(networks.teacher, prediction), cfg.guidance_scale, recipe.num_classes)
+    teacher_velocity = guided_velocity(networks.teacher, prediction, cfg.guidance_scale)
     pairs = None
     if cfg.regression.weight:
         with runtime.main_first():
@@ -147,11 +155,6 @@ def distance_of(
     return lpips if codec is None else lambda x, target: lpips(codec.decode(x), codec.decode(target))
 
 
-def decoded(generator: Generator, codec: Codec | None) -> Generator:
-    """The generator's images: what it makes, decoded if those are latents."""
-    return generator if codec is None else lambda *given: codec.decode(generator(*given))
-
-
 def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Codec | None]:
     """The frozen teacher and the codec of its latents, None for pixels; a ConfigError where they do not fit.
 
@@ -159,17 +162,20 @@ def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Cod
     """
     try:
         teacher = load_teacher(cfg.teacher, device)
-        codec = load_codec(teacher.codec, cfg.teacher.codec_revision).to(device) if teacher.codec else None
+        codec = codec_of(teacher, device)
     except UserError as error:
         raise config.ConfigError(f"teacher.path = {cfg.teacher.path}: {error}") from error
     channels, size = teacher.network.config.in_channels, teacher.network.config.input_size
     made = f"teacher.path = {cfg.teacher.path}: it makes {channels} channels of {size} x {size}"
     if codec is None and channels != 3:
         raise config.ConfigError(f"{made}, not RGB: set teacher.codec to the VAE of its latents, a folder or a hub id")
-    if codec is None and size != cfg.data.size:
+    if codec is None and cfg.data.name != "latents" and size != cfg.data.size:
         raise config.ConfigError(f"{made}, not data.size {cfg.data.size}; set data.size, or name another teacher")
     if codec is not None and channels != codec.channels:
         raise config.ConfigError(f"{made}, but latents of teacher.codec {teacher.codec} have {codec.channels} channels")
+    if cfg.data.name == "latents":
+        size = teacher.network.config.input_size
+        open_data(cfg.data).require(codec.digest() if codec else "", (channels, size, size))
     return teacher, codec
 
 
@@ -195,14 +201,16 @@ def distill(cfg: DistillConfig) -> None:
         identity = {"teacher": teacher.digest, "data": data_hash(cfg.data)}
         if isinstance(method.trajectories, StoredTrajectories):
             identity["pairs"] = method.trajectories.shards.hash
-        origin = {**identity, "steps": cfg.steps, **({"codec": teacher.codec} if codec else {})}
+        origin = {**identity, "steps": cfg.steps, **codec_origin(teacher, codec)}
         run_cycle(
             cfg,
             runtime,
             folder,
             (*[fake_phase] * updates, student_phase),
             identity=identity,
-            generator=decoded(few_step_generator(velocity_of(ema.module, teacher.prediction), cfg.rungs), codec),
+            generator=decoded(
+                few_step_generator(velocity_of(ema.module, teacher.prediction), cfg.rungs), codec and codec.decode
+            ),
             shape=recipe.shape,
             num_classes=recipe.num_classes,
             save=lambda place: save_trained(

@@ -20,12 +20,11 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.shards import Form, Layout, Shards, differences
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError
-from dmd_dar.guidance import Velocity, guided
+from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
-from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.teachers import TeacherConfig, load_teacher
+from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
 from dmd_dar.train.filling import Make, Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
@@ -194,7 +193,7 @@ def recipe_and_teacher(cfg: PairsConfig, device: torch.device) -> tuple[Recipe, 
         num_classes=form.num_classes,
         shape=(form.in_channels, form.input_size, form.input_size),
     )
-    return recipe, guided(velocity_of(teacher.network, teacher.prediction), cfg.guidance_scale, form.num_classes)
+    return recipe, guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
 
 
 def shard_maker(cfg: PairsConfig, recipe: Recipe, teacher: Velocity, device: torch.device) -> Make:

@@ -12,10 +12,12 @@ from dmd_dar.atomic import write_atomic
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.folder import Folder
 from dmd_dar.data.images import png_bytes, tile, to_pixels
+from dmd_dar.data.latents import Latents
 from dmd_dar.data.sources import Source, open_data
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
-from dmd_dar.methods.generate import ode_generator
+from dmd_dar.methods.generate import decoded, ode_generator
+from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, SiTConfig
@@ -62,6 +64,10 @@ class PretrainConfig:
     ema: float = key(0.999, "decay of the weight average, which is what is saved", least=0, below=1)
     router_lr: float = key(1e-3, "learning rate of the routers, if model.routing has any", above=0)
     resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
+    codec: str = key(
+        "", "of data.name=latents: their VAE, folder or hub id, which shows them and goes with the teacher"
+    )
+    codec_revision: str = key("", "branch, tag, commit or refs/pr/N of the codec's hub id")
     time: flow.TimeLaw = key(factory=lambda: flow.TimeLaw(law="logit_normal"))
     model: ModelConfig = key(factory=ModelConfig)
     data: DataConfig = key(factory=DataConfig)
@@ -71,6 +77,10 @@ class PretrainConfig:
     launch: LaunchConfig = key(factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        if (self.data.name == "latents") != bool(self.codec):
+            raise ValueError("codec is for data.name=latents, which needs it: name the VAE of these latents")
+        if self.data.name == "latents":
+            return  # `pretrain` compares with what the folder holds
         if self.model.input_size != self.data.size:
             raise ValueError(f"model.input_size {self.model.input_size} must equal data.size {self.data.size}")
         if self.model.in_channels != 3:
@@ -91,9 +101,26 @@ def flow_matching(model: SiT, data: Source, time: flow.TimeLaw, label_dropout: f
     return loss
 
 
-def show(data: Source, seed: int, folder: RunFolder) -> None:
+def open_codec(cfg: PretrainConfig, data: Source, device: torch.device) -> Codec | None:
+    """The codec of latents, None for images; a ConfigError where data, codec and network do not fit each other."""
+    if not isinstance(data, Latents):
+        return None
+    codec = load_codec(cfg.codec, cfg.codec_revision).to(device)
+    data.require(codec.digest(), data.shape)
+    channels, size = data.shape[:2]
+    if (cfg.model.in_channels, cfg.model.input_size) != (channels, size):
+        raise config.ConfigError(
+            f"data.path = {cfg.data.path}: its latents are {list(data.shape)}: set model.in_channels={channels} and"
+            f" model.input_size={size}"
+        )
+    return codec
+
+
+@torch.no_grad()
+def show(data: Source, codec: Codec | None, seed: int, folder: RunFolder) -> None:
     """What the network will learn from, for a look: crops in samples/data.png, one line for the user's own images."""
     crops, _ = data.batch(Draws(seed, "shown", 0, sample_range(0, SHOWN_CROPS, data.device)))
+    crops = crops if codec is None else codec.decode(crops)
     write_atomic(folder.samples / "data.png", png_bytes(tile(to_pixels(crops))))
     if isinstance(data, Folder):
         print(f"data: {data}", file=sys.stderr)
@@ -103,23 +130,27 @@ def pretrain(cfg: PretrainConfig) -> None:
     """Run, or continue, the job. The averaged weights land in out_dir/student."""
     runtime = Runtime(cfg.launch)
     data = open_data(cfg.data, runtime.device)
+    codec = open_codec(cfg, data, runtime.device)
     torch.manual_seed(cfg.seed)
     model = SiT(cfg.model.shape(data)).to(runtime.device)
     ema = Ema(model, cfg.ema)
     optimiser = Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr)
     phase = Phase("pretrain", model, optimiser, flow_matching(model, data, cfg.time, cfg.label_dropout), ema)
     identity = {"data": data.hash}
-    card = ModelCard(label_names=data.label_names, origin={**identity, "seed": cfg.seed, "steps": cfg.steps})
+    origin = {**identity, "seed": cfg.seed, "steps": cfg.steps}
+    if codec is not None:
+        origin |= {"codec": cfg.codec, "codec_revision": cfg.codec_revision, "codec_digest": codec.digest()}
+    card = ModelCard(label_names=data.label_names, origin=origin)
     with open_run(cfg, runtime) as folder:
         if folder is not None:
-            show(data, cfg.seed, folder)
+            show(data, codec, cfg.seed, folder)
         run_cycle(
             cfg,
             runtime,
             folder,
             (phase,),
             identity=identity,
-            generator=ode_generator(velocity_of(ema.module), GRID_STEPS),
+            generator=decoded(ode_generator(velocity_of(ema.module), GRID_STEPS), codec and codec.decode),
             shape=data.shape,
             num_classes=data.num_classes,
             save=lambda place: save_network(place, ema.module, card),

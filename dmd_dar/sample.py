@@ -14,9 +14,8 @@ from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import few_step_generator, generate
 from dmd_dar.methods.rollout import Sampler
-from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
+from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
 
 GRID_LIMIT = 64  # images shown in grid.png
 
@@ -69,7 +68,7 @@ def sample(cfg: SampleConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     student = load_teacher(TeacherConfig(cfg.student), device)
     rungs, shape = checked_rungs(cfg, student), student.network.config
-    codec = load_codec(student.codec).to(device) if student.codec else None
+    codec = codec_of(student, device)
     if cfg.label >= shape.num_classes:
         raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {shape.num_classes - 1}")
     out = make_folder(cfg.out)

@@ -7,6 +7,7 @@ out, so that copies of one file stay together. A batch is a pure function of its
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +44,19 @@ def held_out_files(listing: Listing, share: float) -> set[ImageFile]:
         lowest = set(digests[:count])
         chosen |= {file for file in files if file.digest in lowest}
     return chosen
+
+
+def read_listed(folder: Path, file: ImageFile, cfg: DataConfig) -> np.ndarray:
+    """uint8 (H, W, 3) of a listed image, shrunk as `cfg` says; ImageError where it has changed or gives no crop."""
+    with open(folder / file.name, "rb") as opened:
+        if hashlib.file_digest(opened, "sha256").digest() != file.digest:
+            raise ImageError("has changed since the run began")
+        opened.seek(0)
+        pixels = read_image(opened, cfg.max_megapixels, cfg.shorter_side)
+    height, width = pixels.shape[:2]
+    if min(height, width) < cfg.size:
+        raise ImageError(f"{width} x {height}, smaller than data.size {cfg.size}, and none is enlarged")
+    return pixels
 
 
 class Folder:
@@ -114,25 +128,18 @@ class Folder:
         return pictures
 
     def _open(self, file: ImageFile) -> Picture:
-        pixels = self._decode(file)
+        pixels = read_listed(self.listing.folder, file, self.cfg)
         height, width = pixels.shape[:2]
-        if min(height, width) < self.size:
-            raise ImageError(f"{width} x {height}, smaller than data.size {self.size}, and none is enlarged")
         return Picture(file, height, width, bool((pixels != pixels[..., :1]).any()), pixels)
-
-    def _decode(self, file: ImageFile) -> np.ndarray:
-        with open(self.listing.folder / file.name, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").digest() != file.digest:
-                raise ImageError("has changed since the run began")
-            opened.seek(0)
-            return read_image(opened, self.cfg.max_megapixels, self.cfg.shorter_side)
 
     def _crop(self, index: int, place: tuple[float, float], mirrored: bool) -> np.ndarray:
         """uint8 (S, S, 3) of one image, at `place` in (0, 1)^2 of where crops may lie."""
         picture, size, step = self.pictures[index], self.size, self.size if self.held_out else 1
         y, x = (_corner(side, size, step, u) for side, u in zip((picture.height, picture.width), place, strict=True))
         try:
-            pixels = self._decode(picture.file) if picture.pixels is None else picture.pixels
+            pixels = picture.pixels
+            if pixels is None:
+                pixels = read_listed(self.listing.folder, picture.file, self.cfg)
         except (ImageError, OSError) as error:
             raise unusable(self.listing.folder, [(picture.file.name, str(error))]) from error
         crop = pixels[y : y + size, x : x + size]

@@ -5,21 +5,24 @@ import torch
 from dmd_dar.data import photos, textures
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.folder import Folder
+from dmd_dar.data.latents import Latents
 from dmd_dar.data.listing import list_images
 from dmd_dar.data.photos import Photos
 from dmd_dar.data.textures import Textures
 
-Source = Photos | Textures | Folder
+Source = Photos | Textures | Folder | Latents
 
 
 def open_data(cfg: DataConfig, device: torch.device | str = "cpu", held_out: bool = False) -> Source:
     """The images for training, or those `held_out` from it; every texture is a fresh one, so none needs to be.
 
-    Every source has batch(draws), crops(labels, draws), shape, num_classes, label_names, colour_labels and hash.
-    Raises UserError where a folder cannot be used, see `Folder`.
+    Every source has batch(draws), shape, num_classes, label_names, colour_labels and hash, those of images also
+    crops(labels, draws). Raises UserError where a folder cannot be used, see `Folder` and `Latents`.
     """
     if cfg.name == "folder":
         return Folder(cfg, device, held_out)
+    if cfg.name == "latents":
+        return Latents(cfg.path, device, held_out)
     return Textures(cfg.size, device) if cfg.name == "textures" else Photos(cfg.size, device, held_out)
 
 
@@ -27,4 +30,6 @@ def data_hash(cfg: DataConfig) -> str:
     """`open_data(cfg).hash` without decoding an image."""
     if cfg.name == "folder":
         return list_images(cfg.path).hash
+    if cfg.name == "latents":
+        return Latents(cfg.path).hash
     return textures.data_hash() if cfg.name == "textures" else photos.data_hash()

@@ -25,6 +25,11 @@ def few_step_generator(
     return lambda cond, draws, noise: rollout.sample(velocity, cond, rungs, draws, noise, sampler)
 
 
+def decoded(generator: Generator, decode: Callable[[Tensor], Tensor] | None) -> Generator:
+    """The generator's images: what it makes, decoded if those are latents; None for images."""
+    return generator if decode is None else lambda *given: decode(generator(*given))
+
+
 def balanced_labels(samples: Tensor, num_classes: int) -> Tensor:
     """Each global sample's label, the classes in turn: (N,) -> (N,)."""
     return samples % num_classes

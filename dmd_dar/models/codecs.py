@@ -1,5 +1,7 @@
 """The VAE between images and latents: the only place that knows the latents' scale and shift."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError
-from dmd_dar.models.hub import resolve
+from dmd_dar.models.hub import VAE_FILES, resolve
 
 CHUNK = 8  # images at a time through the VAE, whose activations are far larger than a denoiser's
+ADVICE = ("sample_size", "force_upcast")  # in a VAE's config, but without effect on what it computes here
 
 
 class Codec(nn.Module):
@@ -38,6 +41,14 @@ class Codec(nn.Module):
     def factor(self) -> int:
         """Pixels for each latent cell, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of all that decides its values: weights, scale, shift and form, but no file's name."""
+        form = {name: value for name, value in self.vae.config.items() if name[0] != "_" and name not in ADVICE}
+        total = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            total.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std), each (B, C, h, w), of the latents' normal distribution; scale and shift are in them."""
@@ -78,7 +89,7 @@ def load_codec(path: str, revision: str = "") -> Codec:
     """
     import diffusers
 
-    folder = resolve(path, revision)
+    folder = resolve(path, revision, VAE_FILES)
     if (folder / "vae").is_dir():
         folder = folder / "vae"
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):

@@ -9,12 +9,13 @@ from dmd_dar.errors import MissingWeightsError, UserError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Configurations and safetensors only: pickled weights are not even fetched.
 FILES = ("*.json", "diffusion_pytorch_model*.safetensors", "model.safetensors")
-PIPELINE_FILES = ("transformer/*.safetensors", "vae/*.safetensors")
+VAE_FILES = ("vae/*.safetensors",)
+TEACHER_FILES = ("transformer/*.safetensors", *VAE_FILES)
 
 
-def resolve(path: str, revision: str = "") -> Path:
+def resolve(path: str, revision: str = "", more: tuple[str, ...] = TEACHER_FILES) -> Path:
     """The local file or folder of `path`; a hub id "OWNER/NAME" becomes its snapshot at `revision` (a branch, tag,
-    commit or "refs/pr/N"; empty: the default branch).
+    commit or "refs/pr/N"; empty: the default branch), which holds FILES and those of the patterns `more`.
 
     HF_HUB_OFFLINE=1 is honoured: only what the cache holds is then found. Raises MissingWeightsError where nothing is
     found, UserError for a revision of a local path.
@@ -27,16 +28,16 @@ def resolve(path: str, revision: str = "") -> Path:
     owner = path.partition("/")[0]
     if not HUB_ID.fullmatch(path) or Path(owner).exists():
         raise MissingWeightsError(f"{path}: no such file or folder, and no hub id; write OWNER/NAME for a hub id")
-    return _snapshot(path, revision)
+    return _snapshot(path, revision, more)
 
 
-def _snapshot(name: str, revision: str) -> Path:
+def _snapshot(name: str, revision: str, more: tuple[str, ...]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     offline = constants.HF_HUB_OFFLINE
     at = f"{name} at revision {revision}" if revision else name
     try:
-        patterns = [*FILES, *PIPELINE_FILES]
+        patterns = [*FILES, *more]
         return Path(
             snapshot_download(name, revision=revision or None, allow_patterns=patterns, local_files_only=offline)
         )

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.guidance import Velocity, guided
 from dmd_dar.keys import key
-from dmd_dar.models.codecs import vae_of
-from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction
+from dmd_dar.models.codecs import Codec, load_codec, vae_of
+from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, velocity_of
 from dmd_dar.models.diffusers_denoiser import (
     DiffusersDenoiser,
     load_transformer,
@@ -62,6 +63,19 @@ class Teacher:
     label_names: tuple[str, ...] = ()
     rungs: tuple[float, ...] = ()  # of a few-step student; empty for a teacher
     codec: str = ""  # path or hub id for codecs.load_codec; empty for pixels
+    codec_revision: str = ""
+    codec_digest: str = ""  # of the codec that it was trained with, where its folder says so
+
+
+def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
+    """A teacher's guided velocity. Raises UserError for guidance of a network of one class: it is unconditional."""
+    classes = network.config.num_classes
+    if guidance_scale != 1 and classes == 1:
+        raise UserError(
+            f"guidance_scale = {guidance_scale:g}: the teacher knows one class, so there is nothing to guide towards;"
+            " set guidance_scale=1"
+        )
+    return guided(velocity_of(network, prediction), guidance_scale, classes)
 
 
 def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> Teacher:
@@ -81,7 +95,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
         teacher = _pipeline(place, config)
     elif (place / "config.json").is_file():
         network, prediction = load_transformer(place), _stated(config, None, place / "config.json")
-        teacher = Teacher(network, prediction, _folder_hash(place, prediction), codec=config.codec)
+        teacher = Teacher(network, prediction, _folder_hash(place, prediction), **_codec(config))
     else:
         raise UserError(f"{place} holds no teacher: no model.json, no transformer folder, no config.json")
     teacher.network.to(device)
@@ -105,8 +119,8 @@ def save_trained(folder: Path, network: Denoiser, prediction: Prediction | Meani
 def _ours(place: Path, config: TeacherConfig) -> Teacher:
     network, card = load_network(place)
     prediction = _stated(config, card.prediction, place / "model.json")
-    codec = config.codec or str(card.origin.get("codec", ""))
-    return Teacher(network, prediction, network_hash(place), card.label_names, card.rungs, codec)
+    codec = _codec(config, card.origin)
+    return Teacher(network, prediction, network_hash(place), card.label_names, card.rungs, **codec)
 
 
 def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
@@ -119,9 +133,9 @@ def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{place / CARD} describes no network of this project: {error!r}") from error
     prediction = _stated(config, meaning, place / CARD)
-    codec = config.codec or str(card.get("origin", {}).get("codec", ""))
     network = load_transformer(place / "transformer")
-    return Teacher(network, prediction, _folder_hash(place / "transformer", prediction), names, rungs, codec)
+    digest, codec = _folder_hash(place / "transformer", prediction), _codec(config, card.get("origin", {}))
+    return Teacher(network, prediction, digest, names, rungs, **codec)
 
 
 def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
@@ -135,7 +149,40 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
     prediction = _stated(config, meaning, file)
     network = load_transformer(place / "transformer")
     digest = _folder_hash(place / "transformer", prediction)
-    return Teacher(network, prediction, digest, _label_names(place, network), codec=config.codec or vae_of(place))
+    codec = _codec(config, {"codec": vae_of(place)})
+    return Teacher(network, prediction, digest, _label_names(place, network), **codec)
+
+
+def _codec(config: TeacherConfig, said: dict[str, Any] | None = None) -> dict[str, str]:
+    """Teacher's codec fields: what the configuration names, else what the folder says."""
+    names, said = ("codec", "codec_revision", "codec_digest"), said or {}
+    found = {name: str(said.get(name, "")) for name in names}
+    if config.codec:
+        found |= {"codec": config.codec, "codec_revision": config.codec_revision}
+    return found
+
+
+def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | None:
+    """The codec of a latent teacher's images, None for pixels.
+
+    Raises UserError where it is another one than the teacher was trained with, and what `load_codec` raises.
+    """
+    if not teacher.codec:
+        return None
+    codec = load_codec(teacher.codec, teacher.codec_revision)
+    if teacher.codec_digest not in ("", codec.digest()):
+        raise UserError(
+            f"codec {teacher.codec} is another VAE than the one that the network was trained with"
+            f" ({teacher.codec_digest[:12]}): restore it, or name the right one"
+        )
+    return codec.to(device)
+
+
+def codec_origin(teacher: Teacher, codec: Codec | None) -> dict[str, str]:
+    """What a student's card says of its codec, for `load_teacher` to find it again; empty for pixels."""
+    if codec is None:
+        return {}
+    return {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
 
 
 def _label_names(place: Path, network: Denoiser) -> tuple[str, ...]:
@@ -186,7 +233,7 @@ def _public(file: Path, config: TeacherConfig) -> Teacher:
         fault = " ".join(str(error).split())
         raise DamagedFileError(f"{file} holds another network than SiT or DiT: {fault}") from error
     network.eval().requires_grad_(False)
-    return Teacher(network, prediction, files_hash([file], str(prediction), str(shape.heads)), codec=config.codec)
+    return Teacher(network, prediction, files_hash([file], str(prediction), str(shape.heads)), **_codec(config))
 
 
 def public_weights(file: Path) -> dict[str, Tensor]:

@@ -293,7 +293,7 @@ def test_the_documented_example_gives_what_is_printed(tmp_path, monkeypatch):
     ("wrong", "told"),
     [
         (("name=folder",), "data.path = '' (command line): path is empty"),
-        (("path={root}",), "path is read by data.name=folder only"),
+        (("path={root}",), "path is read by data.name folder and latents only"),
         (("name=folder", "path={root}/none"), "no such file or folder"),
         (("size=96",), "data.size = 96 (command line): size must be at most 64 for photos"),
         (("name=folder", "path={root}", "size=64", "shorter_side=48"), "shorter_side must be 0 or at least size 64"),
