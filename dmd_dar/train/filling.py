@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmd_dar.data.shards import Layout, ShardFolder, fill
+from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill
 from dmd_dar.errors import UserError
 from dmd_dar.train.loop import StopRequest
 
@@ -43,7 +44,7 @@ class FillConfig(Protocol):
 class Work:
     """What a folder holds and make(first, stop) -> tensors of these samples.
 
-    `check` is called once, by the process that begins an empty folder, and raises UserError where nothing can be made.
+    `check` is called once, before a folder is begun, and raises UserError for what `make` would stumble over.
     """
 
     layout: Layout
@@ -75,11 +76,11 @@ def fill_folder(cfg: FillConfig, prepare: Prepare) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     work = prepare(cfg, device)
+    if rank == 0 and not Path(cfg.out, MANIFEST).exists():
+        work.check()
     with StopRequest() as stop, ShardFolder(cfg.out, work.layout) as folder:
         folder.require_space()
         made = folder.samples_made()
-        if rank == 0 and not made:
-            work.check()
         report = progress(work, made) if rank == 0 else None
         if workers > 1 and made < work.layout.n:
             finished = share(cfg, prepare, workers, folder, stop, report)
