@@ -7,6 +7,7 @@ code 2. The dataclasses belong to the components (declared with `keys.key`); onl
 
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 import typing
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dmd_dar.errors import UserError
 from dmd_dar.schema import MISSING, ConfigError, Slot, entries, help_text, leaf, options, plain, shown, slots, walk
 from dmd_dar.train import folder
+from dmd_dar.train.stop import leaving
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -93,9 +95,15 @@ def run_job(
         if "--dry-run" in argv:
             print(to_yaml(cfg), end="")
         else:
-            job(cfg)
+            with leaving():
+                job(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}: free some space and run again; what was saved is whole", file=sys.stderr)
         sys.exit(2)
 
 

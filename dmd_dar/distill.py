@@ -199,6 +199,8 @@ def distill(cfg: DistillConfig) -> None:
         fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
         updates = cfg.fake_score.updates if cfg.matching.weight else 0
         identity = {"teacher": teacher.digest, "data": data_hash(cfg.data)}
+        if codec is not None:
+            identity["codec"] = codec.digest()
         if isinstance(method.trajectories, StoredTrajectories):
             identity["pairs"] = method.trajectories.shards.hash
         origin = {**identity, "steps": cfg.steps, **codec_origin(teacher, codec)}

@@ -139,6 +139,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     identity = {"data": data.hash}
     origin = {**identity, "seed": cfg.seed, "steps": cfg.steps}
     if codec is not None:
+        identity["codec"] = codec.digest()
         origin |= {"codec": cfg.codec, "codec_revision": cfg.codec_revision, "codec_digest": codec.digest()}
     card = ModelCard(label_names=data.label_names, origin=origin)
     with open_run(cfg, runtime) as folder:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.atomic import make_folder, sweep, write_atomic
 from dmd_dar.errors import DamagedFileError, UserError
 
 FORMAT = 1
@@ -192,7 +192,7 @@ class ShardFolder:
         """Whether shard `index` is this process's to make, and missing; nobody else makes it inside the context."""
         with self._locked(index + 1, wait=False) as mine:
             if mine:
-                self._sweep(shard_name(index))
+                sweep(self.folder, shard_name(index))
             yield mine and not self._stands(self._listed().get(index))
 
     def write(self, index: int, tensors: dict[str, Tensor]) -> None:
@@ -223,15 +223,10 @@ class ShardFolder:
         return path is not None and path.is_file() and path.stat().st_size == shard.bytes
 
     def _write_manifest(self, shards: dict[int, Shard]) -> None:
-        self._sweep(MANIFEST)
+        sweep(self.folder, MANIFEST)
         listed = [dataclasses.asdict(shards[index]) for index in sorted(shards)]
         text = json.dumps({"format": FORMAT, **self.layout.described(), "shards": listed}, indent=1)
         write_atomic(self.folder / MANIFEST, text)
-
-    def _sweep(self, name: str) -> None:
-        """Remove what a killed process left of a file that only this one may write now."""
-        for rest in self.folder.glob(f".{name}.*.tmp"):
-            rest.unlink(missing_ok=True)
 
     def _refuse_others(self) -> None:
         old, new = read_manifest(self.folder)[0].described(), self.layout.described()

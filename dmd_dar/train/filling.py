@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill
 from dmd_dar.errors import UserError
-from dmd_dar.train.loop import StopRequest
+from dmd_dar.train.stop import EXIT_CODE, StopRequest
 
 LOOK = 0.5  # seconds between looks at the workers
 SAY = 10.0  # seconds between lines of progress
@@ -92,7 +92,7 @@ def fill_folder(cfg: FillConfig, prepare: Prepare) -> None:
         done = shards - len(folder.missing())
     if not finished:
         print(f"stopped with {done} of {shards} shards in {cfg.out}; the same command continues", file=sys.stderr)
-        raise SystemExit(143)
+        raise SystemExit(EXIT_CODE)
     if rank == 0:
         print(f"{work.layout.n} {work.unit} in {cfg.out}, in {shards} shards")
 

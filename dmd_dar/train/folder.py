@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from dmd_dar.atomic import write_atomic
+from dmd_dar.atomic import sweep, write_atomic
 from dmd_dar.errors import UserError
 
 MAY_CHANGE = ("log.*", "launch.*", "checkpoint.*", "resume", "out_dir")
@@ -61,6 +61,7 @@ class RunFolder:
             resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume)
             for name in ("checkpoints", "samples", "student"):
                 (path / name).mkdir(exist_ok=True)
+            sweep(path)
             write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
         except OSError as error:
             os.close(lock)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
-from dmd_dar.errors import UserError
 from dmd_dar.methods.generate import Generator, generate
+from dmd_dar.train import checkpoint
 from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.log import RunLog
 from dmd_dar.train.loop import Loop, Phase
 from dmd_dar.train.runtime import Runtime
+from dmd_dar.train.stop import EXIT_CODE
 
 GRID_ROWS, GRID_COLUMNS = 7, 8
 
@@ -46,14 +47,10 @@ def open_run(cfg: Any, runtime: Runtime) -> Iterator[RunFolder | None]:
     Where the main process is refused, all of them stop. An uneven batch split is refused before anything is written.
     """
     runtime.micro_batches(cfg.batch_size)
-    folder, refusal = None, None
-    if runtime.is_main:
-        try:
-            folder = RunFolder.open(cfg.out_dir, dataclasses.asdict(cfg), resume=cfg.resume)
-        except UserError as error:
-            refusal = error
-    if runtime.any(refusal is not None):
-        raise refusal or SystemExit(2)
+    config = dataclasses.asdict(cfg)
+    folder = runtime.together(
+        lambda: RunFolder.open(cfg.out_dir, config, resume=cfg.resume) if runtime.is_main else None
+    )
     with folder or contextlib.nullcontext():
         yield folder
 
@@ -72,7 +69,7 @@ def run_cycle(
 ) -> None:
     """Resume, train, and save the result. `save` writes the trained network into a folder.
 
-    Exits with code 143 where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
+    Exits with code EXIT_CODE where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
     """
 
     def draw_grid(step: int) -> None:
@@ -93,13 +90,14 @@ def run_cycle(
         samples_every=cfg.log.samples_every,
         sample=draw_grid,
     )
-    start = loop.restore(Path(cfg.out_dir) / "checkpoints")
-    with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
-        finished = loop.run(start, log)
-    if finished and folder is not None:
-        save(folder.student)
-    runtime.close()
+    with loop.stop:
+        start = loop.restore(Path(cfg.out_dir) / "checkpoints")
+        with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
+            finished = loop.run(start, log)
+        runtime.together(lambda: save(folder.student) if finished and folder is not None else None)
+        runtime.close()
     if not finished:
         if folder is not None:
-            print(f"stopped with a checkpoint in {folder.checkpoints}; the same command continues", file=sys.stderr)
-        raise SystemExit(143)
+            reached = max(checkpoint.steps_saved(folder.checkpoints), default=0)
+            print(f"stopped at step {reached} of {cfg.steps}; the same command continues", file=sys.stderr)
+        raise SystemExit(EXIT_CODE)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -57,6 +58,11 @@ class RunLog:
         self.file.flush()
         if self.wandb_run is not None:
             self.wandb_run.log(record)
+
+    def sync(self) -> None:
+        """Have all that was written outlast a power cut."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.file is not None:

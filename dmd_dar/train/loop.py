@@ -1,7 +1,5 @@
 """The training loop: cycles of optimiser steps, checkpoints, logs, a clean stop."""
 
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.log import Progress, RunLog
 from dmd_dar.train.optimise import Optimiser
 from dmd_dar.train.runtime import Runtime
+from dmd_dar.train.stop import StopRequest
 
 Metrics = dict[str, Tensor]
 
@@ -76,25 +75,6 @@ def gradients(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> Met
     return total
 
 
-class StopRequest:
-    """Set by SIGTERM or SIGINT from the moment of entry; the loop then stops after the step it is in."""
-
-    def __enter__(self) -> "StopRequest":
-        self.asked, self.previous = False, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(number, self.previous[number])  # a second signal acts at once
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
 @dataclass
 class Loop:
     """Trains `cycle`: each phase makes one optimiser step in order, the main one last; that is one step of the run.
@@ -113,35 +93,55 @@ class Loop:
     log_every: int
     samples_every: int
     sample: Callable[[int], None]
+    stop: StopRequest = field(default_factory=StopRequest)  # entered by whoever runs the loop
 
     def phases(self) -> list[Phase]:
         return list({phase.name: phase for phase in self.cycle}.values())
 
     def restore(self, root: Path) -> int:
-        """Continue from the newest checkpoint under `root`; the step reached, 0 where there is none.
+        """Continue from the newest whole checkpoint under `root`; the step reached, 0 where there is none.
 
-        Raises UserError where the teacher or the data are not those that the checkpoint was made with.
+        Raises UserError in all processes where none is whole, where the teacher or the data are not those that it was
+        made with, or where it does not fit the networks.
         """
-        latest = checkpoint.load_latest(root)
-        if latest is None:
+        step = self.runtime.together(lambda: checkpoint.newest_whole(root) if self.runtime.is_main else None)
+        step = self.runtime.of_main(step or 0)
+        if not step:
             return 0
-        step, state = latest
-        for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
-                raise UserError(f"{root}: this run's {name} has changed since; restore it, or use another out_dir")
+        state = self.runtime.together(lambda: self._load(root, step))
         for phase in self.phases():
-            phase.restore(state[phase.name])
+            try:
+                phase.restore(state[phase.name])
+            except (KeyError, ValueError, RuntimeError) as error:
+                fault = f"'{root}': the checkpoint of step {step} does not fit this run's {phase.name}"
+                raise UserError(f"{fault} ({' '.join(str(error).split())}); use another out_dir") from error
         return step
 
-    def save(self, step: int) -> None:
-        if self.folder is not None:
-            state: dict[str, Any] = {phase.name: phase.state() for phase in self.phases()}
-            checkpoint.save(self.folder.checkpoints, step, {"identity": self.identity, **state}, self.checkpoints.keep)
+    def _load(self, root: Path, step: int) -> dict[str, Any]:
+        identity = checkpoint.read_manifest(root, step, hashed=not self.runtime.is_main)["identity"]
+        for name in [*self.identity, *(name for name in identity if name not in self.identity)]:
+            if identity.get(name) != self.identity.get(name):
+                raise UserError(f"'{root}': this run's {name} has changed since; restore it, or use another out_dir")
+        return checkpoint.load(root, step, mapped=self.runtime.device.type != "cpu")
+
+    def save(self, step: int, score: float | None = None) -> None:
+        """Write a checkpoint, once at most for a step; that of the least `score` is kept. If it fails, all end."""
+        state = {phase.name: phase.state() for phase in self.phases()}
+        folder, config = self.folder, self.checkpoints
+
+        def write() -> None:
+            if folder is not None:
+                checkpoint.save(folder.checkpoints, step, state, config, identity=self.identity, score=score)
+
+        self.runtime.together(write)
 
     def run(self, start: int, log: RunLog) -> bool:
-        """Train from step `start` to the end; False where a signal stopped it early (a checkpoint is written)."""
-        with StopRequest() as stop, Progress(self.steps, start, enabled=self.folder is not None) as progress:
+        """Train from step `start` to the end; False where a signal stopped it early, the last step saved."""
+        with Progress(self.steps, start, enabled=self.folder is not None) as progress:
+            stopping = self.runtime.any(self.stop.asked)
             for step in range(start + 1, self.steps + 1):
+                if stopping:
+                    return False
                 metrics: dict[str, Tensor] = {}
                 for phase in self.cycle:
                     metrics.update(update(phase, self.seed, self.batch_size, self.runtime))
@@ -152,9 +152,9 @@ class Loop:
                     log.write({"step": step, "steps_per_second": progress.rate, **record})
                 if last or step % self.samples_every == 0:
                     self.sample(step)
-                stopping = self.runtime.any(stop.asked)
+                stopping = self.runtime.any(self.stop.asked)
                 if last or stopping or step % self.checkpoints.every == 0:
+                    log.sync()
                     self.save(step)
-                if stopping and not last:
-                    return False
+                    stopping = self.runtime.any(self.stop.asked)
         return True

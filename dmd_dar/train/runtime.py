@@ -1,7 +1,8 @@
 """Processes, devices and precision. The only importer of accelerate and torch.distributed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,27 @@ class Runtime:
         if self.processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+
+    def of_main(self, value: int) -> int:
+        """The main process's value."""
+        if self.processes == 1:
+            return value
+        held = torch.tensor(float(value if self.is_main else 0), dtype=torch.float64, device=self.device)
+        return int(self.accelerator.reduce(held, "sum").item())
+
+    def together(self, work: Callable[[], T]) -> T:
+        """work(), which exchanges nothing, in every process; all wait for the last.
+
+        Where it raises in any, all end: that one with its error, the others with exit code 2.
+        """
+        result, fault = None, None
+        try:
+            result = work()
+        except Exception as error:
+            fault = error
+        if self.any(fault is not None):
+            raise fault or SystemExit(2)
+        return result  # type: ignore[return-value]
 
     def close(self) -> None:
         self.accelerator.end_training()

@@ -40,7 +40,7 @@ def loop_of(folder: RunFolder, steps: int, cycle: tuple[Phase, ...], **changes) 
         "runtime": Runtime(LaunchConfig(cpu=True)),
         "folder": folder,
         "identity": {"teacher": "a"},
-        "checkpoints": CheckpointConfig(every=2, keep=2),
+        "checkpoints": CheckpointConfig(every=2, keep_last=2),
         "log_every": 1,
         "samples_every": 100,
         "sample": lambda step: None,
@@ -115,18 +115,13 @@ def test_a_stopped_run_leaves_a_checkpoint_and_resumes_bit_for_bit(tmp_path):
 
     phase.loss = loss
     with open_folder(tmp_path / "stopped") as folder:
-        assert not loop_of(folder, 7, (phase,)).run(0, RunLog(None))
+        loop = loop_of(folder, 7, (phase,))
+        with loop.stop:
+            assert not loop.run(0, RunLog(None))
         loop = loop_of(folder, 7, (second,))
         assert loop.restore(folder.checkpoints) == 3
         assert loop.run(3, RunLog(None))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(states(second), states(whole), strict=True))
-
-
-def test_a_changed_teacher_is_refused_on_resume(tmp_path):
-    with open_folder(tmp_path) as folder:
-        loop_of(folder, 2, (phase_of(),)).run(0, RunLog(None))
-        with pytest.raises(UserError, match="teacher has changed"):
-            loop_of(folder, 4, (phase_of(),), identity={"teacher": "b"}).restore(folder.checkpoints)
 
 
 def test_a_loss_that_is_not_finite_names_its_network_and_leaves_the_weights():
@@ -139,17 +134,75 @@ def test_a_loss_that_is_not_finite_names_its_network_and_leaves_the_weights():
     assert all(torch.equal(p, q) for p, q in zip(phase.network.parameters(), before, strict=True))
 
 
-def test_an_unreadable_checkpoint_is_named(tmp_path):
-    checkpoint.save(tmp_path, 4, {"x": {"steps": 1}}, keep=2)
-    (tmp_path / "step_00000004" / "state.pt").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="step_00000004"):
-        checkpoint.load_latest(tmp_path)
+@pytest.mark.parametrize("identity", [{"teacher": "b"}, {"teacher": "a", "pairs": "p"}, {}])
+def test_whatever_the_checkpoint_was_made_with_must_be_there_unchanged(tmp_path, identity):
+    with open_folder(tmp_path) as folder:
+        loop_of(folder, 2, (phase_of(),)).run(0, RunLog(None))
+        with pytest.raises(UserError, match=f"{'pairs' if 'pairs' in identity else 'teacher'} has changed since"):
+            loop_of(folder, 4, (phase_of(),), identity=identity).restore(folder.checkpoints)
 
 
-def test_a_half_written_checkpoint_does_not_count(tmp_path):
-    checkpoint.save(tmp_path, 2, {"x": 1}, keep=2)
-    (tmp_path / "partial_00000003").mkdir()
-    assert checkpoint.load_latest(tmp_path) == (2, {"x": 1})
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    with open_folder(tmp_path) as folder:
+        loop_of(folder, 2, (phase_of(),)).run(0, RunLog(None))
+        for other in (phase_of(width=5), phase_of("pretrain")):
+            with pytest.raises(UserError, match=f"step 2 does not fit this run's {other.name}"):
+                loop_of(folder, 4, (other,)).restore(folder.checkpoints)
+
+
+def test_a_run_continues_from_before_a_damaged_checkpoint_and_ends_the_same(tmp_path):
+    whole, first, second = phase_of(), phase_of(), phase_of()
+    with open_folder(tmp_path / "whole") as folder:
+        loop_of(folder, 7, (whole,)).run(0, RunLog(None))
+    with open_folder(tmp_path / "parts") as folder:
+        loop_of(folder, 6, (first,)).run(0, RunLog(None))
+        os.truncate(folder.checkpoints / "step_00000006" / "state.pt", 99)
+        loop = loop_of(folder, 7, (second,))
+        assert loop.restore(folder.checkpoints) == 4
+        assert loop.run(4, RunLog(None))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(states(second), states(whole), strict=True))
+
+
+def test_the_best_checkpoint_outlives_the_newest(tmp_path):
+    with open_folder(tmp_path) as folder:
+        loop = loop_of(folder, 9, (phase_of(),))
+        for step, score in enumerate((3.0, 1.0, None, 2.0, None), 1):
+            loop.save(step, score)
+        assert checkpoint.steps_saved(folder.checkpoints) == [2, 4, 5] and checkpoint.best(folder.checkpoints) == 2
+
+
+def test_a_stop_that_was_asked_for_before_the_first_step_trains_nothing(tmp_path):
+    phase = phase_of()
+    with open_folder(tmp_path) as folder:
+        loop = loop_of(folder, 7, (phase,))
+        with loop.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not loop.run(0, RunLog(None))
+        assert phase.steps == 0 and checkpoint.steps_saved(folder.checkpoints) == []
+
+
+@pytest.mark.parametrize("during", ["sample", "save"])
+def test_a_signal_during_a_picture_or_a_save_ends_the_run_with_a_checkpoint(tmp_path, during, monkeypatch):
+    phase = phase_of()
+    save = checkpoint.save
+
+    def signalling(root, step, *args, **more):
+        save(root, step, *args, **more)
+        if during == "save" and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save", signalling)
+    with open_folder(tmp_path) as folder:
+
+        def sample(step):
+            if during == "sample" and step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loop = loop_of(folder, 7, (phase,), sample=sample, samples_every=3)
+        with loop.stop:
+            assert not loop.run(0, RunLog(None))
+        reached = {"sample": 3, "save": 2}[during]
+        assert phase.steps == reached and checkpoint.steps_saved(folder.checkpoints)[-1] == reached
 
 
 def test_ema_follows_by_its_decay():
