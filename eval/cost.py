@@ -1,7 +1,12 @@
 """What sampling costs: latency and peak memory of any callable."""
 
+import contextlib
+import os
+import re
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +15,8 @@ import torch
 
 RUNS = 7
 WARM_UP = 1
+STDERR = 2
+PROFILER_LINE = re.compile(rb"[A-Z]+:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ \w+\.cpp:\d+\]")  # as kineto writes them
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,23 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def without_profiler_lines() -> Iterator[None]:
+    """Keeps the lines that torch's profiler prints to stderr, from below Python, off it; others come afterwards."""
+    sys.stderr.flush()
+    before = os.dup(STDERR)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, STDERR)
+            os.close(before)
+            caught.seek(0)
+            os.write(STDERR, b"".join(line for line in caught if not PROFILER_LINE.match(line)))
+
+
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> Memory:
     """Of one call without gradients, above what was in use before: what the call holds, not the weights.
 
@@ -81,8 +105,9 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
         _wait(device)
         return Memory(torch.cuda.max_memory_allocated(device) - before, "CUDA allocator, peak above the start")
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, torch.no_grad():
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    with without_profiler_lines(), torch.no_grad():
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            call()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return Memory(int(max(np.cumsum([0, *steps]))), "tensors allocated by torch on the CPU, peak above the start")

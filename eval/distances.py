@@ -17,7 +17,7 @@ from eval.classifier import Classifier, fit_classifier, modes
 from eval.features import Extractor, Features, scaled
 from eval.images import UnfitError
 from eval.moments import Gaussian, load_reference
-from eval.neighbours import compare_neighbours, kid, precision_recall
+from eval.neighbours import compare_neighbours, halved, kid, precision_recall
 from eval.sets import ImageSet
 from eval.threads import one_thread
 from eval.weights import ALEXNET, INCEPTION, Weights, clip_weights, dinov2_weights, find, missing_message
@@ -155,7 +155,7 @@ def _fitted(
     if labels is None:
         ledger.add("fd_classifier", "", "no labelled real images to train the classifier on", requested=False)
         return pca, None
-    return pca, ledger.attempt("fd_classifier", "", lambda: fit_classifier(images, labels, seed))
+    return pca, ledger.attempt("fd_classifier", "", lambda: fit_classifier(images, labels, seed), requested=False)
 
 
 def features_of(one: ImageSet, suite: Suite, ledger: Ledger) -> dict[str, Features]:
@@ -187,6 +187,12 @@ def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> d
         "comparable_to_published": ours.extractor.comparable_to_published,
         "upsampled": ours.upsampled,
     }
+
+
+def neighbours_null(reference: Features, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+    """KID, precision and recall of a reference against itself."""
+    subset = KID_SUBSET if reference.extractor.comparable_to_published else KID_SUBSET_OFFLINE
+    return ledger.attempt("the null of KID", reference.name, lambda: halved(reference, seed, subset))
 
 
 def alone(one: ImageSet, suite: Suite, class_names: dict[int, str], seed: int, ledger: Ledger) -> dict[str, Any]:

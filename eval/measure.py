@@ -5,31 +5,28 @@ Legend: N images of a set, F radial bins. Everything is measured on 8-bit images
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from eval import distances, features, frechet, maps, sliced, structure
+from eval import distances, frechet, maps, structure
 from eval.distances import Ledger, Suite
 from eval.features import Features
 from eval.images import UnfitError
+from eval.measured import CHROMA, Measured, measure_one
 from eval.sectors import sector_means
 from eval.sets import ImageSet, validate
 from eval.spectrum import (
     BAND_EDGES,
     BAND_NAMES,
-    Spectrum,
-    as_floats,
     band_gains,
     gain_curve,
     hf_gain_by_class,
     median_gains,
-    spectrum_of,
 )
 from eval.stats import Interval, Sample, bootstrap_interval, images_for_half_width
+from eval.targets import Target, lsd, over_features, sliced_levels
 from eval.threads import one_thread
 from eval.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, verdict
 
@@ -37,40 +34,6 @@ __all__ = ["CHROMA", "SCHEMA_VERSION", "ImageSet", "jsonable", "measure"]
 
 SCHEMA_VERSION = 2
 SANE_HALF_WIDTH_DB = 0.25  # half of the margin: a wider interval cannot lie inside it comfortably
-CHROMA = ("cb", "cr")
-DIVERSITY_IMAGES = 256  # of a class, whose pairs are looked at
-SLICED_IMAGES = 512  # of a set, whose patches are sorted: their distances cost more than all else together
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Everything about one set that the comparisons need, measured once."""
-
-    source: ImageSet
-    luma: Spectrum
-    chroma: dict[str, Spectrum]
-    structure: structure.Structure
-    lines: np.ndarray  # (N, 2, 4, 5), see maps.grid_lines
-    plane: Tensor  # (H, W) mean log power, dB
-    wavelet_energy: np.ndarray  # (3, 3) mean log energy, finest level first, columns LH, HL, HH
-    wavelet_kurtosis: np.ndarray  # (3, 3) medians
-    patches: list[Tensor]
-    features: dict[str, Features]
-    spread: dict[int, float]  # diversity of each class in pixels
-    spread_of_all: dict[int, float]  # of all images as one class
-
-    def __len__(self) -> int:
-        return self.source.count
-
-
-@dataclass(frozen=True)
-class Target:
-    """A set that others are compared with, and what a second set of its source would show."""
-
-    measured: Measured
-    second: Measured | None
-    sliced_null: list[float]  # of each level, at the target's own size
-    neighbours_null: dict[str, dict[str, Any]]  # by extractor; empty without a second set
 
 
 def measure(
@@ -82,28 +45,38 @@ def measure(
     class_names: dict[int, str] | None = None,
     suite: Suite | None = None,
     ledger: Ledger | None = None,
+    features: dict[str, dict[str, Features]] | None = None,
 ) -> dict[str, Any]:
     """Compares every set with `reference` (the teacher's samples) and with `real` images, in every metric of eval/.
 
     colour_labels: the classes that have colour; chroma is measured over these only (None: all). seed: of the bootstrap.
-    suite: what reads features, fd_wavelet alone by default. Sets that do not fit are left out and told in `ledger`;
-    UnfitError where `reference` or `real` does not fit. Returns JSON-able data of SCHEMA_VERSION.
+    suite: what reads features, fd_wavelet alone by default. features: by set and extractor, where they were read
+    before. Sets that do not fit are left out and told in `ledger`; UnfitError where `reference` or `real` does not fit.
+    Returns JSON-able data of SCHEMA_VERSION.
     """
     suite, ledger = suite or Suite(), Ledger() if ledger is None else ledger
     names = class_names or {}
-    fixed = [one for one in (real, reference) if one is not None]
-    for one in fixed:
-        validate(one, reference)
-    everything = fixed + _fitting(list(sets), fixed, ledger)
+    everything = fitting(sets, reference, real, ledger)
     with one_thread(suite.small):
-        rows = _rows(everything, reference, real, colour_labels, seed, names, suite, ledger)
+        known = {one.name: (features or {}).get(one.name) for one in everything}
+        read = {one.name: known[one.name] or distances.features_of(one, suite, ledger) for one in everything}
+        rows = _rows(
+            [measure_one(one, read[one.name]) for one in everything],
+            reference,
+            real,
+            colour_labels,
+            seed,
+            names,
+            suite,
+            ledger,
+        )
     head = {"teacher": reference.name, "real": real and real.name, "class_names": names}
     parts = {**head, **_scales(reference), "skipped": ledger.skipped, "sets": rows}
     return jsonable({"schema_version": SCHEMA_VERSION, "seed": seed, **parts})
 
 
 def _rows(
-    everything: list[ImageSet],
+    measured: list[Measured],
     reference: ImageSet,
     real: ImageSet | None,
     colour_labels: set[int] | None,
@@ -113,12 +86,11 @@ def _rows(
     ledger: Ledger,
 ) -> list[dict[str, Any]]:
     """Every set by itself and against the two."""
-    measured = [measure_one(one, suite, ledger) for one in everything]
     by_name = {one.source.name: one for one in measured}
     null = next((one for one in measured if one.source.role == "null"), None)
-    targets = {"teacher": target(by_name[reference.name], None, seed, ledger)}
+    targets = {"teacher": Target(by_name[reference.name], None, seed, ledger)}
     if real is not None:
-        targets["real"] = target(by_name[real.name], null, seed, ledger)
+        targets["real"] = Target(by_name[real.name], null, seed, ledger)
     rows = []
     for one in measured:
         row: dict[str, Any] = {**describe(one, seed), **distances.alone(one.source, suite, names, seed, ledger)}
@@ -126,7 +98,7 @@ def _rows(
         row["against"] = {"teacher": None, "real": None}
         for key, other in targets.items():
             if one is not other.measured:
-                row["against"][key] = compare(one, other, colour_labels, seed, suite, ledger)
+                row["against"][key] = compare(one, other, colour_labels, suite)
         rows.append(row)
     return rows
 
@@ -140,15 +112,21 @@ def _scales(one: ImageSet) -> dict[str, Any]:
     }
 
 
-def _fitting(sets: list[ImageSet], fixed: list[ImageSet], ledger: Ledger) -> list[ImageSet]:
-    """The further sets that can be compared, each once."""
+def fitting(sets: Iterable[ImageSet], reference: ImageSet, real: ImageSet | None, ledger: Ledger) -> list[ImageSet]:
+    """`real` and `reference`, then the further sets that can be compared, each once; those that cannot, in `ledger`.
+
+    UnfitError where `reference` or `real` itself cannot be.
+    """
+    fixed = [one for one in (real, reference) if one is not None]
+    for one in fixed:
+        validate(one, reference)
     kept: list[ImageSet] = []
     for one in sets:
         if any(one is other for other in (*fixed, *kept)):
             continue
         if ledger.attempt("every metric", one.name, lambda one=one: _fits(one, fixed[-1], [*fixed, *kept])):
             kept.append(one)
-    return kept
+    return fixed + kept
 
 
 def _fits(one: ImageSet, reference: ImageSet, others: list[ImageSet]) -> bool:
@@ -156,54 +134,6 @@ def _fits(one: ImageSet, reference: ImageSet, others: list[ImageSet]) -> bool:
         raise UnfitError(f"two sets are called {one.name!r}; rename one of their folders")
     validate(one, reference)
     return True
-
-
-def measure_one(one: ImageSet, suite: Suite, ledger: Ledger) -> Measured:
-    wavelets = [structure.wavelet_statistics(as_floats(batch)) for batch in one.batches()]
-    energy, kurtosis = (np.concatenate(parts) for parts in zip(*wavelets, strict=True))
-    some, labels = _some(one)
-    return Measured(
-        source=one,
-        luma=spectrum_of(one.batches()),
-        chroma={channel: spectrum_of(one.batches(), channel=channel) for channel in CHROMA},
-        structure=structure.structure_of(one.batches()),
-        lines=np.concatenate([maps.grid_lines(batch) for batch in one.batches()]),
-        plane=maps.mean_log_map(one.batches()),
-        wavelet_energy=energy.mean(0),
-        wavelet_kurtosis=np.median(kurtosis, axis=0),
-        patches=sliced.sliced_patches(one.first(SLICED_IMAGES)),
-        features=distances.features_of(one, suite, ledger),
-        spread={} if one.labels is None else frechet.class_diversity(some, labels),
-        spread_of_all=_spread_of_all(one),
-    )
-
-
-def _some(one: ImageSet) -> tuple[Tensor, Tensor]:
-    """Small pixels (n, D) and labels of at most DIVERSITY_IMAGES of each class; nothing where classes are unknown."""
-    classes = np.zeros(0, dtype=int) if one.classes is None else one.classes
-    rows = np.sort(
-        np.concatenate([np.flatnonzero(classes == c)[:DIVERSITY_IMAGES] for c in np.unique(classes)] or [[]])
-    )
-    rows = rows.astype(int)
-    pixels = [features.small_pixels(one.rows(rows[i : i + 256].tolist())) for i in range(0, len(rows), 256)]
-    return torch.cat(pixels) if pixels else torch.empty(0, 0), torch.from_numpy(classes[rows])
-
-
-def _spread_of_all(one: ImageSet) -> dict[int, float]:
-    pixels = features.small_pixels(one.first(DIVERSITY_IMAGES))
-    return frechet.class_diversity(pixels, torch.zeros(len(pixels)))
-
-
-def target(measured: Measured, second: Measured | None, seed: int, ledger: Ledger) -> Target:
-    patches = None if second is None else second.patches
-    levels = sliced.sliced_wasserstein(measured.patches, measured.patches, second=patches, seed=seed)
-    null = {}
-    if second is not None and len(second) == len(measured):
-        shared = measured.features.keys() & second.features.keys()
-        pairs = {name: (second.features[name], measured.features[name]) for name in shared}
-        found = {name: distances.neighbours(*pair, seed, ledger) for name, pair in pairs.items()}
-        null = {name: values for name, values in found.items() if values is not None}
-    return Target(measured, second, [level.null for level in levels], null)
 
 
 def describe(one: Measured, seed: int) -> dict[str, Any]:
@@ -237,11 +167,9 @@ def _labels_or_one_class(one: Measured) -> np.ndarray:
     return np.zeros(len(one), dtype=int) if one.source.classes is None else one.source.classes
 
 
-def compare(
-    one: Measured, target: Target, colour_labels: set[int] | None, seed: int, suite: Suite, ledger: Ledger
-) -> dict[str, Any]:
+def compare(one: Measured, target: Target, colour_labels: set[int] | None, suite: Suite) -> dict[str, Any]:
     """All metrics of `one` against the target's set."""
-    other, rng = target.measured, np.random.default_rng(seed)
+    other, rng = target.measured, np.random.default_rng(target.seed)
     paired = one.source.paired and other.source.paired
     labelled = one.source.labels is not None and other.source.labels is not None
 
@@ -253,7 +181,7 @@ def compare(
     energies = samples(lambda m: m.luma.energies)
     gains = band_gains(*energies, paired=paired, rng=rng)
     by_class = hf_gain_by_class(*energies) if labelled else {}
-    curve, lsd, lsd_signed = gain_curve(one.luma, other.luma)
+    curve, *_ = gain_curve(one.luma, other.luma)
     kurtosis = structure.kurtosis_ratio(*samples(lambda m: m.structure.kurtosis), paired=paired, rng=rng)
     flat_noise = structure.flat_noise_db(*samples(lambda m: m.structure.flat), paired=paired, rng=rng)
     gradient = structure.kurtosis_ratio(*samples(lambda m: m.structure.gradient_kurtosis), paired=paired, rng=rng)
@@ -270,8 +198,7 @@ def compare(
         "hf_gain_by_class": by_class,
         "hf_gain_class_median": float(np.median(list(by_class.values()))) if by_class else None,
         "gain_curve_db": curve.tolist(),
-        "lsd": lsd,
-        "lsd_signed": lsd_signed,
+        **lsd(one, target),
         "hfer_difference": _hfer_difference(*samples(lambda m: m.luma.hfer_per_image), paired=paired, rng=rng),
         "slope_difference": one.luma.slopes[0] - other.luma.slopes[0],
         "slope_hf_difference": one.luma.slopes[1] - other.luma.slopes[1],
@@ -282,11 +209,11 @@ def compare(
         "wavelet_kurtosis_ratio": _ratios(one.wavelet_kurtosis, other.wavelet_kurtosis),
         "grid_lines": _told(maps.grid_peaks(*samples(lambda m: m.lines), paired=paired, rng=rng)),
         "map_sectors_db": sector_means(one.plane - other.plane),
-        "sliced_wasserstein": _sliced(one, target, seed),
+        "sliced_wasserstein": sliced_levels(one, target),
         "diversity_ratio": _diversity(one, other, labelled),
         "chroma": _chroma(samples, colour_labels if labelled else None, paired, rng),
     }
-    return {**found, **_over_features(one, target, suite, seed, ledger)}
+    return {**found, **over_features(one, target, suite)}
 
 
 def _hfer_difference(ours: Sample, theirs: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
@@ -298,41 +225,6 @@ def _ratios(ours: np.ndarray, theirs: np.ndarray) -> list[list[float]]:
     """NaN where the reference has no heavy tails to preserve."""
     tails = theirs >= structure.LEAST_KURTOSIS
     return np.where(tails, ours / np.where(tails, theirs, 1.0), np.nan).tolist()
-
-
-def _sliced(one: Measured, target: Target, seed: int) -> list[dict[str, float]]:
-    """Distance of each level, the finest first, beside its null, rescaled to the sizes that are compared."""
-    other = target.measured
-    if one is target.second:
-        levels = sliced.sliced_wasserstein(one.patches, other.patches, seed=seed)
-        pairs = [(level.value, level.null) for level in levels]
-    else:
-        images, others = (len(m.patches[0]) for m in (one, other))
-        scale = ((1 / images + 1 / others) * others / 2) ** 0.5
-        values = sliced.level_distances(one.patches, other.patches, seed)
-        pairs = [(value, scale * null) for value, null in zip(values, target.sliced_null, strict=True)]
-    return [{"value": value, "null": null, "excess": value - null} for value, null in pairs]
-
-
-def _over_features(one: Measured, target: Target, suite: Suite, seed: int, ledger: Ledger) -> dict[str, Any]:
-    """Frechet distances by the name of their features, KID, precision and recall, modes and paired LPIPS."""
-    other, name = target.measured, one.source.name
-    second = None if target.second is None or target.second is one else target.second.features
-    found: dict[str, Any] = {}
-    near = {}
-    for metric in sorted(one.features.keys() & other.features.keys()):
-        pair = one.features[metric], other.features[metric]
-        again = None if second is None else second.get(metric)
-        found[metric] = ledger.attempt(metric, name, lambda p=pair, a=again: features.compare(*p, seed, a))
-        call = distances.neighbours(*pair, seed, ledger)
-        if call is not None:
-            near[metric] = {**call, "null": target.neighbours_null.get(metric) if one is not target.second else None}
-    found = {metric: value for metric, value in found.items() if value is not None}
-    found["neighbours"] = near
-    found["modes"] = distances.modes_of(one.source, other.source, suite, seed, ledger)
-    paired = one.source.paired and other.source.paired and suite.lpips is not None
-    found["lpips_paired"] = distances.lpips_paired(one.source, other.source, suite, ledger) if paired else None
-    return found
 
 
 def class_share_gap(labels: np.ndarray, other: np.ndarray) -> float:

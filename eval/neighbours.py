@@ -137,6 +137,24 @@ def precision_recall(
     return PrecisionRecall(precision, recall, k, len(ours))
 
 
+def halved(
+    reference: Features, seed: int = 0, subset_size: int = KID_SUBSET, subsets: int = KID_SUBSETS
+) -> dict[str, Any]:
+    """A null of `compare_neighbours` from the reference alone, JSON-able.
+
+    KID over `subsets` pairs of disjoint random subsets of the size that `compare_neighbours` takes, whose mean is 0;
+    precision and recall of random halves of the reference, which hold for `images`, half as many.
+    """
+    target, rng = scaled(reference, reference), np.random.default_rng([seed, 3])
+    size = min(subset_size, len(target) // 2)
+    orders = (torch.from_numpy(rng.permutation(len(target))) for _ in range(subsets))
+    values = [unbiased_mmd(target[order[:size]], target[order[size : 2 * size]]) for order in orders]
+    order, half = torch.from_numpy(rng.permutation(len(target))), len(target) // 2
+    near = precision_recall(target[order[:half]], target[order[half : 2 * half]], names=(reference.name,) * 2)
+    found = {"kid": float(np.mean(values)), "kid_std": float(np.std(values))}
+    return {**found, "precision": near.precision, "recall": near.recall, "images": half}
+
+
 def compare_neighbours(
     ours: Features, reference: Features, seed: int = 0, second: Features | None = None, subset_size: int = KID_SUBSET
 ) -> dict[str, Any]:
@@ -160,7 +178,7 @@ def compare_neighbours(
         "recall": near.recall,
         "neighbours": near.neighbours,
         "images": near.images,
-        "null": null and {name: null[name] for name in ("kid", "kid_std", "precision", "recall")},
+        "null": null and {name: null[name] for name in ("kid", "kid_std", "precision", "recall", "images")},
         "comparable_to_published": ours.extractor.comparable_to_published,
         "upsampled": ours.upsampled,
     }

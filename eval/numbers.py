@@ -15,7 +15,7 @@ INTERVALS = (
     "flat_noise_db",
     "hfer_difference",
 )
-PLAIN = ("lsd", "lsd_signed", "slope_difference", "slope_hf_difference", "hf_gain_class_median")
+PLAIN = ("lsd_signed", "slope_difference", "slope_hf_difference", "hf_gain_class_median")
 DISTANCES = ("fd_wavelet", "fd_pca", "fd_classifier", "fid", "patch_fid", "fd_dinov2")
 COSTS = ("latency_ms_per_image", "peak_memory_mb", "evaluations", "parameters")
 
@@ -83,6 +83,7 @@ def _distance(metric: str, found: dict[str, Any]) -> dict[str, Any]:
 def _against(against: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from _spectral(against)
     yield from ({"metric": name, **against[name]} for name in INTERVALS)
+    yield {"metric": "lsd", "value": against["lsd"], "null": against["lsd_null"]}
     yield from ({"metric": name, "value": against[name]} for name in PLAIN)
     for level, values in enumerate(against["wavelet_kurtosis_ratio"], 1):
         for band, value in zip(WAVELET_BANDS, values, strict=True):
@@ -114,8 +115,10 @@ def _spectral(against: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _neighbours(against: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for extractor, found in against["neighbours"].items():
         null = found["null"] or {}
+        alike = null.get("images") == found["images"]  # precision and recall depend on it, KID does not
         for name in ("kid", "precision", "recall"):
-            metric = {"metric": f"{name}.{extractor}", "value": found[name], "null": null.get(name)}
+            beside = null.get(name) if alike or name == "kid" else None
+            metric = {"metric": f"{name}.{extractor}", "value": found[name], "null": beside}
             yield {**metric, "comparable_to_published": found["comparable_to_published"]}
 
 

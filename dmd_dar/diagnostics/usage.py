@@ -1,6 +1,7 @@
 """How far the routers of a network have moved from the plain residual stream, and how much they depend on t."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from dmd_dar import flow
 from dmd_dar.draws import Draws
-from dmd_dar.models.sit import SiT
+from dmd_dar.guidance import Velocity
+from dmd_dar.routing.history import Observer
 
 
 def deviation(alpha: Tensor) -> Tensor:
@@ -17,9 +19,12 @@ def deviation(alpha: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def routing_usage(network: SiT, x0: Tensor, cond: Tensor, times: tuple[float, ...], draws: Draws) -> dict[str, Any]:
+def routing_usage(
+    observed: Callable[[Observer], Velocity], x0: Tensor, cond: Tensor, times: tuple[float, ...], draws: Draws
+) -> dict[str, Any]:
     """alpha of every router on x0 (B, C, S, S) noised to each of `times`.
 
+    `observed(observe)` is the network's velocity that shows its alpha to `observe`.
     `deviation`: mean |n alpha - 1| over routers, sources, tokens and times; 0 is the residual stream.
     `change_over_t`: mean over routers and sources of the range over `times` of n alpha, averaged over tokens; needs at
     least two times. `by_router`: for router l its deviation, its change, and n alpha at each time, (times, n).
@@ -32,9 +37,10 @@ def routing_usage(network: SiT, x0: Tensor, cond: Tensor, times: tuple[float, ..
         mixtures[router].append(len(alpha) * alpha.mean(dim=(1, 2)))
         deviations[router].append(deviation(alpha).item())
 
+    velocity = observed(observe)
     for time in times:
         t = torch.full((len(x0),), time, dtype=x0.dtype, device=x0.device)
-        network(flow.interpolate(x0, eps, t), t, cond, observe=observe)
+        velocity(flow.interpolate(x0, eps, t), t, cond)
     by_router = {}
     for router, rows in mixtures.items():
         mixture = torch.stack(rows)  # (times, n)

@@ -47,11 +47,12 @@ def generate(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     label: int | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x0 (count, *shape) and labels (count,): classes in turn, or all of class `label`."""
+    """x0 (count, *shape) and labels (count,) of the samples from `first` on: classes in turn, or all of `label`."""
     images, labels = [], []
-    for start in range(0, count, batch_size):
-        draws = Draws(seed, phase, 0, sample_range(start, min(start + batch_size, count), device))
+    for start in range(first, first + count, batch_size):
+        draws = Draws(seed, phase, 0, sample_range(start, min(start + batch_size, first + count), device))
         cond = balanced_labels(draws.samples, num_classes) if label is None else torch.full_like(draws.samples, label)
         images.append(generator(cond, draws, draws.normal("noise", *shape)))
         labels.append(cond)

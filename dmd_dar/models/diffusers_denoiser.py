@@ -1,7 +1,9 @@
 """A class-conditional diffusers transformer with the surface of `SiT`: raw forward, shape, parameters, routing."""
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from dmd_dar.flow import Schedule
 from dmd_dar.models.denoiser import Meaning
 from dmd_dar.routing.attach import attach, load_routed
 from dmd_dar.routing.folder import FORM
+from dmd_dar.routing.history import Observer
+from dmd_dar.routing.hooks import DarBank
 from dmd_dar.routing.layout import RoutingConfig
 
 CLASSES = ("DiTTransformer2DModel",)  # conditioned on class labels and t alone
@@ -41,7 +45,7 @@ class DiffusersDenoiser(nn.Module):
 
     @property
     def config(self) -> Shape:
-        given, bank = self.transformer.config, getattr(self.transformer, "dar", None)
+        given, bank = self.transformer.config, self.dar
         return Shape(
             input_size=given.sample_size,
             in_channels=given.in_channels,
@@ -50,13 +54,30 @@ class DiffusersDenoiser(nn.Module):
             routing=RoutingConfig() if bank is None else bank.config,
         )
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.transformer(x, timestep=t, class_labels=labels, return_dict=False)[0]
+    @property
+    def dar(self) -> DarBank | None:
+        """Its routers; None for a plain network."""
+        return getattr(self.transformer, "dar", None)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, observe: Observer | None = None) -> Tensor:
+        with self._observed(observe):
+            return self.transformer(x, timestep=t, class_labels=labels, return_dict=False)[0]
+
+    @contextlib.contextmanager
+    def _observed(self, observe: Observer | None) -> Iterator[None]:
+        """These transformers have one token stream, whose name says nothing."""
+        if observe is None or self.dar is None:
+            yield
+            return
+        before, self.dar.observe = self.dar.observe, lambda stream, router, alpha: observe(router, alpha)
+        try:
+            yield
+        finally:
+            self.dar.observe = before
 
     def router_parameters(self) -> list[nn.Parameter]:
         """The parameters that DAR adds; empty for a plain network."""
-        bank = getattr(self.transformer, "dar", None)
-        return [] if bank is None else list(bank.parameters())
+        return [] if self.dar is None else list(self.dar.parameters())
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """All trainable parameters that are not routers."""

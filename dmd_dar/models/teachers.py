@@ -7,7 +7,7 @@ import json
 import math
 import re
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ class Teacher:
     codec: str = ""  # path or hub id for codecs.load_codec; empty for pixels
     codec_revision: str = ""
     codec_digest: str = ""  # of the codec that it was trained with, where its folder says so
+    origin: dict[str, Any] = field(default_factory=dict)  # what a run of this project says of where it comes from
 
 
 def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
@@ -119,8 +120,8 @@ def save_trained(folder: Path, network: Denoiser, prediction: Prediction | Meani
 def _ours(place: Path, config: TeacherConfig) -> Teacher:
     network, card = load_network(place)
     prediction = _stated(config, card.prediction, place / "model.json")
-    codec = _codec(config, card.origin)
-    return Teacher(network, prediction, network_hash(place), card.label_names, card.rungs, **codec)
+    facts = {**_codec(config, card.origin), "origin": card.origin}
+    return Teacher(network, prediction, network_hash(place), card.label_names, card.rungs, **facts)
 
 
 def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
@@ -130,12 +131,13 @@ def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
             raise ValueError(f"its format is not {FORMAT}")
         meaning = meaning_from_dict(card["meaning"])
         names, rungs = tuple(card.get("label_names", ())), tuple(card.get("rungs", ()))
+        origin = dict(card.get("origin", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{place / CARD} describes no network of this project: {error!r}") from error
     prediction = _stated(config, meaning, place / CARD)
     network = load_transformer(place / "transformer")
-    digest, codec = _folder_hash(place / "transformer", prediction), _codec(config, card.get("origin", {}))
-    return Teacher(network, prediction, digest, names, rungs, **codec)
+    digest, facts = _folder_hash(place / "transformer", prediction), {**_codec(config, origin), "origin": origin}
+    return Teacher(network, prediction, digest, names, rungs, **facts)
 
 
 def _pipeline(place: Path, config: TeacherConfig) -> Teacher:

@@ -74,6 +74,19 @@ class Runtime:
         values = torch.tensor([metrics[name] for name in metrics], dtype=torch.float64, device=self.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """The rows (n, ...) of every process joined in the order of ranks, (sum n, ...), in each of them."""
+        if self.processes == 1:
+            return part
+        counts = self.accelerator.gather(torch.tensor([len(part)], device=self.device)).tolist()
+        most = max(counts)
+        if not most:
+            return part
+        padded = torch.zeros(most, *part.shape[1:], dtype=part.dtype, device=self.device)
+        padded[: len(part)] = part
+        rows = self.accelerator.gather(padded).split(most)
+        return torch.cat([one[:count] for one, count in zip(rows, counts, strict=True)]).to(part.device)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         if self.processes == 1:

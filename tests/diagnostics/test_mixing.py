@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_alpha_facts_do_not_depend_on_the_batch_split_and_deviate_as_usage_says(
         assert 1 < facts["effective_sources"] < len(facts["weights"])
     x0, _ = pair()
     draws = Draws(0, "diagnostics", 0, sample_range(0, 3))
-    usage = routing_usage(network, x0.float(), LABELS, (0.0,), draws)  # t = 0: x_t = x0
+    usage = routing_usage(lambda see: partial(network, observe=see), x0.float(), LABELS, (0.0,), draws)  # x_t = x0
     sums = AlphaSums(source_spans(network.config.routing, L))
     network(x0.float(), torch.zeros(3), LABELS, observe=sums.observe)
     for router, facts in sums.facts().items():

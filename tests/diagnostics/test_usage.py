@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ TIMES = (1.0, 0.5, 0.1)
 
 def usage_of(network, count: int = 3):
     draws = Draws(0, "usage", 0, sample_range(0, count))
-    return routing_usage(network, draws.normal("x", 3, 32, 32), draws.samples % 7, TIMES, draws)
+    x0 = draws.normal("x", 3, 32, 32)
+    return routing_usage(lambda see: partial(network, observe=see), x0, draws.samples % 7, TIMES, draws)
 
 
 @pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])

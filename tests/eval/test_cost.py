@@ -1,5 +1,7 @@
 """Latency is the median of interleaved calls; peak memory is what the call held at once."""
 
+import os
+
 import torch
 
 from eval.cost import latencies, peak_memory
@@ -22,7 +24,7 @@ def test_calls_take_turns_and_the_first_round_does_not_count():
     assert result["b"].median_ms == 500 and result["b"].runs == 3
 
 
-def test_peak_memory_is_that_of_tensors_held_at_once():
+def test_peak_memory_is_that_of_tensors_held_at_once(capfd):
     unit = torch.zeros(250_000)  # 1 MB, held before and so not counted
 
     def call():
@@ -36,3 +38,6 @@ def test_peak_memory_is_that_of_tensors_held_at_once():
     measured = peak_memory(call)
     assert abs(measured.peak_bytes - 4_000_000) < 10_000 and "CPU" in measured.method
     assert peak_memory(lambda: None).peak_bytes == 0
+    assert capfd.readouterr() == ("", "")
+    peak_memory(lambda: os.write(2, b"a line of the call\n"))
+    assert capfd.readouterr() == ("", "a line of the call\n")

@@ -82,6 +82,29 @@ def test_a_second_real_set_is_the_null_of_the_others_and_not_of_itself(crops, se
     assert own["null"] != pytest.approx(own["value"], rel=1e-3)
 
 
+def test_every_distance_stands_beside_its_null(result):
+    """Also against the teacher, of which there is one set alone: its halves tell what another would read."""
+    for name in ("residual", HOSTILE):
+        against = row(result, name)["against"]["teacher"]
+        distances = [against[key] for key in ("fd_wavelet", "fd_pca", "fd_classifier")] + against["sliced_wasserstein"]
+        assert all(one["null"] > 0 for one in distances) and against["modes"]["null"] > 0
+        for near in against["neighbours"].values():
+            assert abs(near["null"]["kid"]) < 3 * near["null"]["kid_std"] and near["null"]["images"] == 56
+        assert 0 < against["lsd_null"] < against["lsd"] / (3 if name == "residual" else 1)  # the other hardly differs
+    metrics = {one.metric: one for one in numbers(result) if one.name == "residual" and one.against == "teacher"}
+    assert metrics["lsd"].null > 0 and metrics["kid.fd_wavelet"].null is not None
+    assert metrics["recall.fd_wavelet"].null is None  # that of half as many images is no null
+
+
+def test_the_null_of_a_spectrum_is_what_a_second_set_reads(crops, sets):
+    images, labels = crops(32, 16, 5)
+    second = ImageSet("second", images, labels, "null", False)
+    measured = measure([second], sets["teacher"], sets["real"], set(), 0)
+    halves, own = row(measured, "second")["against"]["teacher"], row(measured, "second")["against"]["real"]
+    assert row(measured, "teacher")["against"]["real"]["lsd_null"] == pytest.approx(own["lsd"])
+    assert halves["lsd_null"] == pytest.approx(halves["lsd"], rel=0.6)  # both are the noise of two real sets
+
+
 def test_grey_classes_stay_out_of_chroma(sets):
     none = measure([], sets["teacher"], sets["real"], set(), 0)
     assert row(none, "teacher")["against"]["real"]["chroma"] is None
