@@ -190,8 +190,9 @@ def distill(cfg: DistillConfig) -> None:
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
     with open_run(cfg, runtime) as folder:
         method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec)
-        routers, router_lr = student.router_parameters(), routing.lr
         ema = Ema(student, cfg.student.ema)
+        runtime.shard(teacher.network, student, fake_score, ema.module)
+        routers, router_lr = student.router_parameters(), routing.lr
         optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr)
         student_phase = Phase("student", student, optimiser, method.student_loss, ema)
         fakes, routers = fake_score.backbone_parameters(), fake_score.router_parameters()
@@ -215,8 +216,9 @@ def distill(cfg: DistillConfig) -> None:
             ),
             shape=recipe.shape,
             num_classes=recipe.num_classes,
-            save=lambda place: save_trained(
-                place, ema.module, teacher.prediction, rungs=cfg.rungs, label_names=teacher.label_names, origin=origin
+            result=ema.module,
+            save=lambda place, network: save_trained(
+                place, network, teacher.prediction, rungs=cfg.rungs, label_names=teacher.label_names, origin=origin
             ),
         )
 

@@ -134,6 +134,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = SiT(cfg.model.shape(data)).to(runtime.device)
     ema = Ema(model, cfg.ema)
+    runtime.shard(model, ema.module)
     optimiser = Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr)
     phase = Phase("pretrain", model, optimiser, flow_matching(model, data, cfg.time, cfg.label_dropout), ema)
     identity = {"data": data.hash}
@@ -154,7 +155,8 @@ def pretrain(cfg: PretrainConfig) -> None:
             generator=decoded(ode_generator(velocity_of(ema.module), GRID_STEPS), codec and codec.decode),
             shape=data.shape,
             num_classes=data.num_classes,
-            save=lambda place: save_network(place, ema.module, card),
+            result=ema.module,
+            save=lambda place, network: save_network(place, network, card),
         )
 
 

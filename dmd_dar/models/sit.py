@@ -225,6 +225,10 @@ class SiT(nn.Module):
         """All trainable parameters that are not routers."""
         return [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("dar.")]
 
+    def shards(self) -> list[nn.Module]:
+        """What is gathered by itself when weights are sharded: the modules that a forward calls, a third of a block."""
+        return [part for block in self.blocks for part in (block.attn, block.mlp, block.adaLN_modulation)]  # type: ignore[union-attr]
+
 
 def build_sit(
     preset: str,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
@@ -65,16 +65,19 @@ def run_cycle(
     generator: Generator,
     shape: tuple[int, ...],
     num_classes: int,
-    save: Callable[[Path], None],
+    result: nn.Module,
+    save: Callable[[Path, Any], None],
 ) -> None:
-    """Resume, train, and save the result. `save` writes the trained network into a folder.
+    """Resume, train, and save the result. `save` writes the network `result`, all its weights at hand, into a folder.
 
     Exits with code EXIT_CODE where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
     """
 
     def draw_grid(step: int) -> None:
+        if folder is None and not runtime.sharded:
+            return
+        picture = sample_grid(generator, cfg.seed, shape, num_classes, runtime)
         if folder is not None:
-            picture = sample_grid(generator, cfg.seed, shape, num_classes, runtime)
             write_atomic(folder.samples / f"step_{step:08d}.png", png_bytes(picture))
 
     loop = Loop(
@@ -94,7 +97,8 @@ def run_cycle(
         start = loop.restore(Path(cfg.out_dir) / "checkpoints")
         with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
             finished = loop.run(start, log)
-        runtime.together(lambda: save(folder.student) if finished and folder is not None else None)
+        network = runtime.whole(result) if finished else None
+        runtime.together(lambda: save(folder.student, network) if finished and folder is not None else None)
         runtime.close()
     if not finished:
         if folder is not None:

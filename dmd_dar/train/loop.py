@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from dmd_dar.draws import Draws
 from dmd_dar.errors import DivergedError, UserError
-from dmd_dar.train import checkpoint
+from dmd_dar.train import checkpoint, replicas
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.log import Progress, RunLog
 from dmd_dar.train.optimise import Optimiser
-from dmd_dar.train.runtime import Runtime
+from dmd_dar.train.runtime import Runtime, gathered, load_network, load_optimiser
 from dmd_dar.train.stop import StopRequest
 
 Metrics = dict[str, Tensor]
@@ -32,16 +32,21 @@ class Phase:
     ema: Ema | None = None
     steps: int = field(default=0, init=False)  # optimiser steps made
 
-    def state(self) -> dict[str, Any]:
+    def held(self) -> dict[str, Any]:
+        """All that training changes, as this process holds it: sharded tensors are in parts."""
         ema = None if self.ema is None else self.ema.module.state_dict()
         optimiser = self.optimiser.adamw.state_dict()
         return {"network": self.network.state_dict(), "optimiser": optimiser, "ema": ema, "steps": self.steps}
 
+    def state(self) -> dict[str, Any]:
+        """The same whatever the number of processes: whole tensors, in the main one. Call it in every process."""
+        return gathered(self.held())
+
     def restore(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.optimiser.adamw.load_state_dict(state["optimiser"])
+        load_network(self.network, state["network"])
+        load_optimiser(self.optimiser.adamw, state["optimiser"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            load_network(self.ema.module, state["ema"])
         self.steps = state["steps"]
 
 
@@ -68,10 +73,10 @@ def gradients(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> Met
     for samples in parts:
         with runtime.autocast():
             loss, metrics = phase.loss(Draws(seed, phase.name, phase.steps, samples))
-        (loss / len(parts)).backward()
+        with runtime.averaging(phase.optimiser.parameters, last=samples is parts[-1]):
+            (loss / len(parts)).backward()
         for name, value in {"loss": loss, **metrics}.items():
             total[name] = total.get(name, 0) + value.detach() / len(parts)
-    runtime.average_gradients(phase.optimiser.parameters)
     return total
 
 
@@ -124,6 +129,14 @@ class Loop:
                 raise UserError(f"'{root}': this run's {name} has changed since; restore it, or use another out_dir")
         return checkpoint.load(root, step, mapped=self.runtime.device.type != "cpu")
 
+    def check_replicas(self, step: int) -> None:
+        """Raises ReplicaError in all processes where one has come to hold something else than it should.
+
+        Where the seed and the steps made agree, so do turn, rung and every draw.
+        """
+        held = {phase.name: phase.held() for phase in self.phases()}
+        replicas.check(self.runtime, {"seed": self.seed, "step": step, **held}, step)
+
     def save(self, step: int, score: float | None = None) -> None:
         """Write a checkpoint, once at most for a step; that of the least `score` is kept. If it fails, all end."""
         state = {phase.name: phase.state() for phase in self.phases()}
@@ -153,7 +166,10 @@ class Loop:
                 if last or step % self.samples_every == 0:
                     self.sample(step)
                 stopping = self.runtime.any(self.stop.asked)
-                if last or stopping or step % self.checkpoints.every == 0:
+                saving = last or stopping or step % self.checkpoints.every == 0
+                if saving or step % self.runtime.check_every == 0:
+                    self.check_replicas(step)
+                if saving:
                     log.sync()
                     self.save(step)
                     stopping = self.runtime.any(self.stop.asked)

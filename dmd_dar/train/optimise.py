@@ -50,7 +50,8 @@ class Optimiser:
 
     def step(self, step: int) -> float:
         """Clip, update, clear. Returns the gradient norm before clipping; raises FloatingPointError if not finite."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip).item()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # of sharded gradients, each process has a part
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}; lower its learning rate")
         for group in self.adamw.param_groups:

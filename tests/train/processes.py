@@ -1,0 +1,142 @@
+"""python -m tests.train.processes FOLDER: small distillations by two gloo processes, for test_runtime.py to compare."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmd_dar import flow
+from dmd_dar.draws import Draws
+from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.trajectories import Trajectories
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.sit import SiTConfig, with_routing
+from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.train.checkpoint import CheckpointConfig
+from dmd_dar.train.ema import Ema
+from dmd_dar.train.log import RunLog
+from dmd_dar.train.loop import Loop, Phase, gradients, update
+from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.replicas import ReplicaError
+from dmd_dar.train.runtime import LaunchConfig, Runtime, gathered, local
+from tests.tiny import tiny_sit
+
+SHAPE = SiTConfig(input_size=8, in_channels=2, patch=4, width=12, depth=2, heads=2, num_classes=3)
+BATCH, CYCLES = 20, {2: 6, 5: 2}  # cycles by k, the fake-score updates per student update
+
+
+def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tuple[Phase, ...]:
+    """k fake-score phases and the student's, with routers and regression: two student forwards in one backward."""
+    teacher = tiny_sit(SHAPE).to(dtype).requires_grad_(False)
+    student = with_routing(teacher, RoutingConfig(query="timestep", chunk_size=2)).requires_grad_(True)
+    fake_score = tiny_sit(SHAPE).to(dtype)
+    for network in (student, fake_score):
+        network.pos_embed.requires_grad_(False)
+    ema = Ema(student, 0.9)
+    runtime.shard(student, fake_score, teacher, ema.module)
+
+    def velocity(network: nn.Module):
+        v = velocity_of(network)
+        return lambda x, t, cond: v(x.to(dtype), t.to(dtype), cond)
+
+    torch.manual_seed(1)
+    pairs = Trajectories(torch.randn(4, 2, 2, 8, 8), torch.randn(4, 2, 8, 8), torch.arange(4) % 3)
+    method = DMD(
+        *map(velocity, (student, teacher, fake_score)),
+        rungs=(1.0, 0.6),
+        renoise=flow.TimeLaw(),
+        num_classes=3,
+        shape=(2, 8, 8),
+        matching_weight=1.0,
+        regression_weight=0.5,
+        trajectories=pairs,
+    )
+    config = OptimiserConfig(lr=1e-3, weight_decay=0.1, clip=0.5)
+    optimiser = Optimiser(config, student.backbone_parameters(), student.router_parameters(), 1e-2)
+    phase = Phase("student", student, optimiser, method.student_loss, ema)
+    optimiser = Optimiser(config, fake_score.backbone_parameters())
+    return (*[Phase("fake_score", fake_score, optimiser, method.fake_score_loss)] * k, phase)
+
+
+def trained(config: LaunchConfig, k: int, cycles: int = 0, resume: Path | None = None) -> dict[str, Any]:
+    """The phases' states after `cycles` more cycles, from those in the file `resume` where it is given."""
+    runtime = Runtime(config)
+    cycle = cycle_of(runtime, k)
+    if resume is not None:
+        states = torch.load(resume, weights_only=True)
+        for phase in (cycle[0], cycle[-1]):
+            phase.restore(states[phase.name])
+    for _ in range(cycles or CYCLES[k]):
+        for phase in cycle:
+            update(phase, 0, BATCH, runtime)
+    return {phase.name: phase.state() for phase in cycle}
+
+
+def single_gradients(config: LaunchConfig) -> dict[str, Any]:
+    """float32 gradients of one student update, by name."""
+    runtime = Runtime(config)
+    phase = cycle_of(runtime, 1, torch.float32)[-1]
+    gradients(phase, 0, BATCH, runtime)
+    return gathered({name: p.grad for name, p in phase.network.named_parameters() if p.grad is not None})
+
+
+def config(sharding: str, accumulation: int = 1, **more: Any) -> LaunchConfig:
+    return LaunchConfig(cpu=True, sharding=sharding, accumulation=accumulation, **more)  # type: ignore[arg-type]
+
+
+def divergence(sharding: str, harm: Callable[[Phase], None] | None, **more: Any) -> str:
+    """What a run says that compares every two steps, if `harm` comes over one phase of rank 1 in step 3."""
+    runtime = Runtime(config(sharding, check_every=2, **more))
+    cycle = cycle_of(runtime, 1)
+    inner = cycle[-1].loss
+
+    def loss(draws: Draws):
+        if harm is not None and runtime.rank == 1 and draws.step == 2:
+            harm(cycle[-1])
+        return inner(draws)
+
+    cycle[-1].loss = loss
+    identity, checkpoints = {"teacher": "a"}, CheckpointConfig(every=100)
+    loop = Loop(cycle, 0, 6, BATCH, runtime, None, identity, checkpoints, 100, 100, lambda step: None)
+    try:
+        loop.run(0, RunLog(None))
+    except ReplicaError as error:
+        return str(error)
+    return f"{cycle[-1].steps} steps"
+
+
+@torch.no_grad()
+def nudge(phase: Phase) -> None:
+    local(phase.ema.module.blocks[1].mlp.fc1.weight)[0, 0] += 1e-12  # type: ignore[union-attr]
+
+
+def hurry(phase: Phase) -> None:
+    phase.optimiser.adamw.param_groups[1]["base_lr"] *= 1.001
+
+
+def work(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    found: dict[str, Any] = {}
+    for sharding in ("none", "fsdp2"):
+        found[f"{sharding} whole"] = trained(config(sharding, 5), 5)
+        found[f"{sharding} halfway"] = trained(config(sharding), 2, CYCLES[2] // 2)
+        found[f"{sharding} resumed"] = trained(config(sharding, 2), 2, CYCLES[2] // 2, Path(folder) / "halfway.pt")
+        found[f"{sharding} gradients"] = single_gradients(config(sharding))
+    found["replicas"] = [
+        divergence("none", nudge),
+        divergence("fsdp2", nudge, shard_among=1),
+        divergence("fsdp2", hurry),
+        divergence("fsdp2", None, shard_among=1),
+    ]
+    torch.save(found, Path(folder) / f"found{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(work, (sys.argv[1], int(sys.argv[2])), nprocs=2, start_method="fork")
