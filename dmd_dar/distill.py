@@ -13,10 +13,13 @@ from dmd_dar.data.config import DataConfig
 from dmd_dar.data.sources import data_hash, open_data
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
+from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.gan import GAN, Batch
 from dmd_dar.methods.generate import decoded, few_step_generator
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
+from dmd_dar.models.discriminator import Heads, Pool, block_readers, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
 from dmd_dar.models.students import Networks, build_networks
 from dmd_dar.models.teachers import (
@@ -55,8 +58,18 @@ class StudentRouting(RoutingConfig):
 class StudentConfig(OptimiserConfig):
     """The few-step student."""
 
-    ema: float = key(0.99, "decay of the weight average, which is what is saved", least=0, below=1)
+    ema: float | tuple[float, ...] = key(
+        0.99, "decay of the weight average that is saved, or a list: the others are saved beside it", least=0, below=1
+    )
     routing: StudentRouting = key(factory=StudentRouting)
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
+
+    def __post_init__(self) -> None:
+        if not self.decays or len(set(self.decays)) < len(self.decays):
+            raise ValueError(f"ema must name each decay once, got {list(self.decays)}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,11 @@ class FakeScoreConfig(OptimiserConfig):
     """The online score of the student's own samples; starts as the teacher."""
 
     updates: int = key(5, "optimiser steps for every one of the student", unit="steps", least=1)
+    space: Literal["flow", "x0"] = key("flow", "where its error is squared; x0: times t^2, so low noise counts less")
+
+
+def inner_times() -> flow.TimeLaw:
+    return flow.TimeLaw(low=0.02, high=0.98)
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,30 @@ class MatchingConfig:
     """Distribution matching."""
 
     weight: float = key(1.0, "weight of the loss; 0 leaves it and the fake score out", least=0)
-    time: flow.TimeLaw = key(factory=lambda: flow.TimeLaw(low=0.02, high=0.98))
+    dm_form: Literal["standard", "decoupled"] = key(
+        "standard", "decoupled: the teacher's guidance acts at a t of its own law, guidance_time"
+    )
+    time: flow.TimeLaw = key(factory=inner_times)
+    guidance_time: flow.TimeLaw = key(factory=inner_times)
+
+
+@dataclass(frozen=True)
+class GanConfig(OptimiserConfig, LossWeight):
+    """The GAN term against real `data`: heads on the features of a score network. Off while its weights are 0."""
+
+    updates: int = key(1, "optimiser steps of the heads for every one of the student", unit="steps", least=1)
+    features: Literal["fake_score", "teacher"] = key("fake_score", "whose blocks the heads read")
+    layers: tuple[int, ...] = key((), "those blocks, from 1; empty: the ends of the network's thirds", least=1)
+    pool: Pool = key("mean", "a logit for each layer (mean over tokens), or for each token")
+    hidden: int = key(256, "hidden width of a head", least=1)
+    feature_weight: float = key(0.0, "weight of the GAN in the fake score's own loss; 0: it gets no gradient", least=0)
+    r1_weight: float = key(0.0, "weight of the approximate R1 penalty", least=0)
+    r1_sigma: float = key(0.1, "standard deviation of the noise that R1 adds to x_t", above=0)
+    time: flow.TimeLaw = key(factory=inner_times)
+
+    def __post_init__(self) -> None:
+        if self.feature_weight and self.features == "teacher":
+            raise ValueError("feature_weight trains the fake score, but features are the frozen teacher's: set it to 0")
 
 
 @dataclass(frozen=True)
@@ -84,6 +125,10 @@ class DistillConfig:
     batch_size: int = key(32, "samples per optimiser step, over all processes", least=1)
     rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
+    sampler: flow.Sampler = key("stochastic", "between calls, in training and sampling: re-noise, or follow the ODE")
+    student_input: Literal["simulate", "data"] = key(
+        "simulate", "in training: its own rollout from noise to the rung, or noised data"
+    )
     resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
     teacher: TeacherConfig = key(factory=TeacherConfig)
     data: DataConfig = key(factory=DataConfig)
@@ -91,14 +136,25 @@ class DistillConfig:
     fake_score: FakeScoreConfig = key(factory=FakeScoreConfig)
     matching: MatchingConfig = key(factory=MatchingConfig)
     regression: RegressionConfig = key(factory=RegressionConfig)
+    gan: GanConfig = key(factory=GanConfig)
     checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
     log: LogConfig = key(factory=LogConfig)
     launch: LaunchConfig = key(factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         flow.check_rungs(self.rungs)
-        if not self.matching.weight and not self.regression.weight:
-            raise ValueError("matching.weight and regression.weight are both 0: nothing would train the student")
+        if not (self.matching.weight or self.regression.used or self.gan.used):
+            raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
+        if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
+            raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
+
+    @property
+    def trains_fake_score(self) -> bool:
+        return self.matching.weight > 0 or (self.gan.used and self.gan.features == "fake_score")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.student_input == "data" or self.gan.used
 
 
 def recipe_of(cfg: DistillConfig, teacher: Denoiser, digest: str) -> Recipe:
@@ -124,10 +180,11 @@ def build_method(
     runtime: Runtime,
     codec: Codec | None = None,
 ) -> DMD:
-    """The method over three velocities, with its trajectories where the regression loss wants them."""
+    """The method over three velocities, with the trajectories, the real data and the GAN that its losses want."""
     teacher_velocity = guided_velocity(networks.teacher, prediction, cfg.guidance_scale)
+    real = real_batches(cfg, recipe, runtime.device) if cfg.needs_data else None
     pairs = None
-    if cfg.regression.weight:
+    if cfg.regression.used:
         with runtime.main_first():
             pairs = trajectories_for(cfg.regression, recipe, teacher_velocity, runtime.device)
     return DMD(
@@ -138,10 +195,52 @@ def build_method(
         renoise=cfg.matching.time,
         num_classes=recipe.num_classes,
         shape=recipe.shape,
+        sampler=cfg.sampler,
+        data=real if cfg.student_input == "data" else None,
         matching_weight=cfg.matching.weight,
-        regression_weight=cfg.regression.weight,
+        unguided_teacher=velocity_of(networks.teacher, prediction) if cfg.matching.dm_form == "decoupled" else None,
+        guidance_time=cfg.matching.guidance_time,
+        regression_weight=cfg.regression,
         distance=distance_of(cfg.regression, runtime.device, codec),
         trajectories=pairs,
+        gan=build_gan(cfg, prediction, networks, real, runtime.device) if real is not None and cfg.gan.used else None,
+        x0_space=cfg.fake_score.space == "x0",
+    )
+
+
+def real_batches(cfg: DistillConfig, recipe: Recipe, device: torch.device) -> Batch:
+    """Real data for the GAN or the student's input; a ConfigError where it is not of the teacher's kind."""
+    data = open_data(cfg.data, device)
+    if (tuple(data.shape), data.num_classes) != (recipe.shape, recipe.num_classes):
+        asking = "student_input = data" if cfg.student_input == "data" else f"gan.weight = {cfg.gan.weight:g}"
+        raise config.ConfigError(
+            f"{asking}: this needs real data like the teacher's, {list(recipe.shape)} in {recipe.num_classes} classes,"
+            f" but data.name {cfg.data.name} gives {list(data.shape)} in {data.num_classes}; name other data"
+        )
+    return data.batch
+
+
+def build_gan(
+    cfg: DistillConfig, prediction: Prediction | Meaning, networks: Networks, real: Batch, device: torch.device
+) -> GAN:
+    """The game and its fresh heads, which are the same for every student of a seed."""
+    network = networks.fake_score if cfg.gan.features == "fake_score" else networks.teacher
+    try:
+        layers = chosen_layers(cfg.gan.layers, len(block_readers(network)))
+    except ValueError as error:
+        raise config.ConfigError(f"gan.{error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        heads = Heads(width_of(network), len(layers), cfg.gan.pool, cfg.gan.hidden).to(device)
+    return GAN(
+        features=features_of(network, velocity_of(network, prediction), layers),
+        heads=heads,
+        real=real,
+        time=cfg.gan.time,
+        weight=cfg.gan,
+        feature_weight=cfg.gan.feature_weight,
+        r1_weight=cfg.gan.r1_weight,
+        r1_sigma=cfg.gan.r1_sigma,
     )
 
 
@@ -149,8 +248,9 @@ def distance_of(
     regression: RegressionConfig, device: torch.device, codec: Codec | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The regression loss's distance; LPIPS compares images, so latents are decoded for it."""
-    if not regression.weight or regression.metric == "mse":
-        return losses.regression_loss
+    if not regression.used or regression.metric != "lpips":
+        plain = {"pseudo_huber": losses.pseudo_huber_loss, "spectrum": losses.spectrum_loss}
+        return plain.get(regression.metric, losses.regression_loss)
     lpips = lpips_loss(device)
     return lpips if codec is None else lambda x, target: lpips(codec.decode(x), codec.decode(target))
 
@@ -180,7 +280,7 @@ def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Cod
 
 
 def distill(cfg: DistillConfig) -> None:
-    """Run, or continue, the job. The averaged student lands in out_dir/student."""
+    """Run, or continue, the job. The averaged student lands in out_dir/student, averages of other decays beside it."""
     runtime = Runtime(cfg.launch)
     torch.manual_seed(cfg.seed)
     teacher, codec = open_teacher(cfg, runtime.device)
@@ -190,36 +290,40 @@ def distill(cfg: DistillConfig) -> None:
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
     with open_run(cfg, runtime) as folder:
         method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec)
-        ema = Ema(student, cfg.student.ema)
-        runtime.shard(teacher.network, student, fake_score, ema.module)
+        ema = Ema(student, *cfg.student.decays)
+        runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
         routers, router_lr = student.router_parameters(), routing.lr
         optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr)
         student_phase = Phase("student", student, optimiser, method.student_loss, ema)
         fakes, routers = fake_score.backbone_parameters(), fake_score.router_parameters()
         optimiser = Optimiser(cfg.fake_score, fakes, routers, router_lr)
         fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
-        updates = cfg.fake_score.updates if cfg.matching.weight else 0
+        cycle = [fake_phase] * (cfg.fake_score.updates if cfg.trains_fake_score else 0)
+        if method.gan is not None:
+            optimiser = Optimiser(cfg.gan, method.gan.heads.parameters())
+            cycle += [Phase("discriminator", method.gan.heads, optimiser, method.discriminator_loss)] * cfg.gan.updates
         identity = {"teacher": teacher.digest, "data": data_hash(cfg.data)}
         if codec is not None:
             identity["codec"] = codec.digest()
         if isinstance(method.trajectories, StoredTrajectories):
             identity["pairs"] = method.trajectories.shards.hash
         origin = {**identity, "steps": cfg.steps, **codec_origin(teacher, codec)}
+        averaged = velocity_of(ema.module, teacher.prediction)
+        facts = {"rungs": cfg.rungs, "sampler": cfg.sampler, "label_names": teacher.label_names, "origin": origin}
+        others = {
+            f"student_ema_{decay}": network for decay, network in ema.modules.items() if network is not ema.module
+        }
         run_cycle(
             cfg,
             runtime,
             folder,
-            (*[fake_phase] * updates, student_phase),
+            (*cycle, student_phase),
             identity=identity,
-            generator=decoded(
-                few_step_generator(velocity_of(ema.module, teacher.prediction), cfg.rungs), codec and codec.decode
-            ),
+            generator=decoded(few_step_generator(averaged, cfg.rungs, cfg.sampler), codec and codec.decode),
             shape=recipe.shape,
             num_classes=recipe.num_classes,
-            result=ema.module,
-            save=lambda place, network: save_trained(
-                place, network, teacher.prediction, rungs=cfg.rungs, label_names=teacher.label_names, origin=origin
-            ),
+            results={"student": ema.module, **others},
+            save=lambda place, network: save_trained(place, network, teacher.prediction, **facts),
         )
 
 

@@ -185,6 +185,9 @@ class TimeLaw:
         return self.low + (self.high - self.low) * shift_time(t, self.shift)
 
 
+Sampler = Literal["stochastic", "deterministic"]  # between rungs: fresh noise, or the ODE's own
+
+
 def default_rungs(k: int, shift: float = 3.0) -> tuple[float, ...]:
     """k rungs from t = 1 downwards, evenly spaced before the shift: (1, .9, .75, .5) for k = 4."""
     return tuple(round(shift_time(torch.tensor(1 - j / k, dtype=torch.float64), shift).item(), 6) for j in range(k))

@@ -22,6 +22,7 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
+from dmd_dar.losses import LossWeight
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
 from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
@@ -32,11 +33,13 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class RegressionConfig:
-    """The regression loss on teacher trajectories."""
+class RegressionConfig(LossWeight):
+    """The regression loss on teacher trajectories; without any weight they are left out."""
 
-    weight: float = key(0.25, "weight of the loss; 0 leaves it and its trajectories out", least=0)
-    metric: Literal["mse", "lpips"] = key("mse", "distance; lpips needs its weights on this machine")
+    weight: float = key(0.25, "weight of the loss", least=0)
+    metric: Literal["mse", "lpips", "pseudo_huber", "spectrum"] = key(
+        "mse", "distance; spectrum: squared error by frequency; lpips needs its weights on this machine"
+    )
     count: int = key(256, "trajectories", least=1)
     solver_steps: int = key(15, "Heun steps of a trajectory, two evaluations each", unit="steps", least=1)
     seed: int = key(0, "of the trajectories' noise", least=0)

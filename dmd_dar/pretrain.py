@@ -155,7 +155,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             generator=decoded(ode_generator(velocity_of(ema.module), GRID_STEPS), codec and codec.decode),
             shape=data.shape,
             num_classes=data.num_classes,
-            result=ema.module,
+            results={"student": ema.module},
             save=lambda place, network: save_network(place, network, card),
         )
 

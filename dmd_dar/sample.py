@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +13,6 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import few_step_generator, generate
-from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
 
@@ -31,7 +30,9 @@ class SampleConfig:
     label: int = key(-1, "class of all images; -1 takes the classes in turn", least=-1)
     steps: int = key(0, "network calls; 0 takes the student's own", least=0)
     rungs: tuple[float, ...] = key((), "times of the calls; empty takes the student's own", above=0, most=1)
-    sampler: Sampler = key("stochastic", "stochastic re-noises between calls; deterministic follows the ODE")
+    sampler: Literal["auto", "stochastic", "deterministic"] = key(
+        "auto", "between calls: re-noise, or follow the ODE; auto: as the student was trained"
+    )
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
 
@@ -72,10 +73,11 @@ def sample(cfg: SampleConfig) -> None:
     if cfg.label >= shape.num_classes:
         raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {shape.num_classes - 1}")
     out = make_folder(cfg.out)
-    facts = {**config.to_dict(cfg), "rungs": list(rungs), "network": student.digest}
+    sampler = student.sampler if cfg.sampler == "auto" else cfg.sampler
+    facts = {**config.to_dict(cfg), "rungs": list(rungs), "sampler": sampler, "network": student.digest}
     refuse_other_images(out, facts)
     x0, labels = generate(
-        few_step_generator(velocity_of(student.network, student.prediction), rungs, cfg.sampler),
+        few_step_generator(velocity_of(student.network, student.prediction), rungs, sampler),
         cfg.n,
         seed=cfg.seed,
         shape=(shape.in_channels, shape.input_size, shape.input_size),

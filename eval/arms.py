@@ -243,7 +243,7 @@ class Teacher:
 def student_set(arm: Arm, bench: Bench, teacher_images: ImageSet, hf_gain: Callable[[Tensor], float]) -> ImageSet:
     """The arm's images, with what its routers do: `hf_gain` gives the HF gain in dB of a set of images."""
     network, card = load_network(arm.folder / "student", bench.device)
-    generator = few_step_generator(velocity_of(network, card.prediction), card.rungs)
+    generator = few_step_generator(velocity_of(network, card.prediction), card.rungs, card.sampler)
     identity = {"student": network_hash(arm.folder / "student"), "rungs": card.rungs}
     images, labels = bench.cached(identity, generator)
     facts = network_facts(network, len(card.rungs), None, identity["student"])
@@ -255,7 +255,7 @@ def student_set(arm: Arm, bench: Bench, teacher_images: ImageSet, hf_gain: Calla
         facts["routing"] = routing_usage(network, x0, cond, card.rungs, draws)
         plain = copy.deepcopy(network)
         plain.dar.reset()
-        without = few_step_generator(velocity_of(plain, card.prediction), card.rungs)
+        without = few_step_generator(velocity_of(plain, card.prediction), card.rungs, card.sampler)
         reset, _ = bench.cached({**identity, "routers": "reset"}, without)
         shift = hf_gain(reset) - hf_gain(images)
         facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= ROUTER_USED_DB}

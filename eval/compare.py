@@ -159,7 +159,7 @@ class Student:
 
     @property
     def generator(self) -> Generator:
-        return few_step_generator(velocity_of(self.network, self.card.prediction), self.card.rungs)
+        return few_step_generator(velocity_of(self.network, self.card.prediction), self.card.rungs, self.card.sampler)
 
 
 def students(runs: dict[Role, Arm], device: torch.device) -> dict[str, Student]:

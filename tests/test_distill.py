@@ -131,6 +131,61 @@ def test_resumed_equals_uninterrupted_bit_for_bit(teacher, tmp_path, recipe):
         assert {**ours, "steps_per_second": 0} == {**theirs, "steps_per_second": 0}
 
 
+ALL_LOSSES = (
+    "gan.weight=0.1",
+    "gan.r1_weight=0.1",
+    "gan.feature_weight=0.1",
+    "gan.updates=2",
+    "regression.metric=spectrum",
+)
+ALL_LOSSES += ("student.ema=[0.1,0.9]", "sampler=deterministic", "student_input=data", "fake_score.space=x0")
+
+
+def test_all_losses_resume_bit_for_bit_and_every_average_is_saved(teacher, tmp_path):
+    whole = run(teacher, tmp_path / "whole", *ALL_LOSSES)
+    run(teacher, tmp_path / "parts", *ALL_LOSSES, "steps=2")
+    parts = run(teacher, tmp_path / "parts", *ALL_LOSSES)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    slow = [load_network(tmp_path / name / "student_ema_0.9")[0].state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(a, b) for a, b in zip(slow[0].values(), slow[1].values(), strict=True))
+    start = load_network(teacher)[0].state_dict()
+    moved = [sum((w[name] - start[name]).abs().sum().item() for name in start) for w in (whole, slow[0])]
+    assert 0 < moved[1] < moved[0]
+    last = log.read(tmp_path / "whole" / "log.jsonl")[-1]
+    wanted = {
+        "student/dm",
+        "student/regression",
+        "student/gan",
+        "discriminator/r1",
+        "fake_score/gan",
+        "fake_score/flow",
+    }
+    assert wanted | {"student/dm_gradient", "student/gan_gradient"} <= set(last)
+    assert load_network(tmp_path / "whole" / "student")[1].sampler == "deterministic"
+    images = tmp_path / "images"
+    argv = [f"student={tmp_path / 'whole' / 'student'}", f"out={images}", "n=1"]
+    sample.sample(config.load(sample.SampleConfig, argv))
+    assert json.loads((images / "samples.json").read_text())["sampler"] == "deterministic"
+
+
+@pytest.mark.parametrize("recipe", ["dar", "residual"])
+def test_heads_do_not_depend_on_the_arm(teacher, tmp_path, recipe):
+    cfg = config.load(distill.DistillConfig, arguments(teacher, tmp_path, "gan.weight=1", recipe=recipe))
+    networks = distill.build_networks(load_network(teacher)[0], cfg.student.routing.form())
+    heads = distill.build_gan(cfg, "flow", networks, lambda draws: None, torch.device("cpu")).heads
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)
+        assert torch.equal(heads.heads[0][1].weight, torch.nn.Linear(16, 256).weight)
+
+
+def test_decoupled_matching_needs_guidance_and_uses_it(teacher, tmp_path):
+    form = "matching.dm_form=decoupled"
+    run(teacher, tmp_path / "run", form, "guidance_scale=2.5", "steps=1", f"regression.cache={tmp_path}")
+    assert "student/dm" in log.read(tmp_path / "run" / "log.jsonl")[-1]
+    with pytest.raises(config.ConfigError, match="guidance_scale = 1.0 .*decoupled"):
+        config.load(distill.DistillConfig, arguments(teacher, tmp_path, form))
+
+
 def test_another_configuration_in_the_same_folder_is_refused(teacher, tmp_path, capsys):
     before = run(teacher, tmp_path / "run", "steps=1")
     with pytest.raises(SystemExit) as stop:
@@ -197,6 +252,12 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
         ("data.size=64", "data.size"),
         ("student.routing.chunk_size=5", "chunk_size"),
         ("batch_size=3", "accumulation"),
+        ("student.ema=[0.9,0.9]", "student.ema"),
+        ("student.ema=1.0", "student.ema"),
+        ("gan={weight: 1.0, layers: [3]}", "gan.layers"),
+        ("gan={feature_weight: 1.0, features: teacher}", "gan.feature_weight"),
+        ("gan={weight: 1.0, hidden: 0}", "gan.hidden"),
+        ("regression.metric=huber", "pseudo_huber"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, said, capsys, monkeypatch):

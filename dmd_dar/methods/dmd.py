@@ -12,10 +12,23 @@ from torch import Tensor
 from dmd_dar import flow, losses
 from dmd_dar.draws import Draws
 from dmd_dar.guidance import Velocity
+from dmd_dar.losses import LossWeight
 from dmd_dar.methods import rollout
+from dmd_dar.methods.gan import GAN, Batch
 from dmd_dar.methods.trajectories import Pairs
 
 Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What one student update compared, all detached; for health signals."""
+
+    x0_student: Tensor
+    x0_teacher: Tensor
+    x0_fake: Tensor
+    t: Tensor
+    cond: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,56 +45,114 @@ class DMD:
     renoise: flow.TimeLaw  # of the t at which student and teacher are compared
     num_classes: int
     shape: tuple[int, ...]  # (C, S, S)
+    sampler: rollout.Sampler = "stochastic"
+    data: Batch | None = None  # if given, the student's input is noised data, not its own rollout
     matching_weight: float = 1.0
-    regression_weight: float = 0.0
+    unguided_teacher: Velocity | None = None  # if given, matching is decoupled
+    guidance_time: flow.TimeLaw = flow.TimeLaw(low=0.02, high=0.98)  # of the t of decoupled matching's guidance
+    regression_weight: LossWeight = LossWeight()
     distance: Callable[[Tensor, Tensor], Tensor] = losses.regression_loss
     trajectories: Pairs | None = None
+    gan: GAN | None = None
+    x0_space: bool = False  # of the fake score's loss
+    watch: Callable[[Matched], Metrics] | None = None  # more metrics of a student update
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
-        """Distribution matching + regression, jointly, at one rung for the whole batch (arXiv:2311.18828 Eq. 7-9)."""
+        """Distribution matching + regression + GAN, jointly, at one rung for the whole batch (arXiv:2311.18828 Eq. 9).
+
+        Each term's gradient is taken at its x0 first, and the student's is that, carried back.
+        """
         loss, metrics = torch.zeros((), device=draws.samples.device), {}
-        if self.matching_weight:
-            matching, metrics = self.distribution_matching(draws)
-            loss = loss + self.matching_weight * matching
-        if self.trajectories is not None and self.regression_weight:
-            regression = self.regression(draws, self.trajectories)
-            loss, metrics = loss + self.regression_weight * regression, {**metrics, "regression": regression}
+        gan_weight = self.gan.weight.at(draws.step) if self.gan is not None else 0.0
+        regression_weight = self.regression_weight.at(draws.step) if self.trajectories is not None else 0.0
+        terms: list[tuple[str, float, Tensor, Callable[[Tensor], Tensor]]] = []
+        if self.matching_weight or gan_weight:
+            x0_student, cond = self.generate(draws)
+            if self.matching_weight:
+                matching, metrics = self.matching(x0_student, cond, draws)
+                terms.append(("dm", self.matching_weight, x0_student, matching))
+            if self.gan is not None and gan_weight:
+                terms.append(("gan", gan_weight, x0_student, self.gan.student_term(cond, draws)))
+        if self.trajectories is not None and regression_weight:
+            terms.append(("regression", regression_weight, *self.regression(draws, self.trajectories)))
+        for name, weight, x0, term in terms:
+            value, (gradient,) = losses.value_and_gradients(term, x0)
+            loss = loss + weight * losses.carry_gradients(value, [x0], [gradient])
+            size = losses.per_sample_mean((weight * gradient.numel() * losses.promote(gradient)).square()).sqrt().mean()
+            metrics = {**metrics, name: value, f"{name}_gradient": size}
         return loss, metrics
 
-    def simulate(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """(x0_student, cond): unroll to the step's rung without gradient, then one call with it (arXiv:2405.14867)."""
-        cond = draws.integers("label", self.num_classes)
+    def generate(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(x0_student, cond): one call with gradient at the step's rung, which no gradient leads to."""
         rung = draws.shared_integer("rung", len(self.rungs))
-        with torch.no_grad():
-            x_t = rollout.state_at(self.student, cond, self.rungs, rung, draws, draws.normal("noise", *self.shape))
+        if self.data is None:
+            x_t, cond = self.simulate(rung, draws)
+        else:
+            x0, cond = self.data(draws)
+            x_t = flow.interpolate(x0, draws.normal("noise", *self.shape), x0.new_tensor(self.rungs[rung]))
         return rollout.predict_x0(self.student, x_t, self.rungs[rung], cond), cond
 
-    def distribution_matching(self, draws: Draws) -> tuple[Tensor, Metrics]:
-        x0_student, cond = self.simulate(draws)
-        t, eps = self.noise_level(draws)
-        x_t = flow.interpolate(x0_student.detach(), eps, t)
-        with torch.no_grad():
-            x0_teacher = flow.velocity_to_x0(self.teacher(x_t, t, cond), x_t, t)
-            x0_fake = flow.velocity_to_x0(self.fake_score(x_t, t, cond), x_t, t)
-        gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
-        loss = losses.dmd_loss(x0_student, x0_teacher, x0_fake)
-        return loss, {"dm": loss, "fake_to_teacher_rms": gap}
+    @torch.no_grad()
+    def simulate(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(x_t, cond): the student's own way from pure noise to the rung (arXiv:2405.14867 4.5)."""
+        cond, noise = draws.integers("label", self.num_classes), draws.normal("noise", *self.shape)
+        return rollout.state_at(self.student, cond, self.rungs, rung, draws, noise, self.sampler), cond
 
-    def regression(self, draws: Draws, trajectories: Pairs) -> Tensor:
+    def matching(self, x0_student: Tensor, cond: Tensor, draws: Draws) -> tuple[Callable[[Tensor], Tensor], Metrics]:
+        """The matching term as a loss of x0_student, and metrics.
+
+        Decoupled: mu_f - mu_r = (mu_f - mu_r^cond) - (g - 1) (mu_r^cond - mu_r^uncond), of which the second part is
+        mu_r^cond - mu_r, at a t of its own law; each is normalised by its own teacher's distance.
+        """
+        plain = self.teacher if self.unguided_teacher is None else self.unguided_teacher
+        t, (x0_teacher, x0_fake) = self.estimates(
+            "score", self.renoise, (plain, self.fake_score), x0_student, cond, draws
+        )
+        gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
+        metrics = {"fake_to_teacher_rms": gap}
+        if self.watch is not None:
+            metrics |= self.watch(Matched(x0_student.detach(), x0_teacher, x0_fake, t, cond))
+        if self.unguided_teacher is None:
+            return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake), metrics
+        both = (self.teacher, self.unguided_teacher)
+        _, (guided, unguided) = self.estimates("guidance", self.guidance_time, both, x0_student, cond, draws)
+        return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake) + losses.dmd_loss(x, guided, unguided), metrics
+
+    @torch.no_grad()
+    def estimates(
+        self,
+        name: str,
+        law: flow.TimeLaw,
+        velocities: tuple[Velocity, ...],
+        x0_student: Tensor,
+        cond: Tensor,
+        draws: Draws,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """t (B,) and each velocity's x0 at the student's samples, noised to it."""
+        x_t, t, _ = rollout.renoise(x0_student.detach(), law, name, draws)
+        return t, [flow.velocity_to_x0(velocity(x_t, t, cond), x_t, t) for velocity in velocities]
+
+    def regression(self, draws: Draws, trajectories: Pairs) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The student, from the teacher trajectory's own state at the step's rung, should reach its end (Eq. 9)."""
         rung = draws.shared_integer("rung", len(self.rungs))
         states, ends, cond = trajectories.at(rung, draws.integers("pair", trajectories.count))
-        return self.distance(rollout.predict_x0(self.student, states, self.rungs[rung], cond), ends)
+        return rollout.predict_x0(self.student, states, self.rungs[rung], cond), lambda x0: self.distance(x0, ends)
 
     def fake_score_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Flow matching on the student's own samples, which get no gradient (arXiv:2311.18828 Eq. 6)."""
         with torch.no_grad():
-            x0_student, cond = self.simulate(draws)
-        t, eps = self.noise_level(draws)
-        x_t = flow.interpolate(x0_student, eps, t)
-        return losses.flow_matching_loss(self.fake_score(x_t, t, cond), x0_student, eps), {}
+            x0_student, cond = self.generate(draws)
+        x_t, t, eps = rollout.renoise(x0_student, self.renoise, "score", draws)
+        weight = t.square() if self.x0_space else 1.0
+        loss = losses.flow_matching_loss(self.fake_score(x_t, t, cond), x0_student, eps, weight)
+        if self.gan is None or not self.gan.feature_weight:
+            return loss, {}
+        gan = self.gan.feature_loss(x0_student, cond, draws)
+        return loss + self.gan.feature_weight * gan, {"flow": loss, "gan": gan}
 
-    def noise_level(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """t (B,) by the renoising law and fresh eps (B, C, S, S)."""
-        eps = draws.normal("score_eps", *self.shape)
-        return self.renoise.quantile(draws.uniform("score_t")).to(eps.dtype), eps
+    def discriminator_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
+        """The heads', on real data and the student's own samples; neither they nor the features get a gradient."""
+        assert self.gan is not None
+        with torch.no_grad():
+            x0_student, cond = self.generate(draws)
+        return self.gan.heads_loss(x0_student, cond, draws)

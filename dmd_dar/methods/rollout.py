@@ -4,22 +4,27 @@ Shapes: x_t (B, ...); cond (B,); rungs descend from 1 (pure noise), see flow.che
 """
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dmd_dar import flow
 from dmd_dar.draws import Draws
+from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity
-
-Sampler = Literal["stochastic", "deterministic"]
 
 
 def predict_x0(velocity: Velocity, x_t: Tensor, t: float, cond: Tensor) -> Tensor:
     """One network call: the estimate of x0 from x_t at a single t."""
     times = torch.full((len(x_t),), t, device=x_t.device, dtype=torch.promote_types(x_t.dtype, torch.float32))
     return flow.velocity_to_x0(velocity(x_t, times, cond), x_t, times)
+
+
+def renoise(x0: Tensor, law: flow.TimeLaw, name: str, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """x0 (B, ...) noised: x_t, its t (B,) by the law, and the eps (B, ...), which have draws of this name."""
+    eps = draws.normal(f"{name}_eps", *x0.shape[1:], dtype=torch.promote_types(x0.dtype, torch.float32))
+    t = law.quantile(draws.uniform(f"{name}_t")).to(eps.dtype)
+    return flow.interpolate(x0, eps, t), t, eps
 
 
 def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | None) -> Tensor:

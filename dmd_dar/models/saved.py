@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 
 from dmd_dar.atomic import write_atomic
 from dmd_dar.errors import DamagedFileError, MissingWeightsError
+from dmd_dar.flow import Sampler
 from dmd_dar.models.denoiser import Prediction
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
@@ -27,10 +28,12 @@ class ModelCard:
     rungs: tuple[float, ...] = ()  # of a few-step student; empty for a teacher
     label_names: tuple[str, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)  # free: data hash, command, step, teacher hash
+    sampler: Sampler = "stochastic"  # that a few-step student was trained with
 
     def __post_init__(self) -> None:
-        if self.prediction not in get_args(Prediction):
-            raise ValueError(f"prediction must be one of {get_args(Prediction)}, got {self.prediction!r}")
+        for name, value, choices in (("prediction", self.prediction, Prediction), ("sampler", self.sampler, Sampler)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
 
 
 def save_network(folder: Path, network: SiT, card: ModelCard) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity, guided
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, load_codec, vae_of
@@ -66,6 +67,7 @@ class Teacher:
     codec_revision: str = ""
     codec_digest: str = ""  # of the codec that it was trained with, where its folder says so
     origin: dict[str, Any] = field(default_factory=dict)  # what a run of this project says of where it comes from
+    sampler: Sampler = "stochastic"  # that a few-step student was trained with
 
 
 def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
@@ -104,7 +106,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
 
 
 def save_trained(folder: Path, network: Denoiser, prediction: Prediction | Meaning, **facts: Any) -> None:
-    """Write a trained network so that `load_teacher` reads it back; `facts` are ModelCard's rungs, label_names, origin.
+    """Write a trained network so that `load_teacher` reads it back; `facts` are ModelCard's, but prediction.
 
     A SiT becomes a folder of `saved.save_network`; a diffusers network its own `transformer` folder and a card.
     """
@@ -120,7 +122,7 @@ def save_trained(folder: Path, network: Denoiser, prediction: Prediction | Meani
 def _ours(place: Path, config: TeacherConfig) -> Teacher:
     network, card = load_network(place)
     prediction = _stated(config, card.prediction, place / "model.json")
-    facts = {**_codec(config, card.origin), "origin": card.origin}
+    facts = {**_codec(config, card.origin), "origin": card.origin, "sampler": card.sampler}
     return Teacher(network, prediction, network_hash(place), card.label_names, card.rungs, **facts)
 
 
@@ -132,11 +134,13 @@ def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
         meaning = meaning_from_dict(card["meaning"])
         names, rungs = tuple(card.get("label_names", ())), tuple(card.get("rungs", ()))
         origin = dict(card.get("origin", {}))
+        sampler = ModelCard(sampler=card.get("sampler", "stochastic")).sampler
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{place / CARD} describes no network of this project: {error!r}") from error
     prediction = _stated(config, meaning, place / CARD)
     network = load_transformer(place / "transformer")
-    digest, facts = _folder_hash(place / "transformer", prediction), {**_codec(config, origin), "origin": origin}
+    digest = _folder_hash(place / "transformer", prediction)
+    facts = {**_codec(config, origin), "origin": origin, "sampler": sampler}
     return Teacher(network, prediction, digest, names, rungs, **facts)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def run_cycle(
     generator: Generator,
     shape: tuple[int, ...],
     num_classes: int,
-    result: nn.Module,
+    results: dict[str, nn.Module],
     save: Callable[[Path, Any], None],
 ) -> None:
-    """Resume, train, and save the result. `save` writes the network `result`, all its weights at hand, into a folder.
+    """Resume, train, and save the `results`, networks by the name of their folder in the run's.
+
+    `save` writes one of them, all its weights at hand, into its folder.
 
     Exits with code EXIT_CODE where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
     """
@@ -97,8 +100,9 @@ def run_cycle(
         start = loop.restore(Path(cfg.out_dir) / "checkpoints")
         with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
             finished = loop.run(start, log)
-        network = runtime.whole(result) if finished else None
-        runtime.together(lambda: save(folder.student, network) if finished and folder is not None else None)
+        for name, result in results.items() if finished else ():
+            network = runtime.whole(result)
+            runtime.together(partial(save, folder.path / name, network) if folder is not None else lambda: None)
         runtime.close()
     if not finished:
         if folder is not None:

@@ -34,7 +34,7 @@ class Phase:
 
     def held(self) -> dict[str, Any]:
         """All that training changes, as this process holds it: sharded tensors are in parts."""
-        ema = None if self.ema is None else self.ema.module.state_dict()
+        ema = None if self.ema is None else self.ema.state_dict()
         optimiser = self.optimiser.adamw.state_dict()
         return {"network": self.network.state_dict(), "optimiser": optimiser, "ema": ema, "steps": self.steps}
 
@@ -46,7 +46,8 @@ class Phase:
         load_network(self.network, state["network"])
         load_optimiser(self.optimiser.adamw, state["optimiser"])
         if self.ema is not None:
-            load_network(self.ema.module, state["ema"])
+            for decay, module in self.ema.modules.items():
+                load_network(module, state["ema"][decay])
         self.steps = state["steps"]
 
 

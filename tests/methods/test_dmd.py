@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dmd_dar import flow, losses
 from dmd_dar.draws import Draws, sample_range
+from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import velocity_of
@@ -109,7 +110,7 @@ def test_gradient_flows_through_the_last_call_only(networks):
 
     method = method_of(recording, velocity_of(networks[1]), velocity_of(networks[2]))
     step = next(s for s in range(50) if draws_for(s).shared_integer("rung", 4) == 3)
-    method.simulate(draws_for(step))
+    method.generate(draws_for(step))
     assert [round(t, 4) for t, _, _ in with_gradient] == list(RUNGS)
     assert [grad for _, grad, _ in with_gradient] == [False, False, False, True]
     assert not any(needs for _, _, needs in with_gradient)
@@ -126,7 +127,7 @@ def test_every_rung_is_trained_about_equally():
 def test_a_batch_in_parts_has_the_same_mean_loss(networks, which):
     teacher = velocity_of(networks[1])
     paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
-    method = method_of(*(velocity_of(n) for n in networks), regression_weight=0.25, trajectories=paths)
+    method = method_of(*(velocity_of(n) for n in networks), regression_weight=LossWeight(0.25), trajectories=paths)
     loss = getattr(method, which)
     whole = loss(draws_for(2))[0]
     parts = [loss(draws_for(2, start, start + 2))[0] for start in range(0, 8, 2)]
@@ -136,9 +137,11 @@ def test_a_batch_in_parts_has_the_same_mean_loss(networks, which):
 def test_joint_loss_is_the_weighted_sum(networks):
     teacher = velocity_of(networks[1])
     paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
-    method = method_of(*(velocity_of(n) for n in networks), trajectories=paths, regression_weight=0.3)
+    method = method_of(*(velocity_of(n) for n in networks), trajectories=paths, regression_weight=LossWeight(0.3))
     loss, metrics = method.student_loss(draws_for(1))
-    alone, _ = dataclasses.replace(method, matching_weight=0.0, regression_weight=1.0).student_loss(draws_for(1))
+    alone, _ = dataclasses.replace(method, matching_weight=0.0, regression_weight=LossWeight(1.0)).student_loss(
+        draws_for(1)
+    )
     torch.testing.assert_close(metrics["regression"], alone)
     torch.testing.assert_close(loss, metrics["dm"] + 0.3 * alone)
 
@@ -147,7 +150,9 @@ def test_regression_pulls_the_trajectory_state_to_its_end(networks):
     student, teacher, _ = networks
     cond, noise = torch.zeros(1, dtype=torch.int64), torch.randn(1, *SHAPE)
     paths = solve_trajectories(velocity_of(teacher), cond, RUNGS, 4, noise)
-    method = method_of(velocity_of(student), None, None, matching_weight=0.0, regression_weight=1.0, trajectories=paths)
+    method = method_of(
+        velocity_of(student), None, None, matching_weight=0.0, regression_weight=LossWeight(1.0), trajectories=paths
+    )
     draws = draws_for(0, stop=1)
     rung = draws.shared_integer("rung", 4)
     t = torch.full((1,), RUNGS[rung])
@@ -159,7 +164,7 @@ def test_fake_score_loss_is_flow_matching_at_the_drawn_level(networks):
     student, teacher, fake_score = networks
     method = method_of(*(velocity_of(n) for n in networks))
     draws = draws_for(5, phase="fake_score")
-    x0, cond = method.simulate(draws)
+    x0, cond = method.generate(draws)
     t, eps = draws.uniform("score_t"), draws.normal("score_eps", *SHAPE)
     t = (0.02 + 0.96 * t).float()
     x_t = flow.interpolate(x0.detach(), eps, t)
