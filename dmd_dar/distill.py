@@ -27,9 +27,9 @@ from dmd_dar.models.teachers import (
     Teacher,
     TeacherConfig,
     codec_of,
-    codec_origin,
     guided_velocity,
     load_teacher,
+    origin_of,
     save_trained,
 )
 from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajectories_for
@@ -307,7 +307,7 @@ def distill(cfg: DistillConfig) -> None:
             identity["codec"] = codec.digest()
         if isinstance(method.trajectories, StoredTrajectories):
             identity["pairs"] = method.trajectories.shards.hash
-        origin = {**identity, "steps": cfg.steps, **codec_origin(teacher, codec)}
+        origin = {**identity, "steps": cfg.steps, **origin_of(teacher, codec)}
         averaged = velocity_of(ema.module, teacher.prediction)
         facts = {"rungs": cfg.rungs, "sampler": cfg.sampler, "label_names": teacher.label_names, "origin": origin}
         others = {

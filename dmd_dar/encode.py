@@ -1,23 +1,33 @@
 """VAE latents of images, ahead of training: python -m dmd_dar.encode codec=VAE out=DIR data.name=folder data.path=DIR
+or encoded prompts: python -m dmd_dar.encode prompts=FILE.txt pipeline=DIR out=DIR
 
 The same command continues what was stopped, and several of them share the work of one folder.
 """
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dmd_dar import config
+from dmd_dar.atomic import write_atomic
+from dmd_dar.data import latents
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.fixed import MiddleCrops, RandomCrops
 from dmd_dar.data.images import to_model_range
-from dmd_dar.data.latents import layout_of
-from dmd_dar.errors import DivergedError
+from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.keys import key
+from dmd_dar.models import prompts
 from dmd_dar.models.codecs import Codec, load_codec
+from dmd_dar.models.text import load_text_encoder
 from dmd_dar.train.filling import Make, Work, fill_folder
+
+IMAGES_PER_SHARD, PROMPTS_PER_SHARD = 1024, 64  # tens to hundreds of megabytes
 
 
 @dataclass(frozen=True)
@@ -25,13 +35,22 @@ class EncodeConfig:
     """python -m dmd_dar.encode"""
 
     out: str = key("", "folder for the shards and their manifest")
-    codec: str = key("", "the VAE: its folder, a pipeline's folder or a hub id")
+    codec: str = key("", "of images: the VAE, as its folder, a pipeline's folder or a hub id")
     codec_revision: str = key("", "branch, tag, commit or refs/pr/N of a hub id; empty: its default branch")
-    n: int = key(0, "random crops of the data; 0: the middle of each image of a folder, and with data.flip its mirror")
+    n: int = key(
+        0, "random crops of the data; 0: the middle of each image of a folder, and with data.flip its mirror", least=0
+    )
     seed: int = key(0, "of random crops; crop i depends on seed and i alone", least=0)
     held_out: bool = key(False, "encode the images that training leaves out, in the place of the others")
-    shard_size: int = key(256, "images in a file, which is written whole or not at all", least=1)
-    batch_size: int = key(32, "images at a time; changes none of them beyond rounding", least=1)
+    prompts: str = key(
+        "", "file of prompts in UTF-8, one a line, in the place of images; then the next keys", path=True
+    )
+    pipeline: str = key("", "whose text encoder reads the prompts: a diffusers pipeline's folder or a hub id")
+    pipeline_revision: str = key("", "as codec_revision, of the pipeline")
+    tokens: int = key(0, "length of a prompt; 0: the pipeline's own", unit="tokens", least=0)
+    dtype: Literal["float32", "bfloat16"] = key("float32", "of the text encoder and of what is stored")
+    shard_size: int = key(0, f"samples in a file; 0: {IMAGES_PER_SHARD} images or {PROMPTS_PER_SHARD} prompts", least=0)
+    batch_size: int = key(32, "samples at a time; changes none of them beyond rounding", least=1)
     workers: int = key(0, "processes of this machine; 0: one for each GPU, one without", least=0)
     threads: int = key(0, "CPU threads of each process; 0 shares out torch's choice", least=0)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
@@ -40,8 +59,12 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("out is empty: name the folder to write to, out=FOLDER")
-        if not self.codec:
-            raise ValueError("codec is empty: name the VAE, codec=FOLDER or a hub id")
+        if self.prompts:
+            if self.codec or not self.pipeline:
+                raise ValueError("prompts needs pipeline, whose text encoder reads them, and no codec")
+            return
+        if not self.codec or self.pipeline:
+            raise ValueError("codec is needed for images, codec=FOLDER or a hub id, and pipeline for prompts only")
         if self.data.name == "latents":
             raise ValueError("data.name latents are encoded already: name images")
         if self.n == 0 and self.data.name != "folder":
@@ -49,7 +72,12 @@ class EncodeConfig:
 
 
 def prepare(cfg: EncodeConfig, device: torch.device) -> Work:
-    """The latents of `cfg`, for `fill_folder`."""
+    """The latents or prompts of `cfg`, for `fill_folder`."""
+    return prepare_prompts(cfg, device) if cfg.prompts else prepare_latents(cfg, device)
+
+
+def prepare_latents(cfg: EncodeConfig, device: torch.device) -> Work:
+    """The latents of the images of `cfg.data`."""
     codec = load_codec(cfg.codec, cfg.codec_revision).to(device)
     if cfg.data.size % codec.factor:
         raise config.ConfigError(
@@ -61,7 +89,9 @@ def prepare(cfg: EncodeConfig, device: torch.device) -> Work:
         images = MiddleCrops(cfg.data, cfg.held_out)
     content = {"codec": codec.digest(), "held_out": cfg.held_out, **images.content}
     side = cfg.data.size // codec.factor
-    layout = layout_of(content, images.label_names, images.counts, (codec.channels, side, side), cfg.shard_size)
+    layout = latents.layout_of(
+        content, images.label_names, images.counts, (codec.channels, side, side), cfg.shard_size or IMAGES_PER_SHARD
+    )
     return Work(layout, latents_maker(cfg, images, codec, device), "images", images.check)
 
 
@@ -83,9 +113,45 @@ def latents_maker(cfg: EncodeConfig, images: MiddleCrops | RandomCrops, codec: C
     return make
 
 
+def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
+    """The prompts of `cfg.prompts`, and the empty one last."""
+    texts = read_prompts(cfg.prompts)
+    encoder = load_text_encoder(cfg.pipeline, cfg.pipeline_revision, cfg.tokens, getattr(torch, cfg.dtype), device)
+    row = {name: value[0] for name, value in encoder.encode([""]).items()}
+    told = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    content = {"prompts": told, "pipeline": encoder.name, "encoder": encoder.digest}
+    content |= {"tokens": encoder.tokens, "dtype": cfg.dtype}
+    layout = prompts.layout_of(content, len(texts), row, cfg.shard_size or PROMPTS_PER_SHARD)
+
+    def make(first: int, stop: int) -> dict[str, Tensor]:
+        chosen = [*texts, ""][first:stop]
+        starts = range(0, len(chosen), cfg.batch_size)
+        parts = [encoder.encode(chosen[start : start + cfg.batch_size]) for start in starts]
+        made = {name: torch.cat([part[name] for part in parts]).cpu() for name in row}
+        if not all(value.isfinite().all() for value in made.values()):
+            raise DivergedError(f"pipeline = {cfg.pipeline}: its prompts {first} to {stop - 1} are not all finite")
+        return made
+
+    return Work(layout, make, "prompts")
+
+
+def read_prompts(file: str) -> list[str]:
+    """The lines of `file`, without the blanks around them. Raises UserError for an empty line and a file of none."""
+    try:
+        texts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"prompts = {file}: cannot be read as UTF-8 text: {error}") from error
+    if "" in texts or not texts:
+        line = f"line {texts.index('') + 1} is empty" if texts else "it is empty"
+        raise UserError(f"prompts = {file}: {line}; write one prompt a line, the empty prompt is added by itself")
+    return texts
+
+
 def encode(cfg: EncodeConfig) -> None:
     """Make what is missing of the folder, see `fill_folder`."""
     fill_folder(cfg, prepare)
+    if cfg.prompts:
+        write_atomic(Path(cfg.out) / "prompts.txt", "\n".join([*read_prompts(cfg.prompts), ""]))  # to read, by people
 
 
 if __name__ == "__main__":

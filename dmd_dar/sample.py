@@ -27,7 +27,8 @@ class SampleConfig:
     out: str = key("out/samples", "folder for 000000.png ..., grid.png and samples.json")
     n: int = key(64, "images", least=1)
     seed: int = key(0, "of the noise; that of image i depends on seed and i alone", least=0)
-    label: int = key(-1, "class of all images; -1 takes the classes in turn", least=-1)
+    label: int = key(-1, "class or prompt of all images; -1 takes them in turn", least=-1)
+    prompts: str = key("", "folder of encoded prompts; empty: those that the student was trained on", path=True)
     steps: int = key(0, "network calls; 0 takes the student's own", least=0)
     rungs: tuple[float, ...] = key((), "times of the calls; empty takes the student's own", above=0, most=1)
     sampler: Literal["auto", "stochastic", "deterministic"] = key(
@@ -67,7 +68,7 @@ def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
 def sample(cfg: SampleConfig) -> None:
     """Write the images, a grid of the first ones, and what they were made with."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
-    student = load_teacher(TeacherConfig(cfg.student), device)
+    student = load_teacher(TeacherConfig(cfg.student, prompts=cfg.prompts), device)
     rungs, shape = checked_rungs(cfg, student), student.network.config
     codec = codec_of(student, device)
     if cfg.label >= shape.num_classes:

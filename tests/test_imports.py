@@ -21,7 +21,7 @@ EVAL_JOBS = {f"eval/{name}.py" for name in COMMANDS}
 
 SEES = {
     "routing": {"routing"},
-    "models": {"routing", "models"},
+    "models": {"routing", "data", "models"},  # data sees no other floor: networks may look conditions up in its shards
     "data": {"data"},
     "methods": {"routing", "models", "methods"},
     "diagnostics": {"routing", "models", "methods", "diagnostics"},

@@ -1,4 +1,4 @@
-"""A class-conditional diffusers transformer with the surface of `SiT`: raw forward, shape, parameters, routing."""
+"""A diffusers transformer, conditioned on labels or prompts, with the surface of `SiT`: forward, shape, routing."""
 
 import contextlib
 import copy
@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.flow import Schedule
 from dmd_dar.models.denoiser import Meaning
+from dmd_dar.models.prompts import Prompts
 from dmd_dar.routing.attach import attach, load_routed
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.history import Observer
 from dmd_dar.routing.hooks import DarBank
 from dmd_dar.routing.layout import RoutingConfig
 
-CLASSES = ("DiTTransformer2DModel",)  # conditioned on class labels and t alone
+LABELLED = ("DiTTransformer2DModel",)  # conditioned on class labels and t alone
+PROMPTED = {  # conditioned on prompts and t: the config key of the embeddings' width, and the other tensors they need
+    "PixArtTransformer2DModel": ("caption_channels", "mask"),
+    "SD3Transformer2DModel": ("joint_attention_dim", "pooled"),
+}
+PIXELS = 8  # for each latent cell of a PixArt along one side
 
 
 @dataclass(frozen=True)
@@ -31,14 +37,18 @@ class Shape:
     num_classes: int
     learn_sigma: bool
     routing: RoutingConfig
+    prompted: bool = False  # the classes are prompts
 
 
 class DiffusersDenoiser(nn.Module):
-    """(x (B, C, S, S), t (B,) in the transformer's own units, labels (B,)) -> (B, C or 2 C, S, S)."""
+    """(x (B, C, S, S), t (B,) in the transformer's own units, cond (B,)) -> (B, C or 2 C, S, S).
 
-    def __init__(self, transformer: Any):
+    cond are labels or, for a transformer that reads prompts, rows of the table `prompts`, which its state leaves out.
+    """
+
+    def __init__(self, transformer: Any, prompts: Prompts | None = None):
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.prompts = transformer, prompts
         for module in transformer.modules():
             if type(module).__name__ == "LabelEmbedding":
                 module.dropout_prob = 0.0  # in train mode, each block would drop other labels, by torch's own generator
@@ -49,9 +59,10 @@ class DiffusersDenoiser(nn.Module):
         return Shape(
             input_size=given.sample_size,
             in_channels=given.in_channels,
-            num_classes=given.num_embeds_ada_norm,
+            num_classes=given.num_embeds_ada_norm if self.prompts is None else self.prompts.count,
             learn_sigma=self.transformer.out_channels == 2 * given.in_channels,
             routing=RoutingConfig() if bank is None else bank.config,
+            prompted=self.prompts is not None,
         )
 
     @property
@@ -59,17 +70,29 @@ class DiffusersDenoiser(nn.Module):
         """Its routers; None for a plain network."""
         return getattr(self.transformer, "dar", None)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, observe: Observer | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, observe: Observer | None = None) -> Tensor:
+        given = {"class_labels": cond} if self.prompts is None else self._prompted(self.prompts.rows(cond), x)
         with self._observed(observe):
-            return self.transformer(x, timestep=t, class_labels=labels, return_dict=False)[0]
+            return self.transformer(x, timestep=t, **given, return_dict=False)[0]
+
+    def _prompted(self, rows: dict[str, Tensor], x: Tensor) -> dict[str, Any]:
+        """The transformer's own arguments, as diffusers' pipelines make them for square images."""
+        embedding = {"encoder_hidden_states": rows["embedding"].to(x.dtype)}
+        if "pooled" in rows:
+            return {**embedding, "pooled_projections": rows["pooled"].to(x.dtype)}
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.transformer.use_additional_conditions:
+            added = {"resolution": x.new_full((len(x), 2), PIXELS * x.shape[-1]), "aspect_ratio": x.new_ones(len(x), 1)}
+        return {**embedding, "encoder_attention_mask": rows["mask"], "added_cond_kwargs": added}
 
     @contextlib.contextmanager
     def _observed(self, observe: Observer | None) -> Iterator[None]:
-        """These transformers have one token stream, whose name says nothing."""
+        """Routers of image tokens only: those of an SD3's text tokens bear the same numbers."""
         if observe is None or self.dar is None:
             yield
             return
-        before, self.dar.observe = self.dar.observe, lambda stream, router, alpha: observe(router, alpha)
+        before = self.dar.observe
+        self.dar.observe = lambda stream, router, alpha: observe(router, alpha) if stream == "image" else None
         try:
             yield
         finally:
@@ -101,28 +124,31 @@ def routed_copy(model: DiffusersDenoiser, routing: RoutingConfig, allow_change: 
     return twin
 
 
-def load_transformer(folder: Path) -> DiffusersDenoiser:
+def load_transformer(folder: Path, prompts: Prompts | None = None) -> DiffusersDenoiser:
     """The transformer of a diffusers folder, plain or routed, frozen, in evaluation mode, in float32.
 
     Raises MissingWeightsError without safetensors, DamagedFileError where they do not fit config.json, UserError for a
-    class that needs other conditions than labels.
+    class that needs other conditions than labels or prompts, for prompts that are missing, not wanted or of another
+    form.
     """
     if (folder / FORM).is_file():
         transformer = load_routed(folder)
-        _check_class(folder, type(transformer).__name__)
+        _check_class(folder, type(transformer).__name__, prompts)
     else:
-        transformer = _load_plain(folder)
-    return DiffusersDenoiser(transformer.float()).eval().requires_grad_(False)
+        transformer = _load_plain(folder, prompts)
+    if prompts is not None:
+        _check_prompts(folder, transformer, prompts)
+    return DiffusersDenoiser(transformer.float(), prompts).eval().requires_grad_(False)
 
 
-def _load_plain(folder: Path) -> Any:
+def _load_plain(folder: Path, prompts: Prompts | None) -> Any:
     import diffusers
 
     given = read_json(folder / "config.json")
     name = str(given.get("_class_name", "network of no class"))
     if (name, given.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero"):  # its name in the public DiT folders
         name = "DiTTransformer2DModel"
-    _check_class(folder, name)
+    _check_class(folder, name, prompts)
     if not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(
             f"{folder} holds no safetensors; pickled weights are not read: name a revision that has them, or save the"
@@ -141,11 +167,29 @@ def _load_plain(folder: Path) -> Any:
     return model
 
 
-def _check_class(folder: Path, name: str) -> None:
-    if name not in CLASSES:
+def _check_class(folder: Path, name: str, prompts: Prompts | None) -> None:
+    if name not in (*LABELLED, *PROMPTED):
         raise UserError(
-            f"{folder} holds a {name}: a teacher is conditioned on class labels, so it must be one of"
-            f" {', '.join(CLASSES)}, a public SiT or DiT .pt, or a folder that a run of this project saved"
+            f"{folder} holds a {name}: a teacher is conditioned on class labels or prompts, so it must be one of"
+            f" {', '.join((*LABELLED, *PROMPTED))}, a public SiT or DiT .pt, or a folder that a run of this project"
+            " saved"
+        )
+    if name in PROMPTED and prompts is None:
+        raise UserError(
+            f"{folder} holds a {name}, which reads prompts: encode some (python -m dmd_dar.encode prompts=FILE ...) and"
+            " name their folder, teacher.prompts=FOLDER"
+        )
+
+
+def _check_prompts(folder: Path, transformer: Any, prompts: Prompts) -> None:
+    if type(transformer).__name__ in LABELLED:
+        raise UserError(f"{folder} reads class labels: leave prompts out")
+    width, more = PROMPTED[type(transformer).__name__]
+    if set(prompts.names) != {"embedding", more} or transformer.config[width] != prompts.width:
+        raise UserError(
+            f"{prompts.folder} holds prompts of another pipeline ({', '.join(prompts.names)}, width {prompts.width})"
+            f" than {folder}, which needs embedding, {more}, width {transformer.config[width]}: encode them with its"
+            " own text encoder"
         )
 
 

@@ -31,6 +31,7 @@ from dmd_dar.models.diffusers_denoiser import (
     read_json,
 )
 from dmd_dar.models.hub import files_hash, resolve
+from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import PRESETS, SiT, SiTConfig, sin_cos_positions
 from dmd_dar.routing.folder import FORM
@@ -52,6 +53,7 @@ class TeacherConfig:
     heads: int = key(0, "attention heads of a .pt; 0: those of the public size of its width", least=0)
     codec: str = key("", "VAE of a latent teacher, folder or hub id; empty: the pipeline's own, or pixels")
     codec_revision: str = key("", "as revision, of the codec")
+    prompts: str = key("", "folder of encoded prompts, for a teacher that reads prompts; see dmd_dar.encode", path=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Teacher:
 def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
     """A teacher's guided velocity. Raises UserError for guidance of a network of one class: it is unconditional."""
     classes = network.config.num_classes
-    if guidance_scale != 1 and classes == 1:
+    if guidance_scale != 1 and classes == 1 and not getattr(network.config, "prompted", False):
         raise UserError(
             f"guidance_scale = {guidance_scale:g}: the teacher knows one class, so there is nothing to guide towards;"
             " set guidance_scale=1"
@@ -97,10 +99,12 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
     elif (place / "transformer").is_dir():
         teacher = _pipeline(place, config)
     elif (place / "config.json").is_file():
-        network, prediction = load_transformer(place), _stated(config, None, place / "config.json")
-        teacher = Teacher(network, prediction, _folder_hash(place, prediction), **_codec(config))
+        network, prediction = load_transformer(place, _prompts(config)), _stated(config, None, place / "config.json")
+        teacher = Teacher(network, prediction, _folder_hash(place, prediction, network), **_codec(config))
     else:
         raise UserError(f"{place} holds no teacher: no model.json, no transformer folder, no config.json")
+    if config.prompts and not getattr(teacher.network.config, "prompted", False):
+        raise UserError(f"{place} reads class labels: leave prompts out")
     teacher.network.to(device)
     return teacher
 
@@ -138,8 +142,8 @@ def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{place / CARD} describes no network of this project: {error!r}") from error
     prediction = _stated(config, meaning, place / CARD)
-    network = load_transformer(place / "transformer")
-    digest = _folder_hash(place / "transformer", prediction)
+    network = load_transformer(place / "transformer", _prompts(config, origin))
+    digest = _folder_hash(place / "transformer", prediction, network)
     facts = {**_codec(config, origin), "origin": origin, "sampler": sampler}
     return Teacher(network, prediction, digest, names, rungs, **facts)
 
@@ -153,8 +157,8 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
         except (TypeError, ValueError) as error:
             raise DamagedFileError(f"{file}: {error}") from error
     prediction = _stated(config, meaning, file)
-    network = load_transformer(place / "transformer")
-    digest = _folder_hash(place / "transformer", prediction)
+    network = load_transformer(place / "transformer", _prompts(config))
+    digest = _folder_hash(place / "transformer", prediction, network)
     codec = _codec(config, {"codec": vae_of(place)})
     return Teacher(network, prediction, digest, _label_names(place, network), **codec)
 
@@ -184,11 +188,30 @@ def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | No
     return codec.to(device)
 
 
-def codec_origin(teacher: Teacher, codec: Codec | None) -> dict[str, str]:
-    """What a student's card says of its codec, for `load_teacher` to find it again; empty for pixels."""
-    if codec is None:
-        return {}
-    return {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
+def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, str]:
+    """What a student's card says of its codec and prompts, for `load_teacher` to find them again."""
+    origin = {}
+    if codec is not None:
+        origin |= {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
+    if (prompts := getattr(teacher.network, "prompts", None)) is not None:
+        origin |= {"prompts": prompts.folder, "prompts_hash": prompts.hash, "prompts_encoder": prompts.encoder}
+    return origin
+
+
+def _prompts(config: TeacherConfig, said: dict[str, Any] | None = None) -> Prompts | None:
+    """The prompts that the configuration names, else those that the folder says; None for neither.
+
+    Raises UserError where the latter have changed, or the former were encoded by another encoder.
+    """
+    said = said or {}
+    if not config.prompts and not said.get("prompts"):
+        return None
+    prompts = Prompts(config.prompts or str(said["prompts"]))
+    if said.get("prompts_encoder") not in (None, prompts.encoder):
+        raise UserError(f"{prompts.folder} holds prompts of another text encoder than the network was trained with")
+    if not config.prompts and said.get("prompts_hash") not in (None, prompts.hash):
+        raise UserError(f"{prompts.folder} holds other prompts than when the network was trained: name it by prompts")
+    return prompts
 
 
 def _label_names(place: Path, network: Denoiser) -> tuple[str, ...]:
@@ -214,11 +237,13 @@ def _stated(config: TeacherConfig, said: Prediction | Meaning | None, file: Path
     return said
 
 
-def _folder_hash(transformer: Path, prediction: Prediction | Meaning) -> str:
+def _folder_hash(transformer: Path, prediction: Prediction | Meaning, network: DiffusersDenoiser) -> str:
     meaning = MEANINGS[prediction] if isinstance(prediction, str) else prediction
     shape = {name: value for name, value in read_json(transformer / "config.json").items() if not name.startswith("_")}
     files = sorted([*transformer.glob("*.safetensors"), *transformer.glob(FORM)])
-    return files_hash(files, json.dumps([asdict(meaning), shape], sort_keys=True))  # no path, no version of diffusers
+    prompts = [] if network.prompts is None else [network.prompts.hash]
+    # no path, no version of diffusers
+    return files_hash(files, json.dumps([asdict(meaning), shape], sort_keys=True), *prompts)
 
 
 # The public SiT (github.com/willisma/SiT) and DiT (github.com/facebookresearch/DiT) weights have the same names and

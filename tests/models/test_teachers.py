@@ -258,8 +258,8 @@ def test_pickled_weights_and_other_conditions_are_refused(tmp_path):
     tiny_dit().save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(MissingWeightsError, match="no safetensors.*save_pretrained"):
         load(tmp_path, prediction="dit")
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
-    with pytest.raises(UserError, match="SD3Transformer2DModel.*class labels"):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(UserError, match="FluxTransformer2DModel.*class labels or prompts"):
         load(tmp_path, prediction="flow")
     with pytest.raises(UserError, match="holds no teacher"):
         load(tmp_path.parent)

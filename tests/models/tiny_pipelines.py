@@ -54,6 +54,61 @@ def tiny_pipeline(folder: Path) -> Path:
     return folder
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def tiny_t5(seed: int = 0) -> tuple[Any, Any]:
+    """A tokenizer of letters, which nobody has to download, and a T5 encoder of width 16."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab = [*special, *((letter, -3.0) for letter in "\u2581" + LETTERS), ("\u2581cat", -2.0)]
+    torch.manual_seed(seed)
+    shape = T5Config(vocab_size=len(vocab), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5Tokenizer(vocab=vocab, extra_ids=0), T5EncoderModel(shape).eval()
+
+
+def tiny_clip(seed: int = 0) -> tuple[Any, Any]:
+    """A tokenizer of letters and a CLIP text encoder with projection, of width 8."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=len(vocab), hidden_size=8, intermediate_size=16, num_hidden_layers=2, projection_dim=8)
+    shape |= dict(num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
+    return tokenizer, CLIPTextModelWithProjection(CLIPTextConfig(**shape)).eval()
+
+
+def tiny_pixart(folder: Path, **changes) -> Path:
+    """A PixArtAlphaPipeline with learned sigma and DiT's chain, saved by diffusers."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(2)
+    fields = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2)
+    fields |= dict(sample_size=8, patch_size=2, norm_num_groups=1, cross_attention_dim=16, caption_channels=16)
+    transformer = shaken(PixArtTransformer2DModel(**{**fields, **changes}))
+    chain = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    PixArtAlphaPipeline(*tiny_t5(), tiny_vae(), transformer, chain).save_pretrained(folder)
+    return folder
+
+
+def tiny_sd3(folder: Path) -> Path:
+    """A StableDiffusion3Pipeline of flow matching with its three text encoders, saved by diffusers."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(3)
+    fields = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2)
+    fields |= dict(sample_size=8, patch_size=2, joint_attention_dim=16, pooled_projection_dim=16)
+    transformer = shaken(SD3Transformer2DModel(**fields, caption_projection_dim=16, pos_embed_max_size=8))
+    (one, clip), (two, clip_2), (three, t5) = tiny_clip(), tiny_clip(1), tiny_t5()
+    StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), clip, one, clip_2, two, t5, three
+    ).save_pretrained(folder)
+    return folder
+
+
 def public_file(file: Path, config: SiTConfig = LATENT, prefix: str = "", **beside) -> SiT:
     """A tiny SiT written as the public training scripts do: {"ema": state dict, ...}; returns the network."""
     network = tiny_sit(config).eval()

@@ -1,0 +1,60 @@
+"""Encoded prompts as conditions: a frozen table, looked up by the index that stands for a prompt everywhere else.
+
+Row i is prompt i, the last row the empty prompt, which is the unconditional one. N prompts, T tokens, D width.
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from dmd_dar.data.shards import DTYPES, MANIFEST, Form, Layout, Shards
+from dmd_dar.errors import DamagedFileError, UserError
+
+KIND = "prompts"
+IN_MEMORY = 2e9  # bytes of a table that is kept on the device; of a larger one the rows are read as they are asked for
+
+
+def layout_of(content: dict[str, Any], count: int, row: dict[str, Tensor], size: int) -> Layout:
+    """A folder of `count` prompts and the empty one, `size` to a shard, each in the form of the tensors `row`.
+
+    `content` is what else decides their values: "encoder", the digest of what encodes them, at least.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    tensors = {name: Form(names[value.dtype], tuple(value.shape)) for name, value in row.items()}
+    return Layout({"kind": KIND, **content}, count + 1, size, tensors)
+
+
+class Prompts:
+    """The prompts in `folder`, as `python -m dmd_dar.encode prompts=FILE` wrote them; copies share one table.
+
+    Raises UserError where the folder holds something else or is not complete, DamagedFileError where it is damaged.
+    """
+
+    def __init__(self, folder: str):
+        self.folder, self.shards = folder, Shards(folder)
+        self.hash = self.shards.hash
+        layout, content = self.shards.layout, self.shards.layout.content
+        if content.get("kind") != KIND:
+            raise UserError(f"{folder} holds no prompts; name a folder that dmd_dar.encode prompts=FILE made")
+        if "embedding" not in layout.tensors or not isinstance(content.get("encoder"), str) or len(self.shards) < 2:
+            raise DamagedFileError(f"{Path(folder) / MANIFEST} describes no prompts; make them anew")
+        self.encoder: str = content["encoder"]
+        self.count = len(self.shards) - 1
+        self.names = tuple(layout.tensors)
+        self.width = layout.tensors["embedding"].shape[-1]
+        self.small = sum(map(layout.bytes, range(layout.shards))) <= IN_MEMORY
+        self.held: dict[torch.device, dict[str, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def rows(self, cond: Tensor) -> dict[str, Tensor]:
+        """The tensors of the prompts cond (B,) in 0 .. N, where N is the empty one; each (B, ...), on cond's device."""
+        if not self.small:
+            return {name: self.shards.rows(name, cond).to(cond.device) for name in self.names}
+        if cond.device not in self.held:
+            every = torch.arange(self.count + 1)
+            self.held[cond.device] = {name: self.shards.rows(name, every).to(cond.device) for name in self.names}
+        return {name: table[cond] for name, table in self.held[cond.device].items()}

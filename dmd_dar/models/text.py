@@ -1,0 +1,93 @@
+"""The text encoders of a diffusers pipeline. Only `python -m dmd_dar.encode` loads them, no training job does.
+
+B prompts, T tokens, D width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.models.diffusers_denoiser import read_json
+from dmd_dar.models.hub import TEXT_FILES, files_hash, resolve
+
+# The pipelines whose prompts are known, and the most tokens that they read where nothing else is asked for.
+PIPELINES = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "StableDiffusion3Pipeline": 256}
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+PARTS = ("tokenizer", "tokenizer_2", "tokenizer_3", *ENCODERS)
+CLASSES = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast", "CLIPTextModelWithProjection", "CLIPTokenizer")
+LOADING = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError)  # what a faulty folder raises
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenizers and text encoders of one pipeline."""
+
+    pipeline: Any  # diffusers' own, without transformer, VAE and scheduler
+    name: str
+    tokens: int
+    digest: str  # SHA-256, hexadecimal, of its files
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """embedding (B, T, D) and, as the pipeline has it, mask (B, T) int64 or pooled (B, P); as the pipeline encodes.
+
+        A prompt of too many tokens is cut, and diffusers warns.
+        """
+        given = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
+        if self.name == "StableDiffusion3Pipeline":
+            embedding, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, **given)
+            return {"embedding": embedding, "pooled": pooled}
+        embedding, mask, _, _ = self.pipeline.encode_prompt(prompts, **given)
+        return {"embedding": embedding, "mask": mask.long()}
+
+
+def load_text_encoder(
+    path: str, revision: str = "", tokens: int = 0, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+) -> TextEncoder:
+    """The text encoder of the pipeline folder or hub id `path`; `tokens` 0 means as many as the pipeline reads itself.
+
+    Raises UserError for a pipeline, tokenizer or encoder of a class that is not known, MissingWeightsError or
+    DamagedFileError where files are missing or damaged.
+    """
+    import diffusers
+
+    folder = resolve(path, revision, TEXT_FILES)
+    index = read_json(folder / "model_index.json")
+    name = str(index.get("_class_name"))
+    if name not in PIPELINES:
+        raise UserError(f"{folder} holds a {name}: prompts can be encoded for {', '.join(PIPELINES)}")
+    parts = [part for part in PARTS if index.get(part, [None, None]) != [None, None]]
+    for part in parts:
+        if index[part][0] != "transformers" or index[part][1] not in CLASSES:
+            raise UserError(f"{folder / 'model_index.json'}: {part} is {index[part]}, none of {', '.join(CLASSES)}")
+    if name == "StableDiffusion3Pipeline" and "text_encoder_3" not in parts:
+        raise UserError(f"{folder} comes without its third text encoder, which its prompts need: name a whole one")
+    given = dict.fromkeys(("transformer", "vae", "scheduler"))
+    given |= {part: _load_encoder(folder / part, index[part][1], dtype) for part in parts if part in ENCODERS}
+    try:
+        pipeline = getattr(diffusers, name).from_pretrained(folder, **given, local_files_only=True)
+    except LOADING as error:
+        raise DamagedFileError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    files = [file for part in parts for file in sorted((folder / part).iterdir()) if file.is_file()]
+    return TextEncoder(pipeline.to(device), name, tokens or PIPELINES[name], files_hash(files, name))
+
+
+def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    if not list(folder.glob("*.safetensors")):
+        raise MissingWeightsError(f"{folder} holds no safetensors; pickled weights are not read")
+    try:
+        model, info = getattr(transformers, name).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except LOADING as error:
+        raise DamagedFileError(f"{folder}: transformers cannot load it: {error}") from error
+    if faults := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise DamagedFileError(f"{folder}: the weights do not fit config.json: {faults}")  # transformers only warns
+    return model.eval()
