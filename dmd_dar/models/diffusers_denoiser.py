@@ -92,7 +92,7 @@ class DiffusersDenoiser(nn.Module):
             yield
             return
         before = self.dar.observe
-        self.dar.observe = lambda stream, router, alpha: observe(router, alpha) if stream == "image" else None
+        self.dar.observe = lambda stream, router, alpha: observe(router, alpha) if stream != "text" else None
         try:
             yield
         finally:
