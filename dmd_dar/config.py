@@ -7,7 +7,6 @@ code 2. The dataclasses belong to the components (declared with `keys.key`); onl
 
 import dataclasses
 import difflib
-import errno
 import os
 import sys
 import typing
@@ -19,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dmd_dar.errors import UserError
+from dmd_dar.errors import users_line
 from dmd_dar.schema import MISSING, ConfigError, Slot, entries, help_text, leaf, options, plain, shown, slots, walk
 from dmd_dar.train import folder
 from dmd_dar.train.stop import leaving
@@ -97,13 +96,11 @@ def run_job(
         else:
             with leaving():
                 job(cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        message = users_line(error)
+        if message is None:
             raise
-        print(f"error: {error}: free some space and run again; what was saved is whole", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

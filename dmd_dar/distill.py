@@ -1,5 +1,6 @@
 """Distil a few-step student from a teacher: python distill.py config=FILE.yaml [key=value ...]"""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -34,6 +35,7 @@ from dmd_dar.models.teachers import (
 )
 from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajectories_for
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.train import launch
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.job import open_run, run_cycle
@@ -328,4 +330,9 @@ def distill(cfg: DistillConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config.run_job(DistillConfig, distill, sys.argv[1:] if argv is None else argv, description=__doc__)
+    config.run_job(
+        DistillConfig,
+        functools.partial(launch.run, distill),
+        sys.argv[1:] if argv is None else argv,
+        description=__doc__,
+    )

@@ -1,5 +1,6 @@
 """Train a teacher, residual or DAR, by flow matching: python -m dmd_dar.pretrain config=FILE.yaml [key=value ...]"""
 
+import functools
 import sys
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -22,6 +23,7 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.train import launch
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.folder import RunFolder
@@ -161,4 +163,4 @@ def pretrain(cfg: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run_job(PretrainConfig, pretrain, sys.argv[1:], description=__doc__)
+    config.run_job(PretrainConfig, functools.partial(launch.run, pretrain), sys.argv[1:], description=__doc__)

@@ -13,11 +13,15 @@ EXIT_CODE = 143  # of a command that a signal stopped; the same command continue
 
 @contextlib.contextmanager
 def _handled(act: Callable[[], None]) -> Iterator[None]:
-    """The first of the signals calls `act`; a second one ends the process at once, whatever it is doing."""
+    """The first of the signals calls `act`; a second one ends the process at once, whatever it is doing.
+
+    Not in a process that a launcher started: it may get the same signal twice, from whoever sent it and from the
+    launcher, and it is the launcher that a second one ends.
+    """
 
     def handle(number: int, frame: Any) -> None:
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if os.environ.get("WORLD_SIZE") else signal.SIG_DFL)
         act()
 
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
