@@ -38,6 +38,7 @@ from dmd_dar.routing.folder import FORM
 
 Denoiser = SiT | DiffusersDenoiser
 CARD, FORMAT = "denoiser.json", 1
+LABELS = "y_embedder.embedding_table.weight"  # of the public weights: a row for each class, then the unconditional one
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,9 @@ def _public(file: Path, config: TeacherConfig) -> Teacher:
     said = named.group(1) if named and config.prediction == "auto" else None
     prediction = _stated(config, said, file)  # type: ignore[arg-type]
     weights = public_weights(file)
+    table = weights.get(LABELS)
+    if table is not None and len(table) == 1:  # trained without labels to drop: unconditional, so both rows are its one
+        weights[LABELS] = table.repeat(2, 1)
     shape = public_shape(weights, config.heads, file)
     with torch.device("meta"):
         network = SiT(shape)
@@ -303,7 +307,7 @@ def public_shape(weights: dict[str, Tensor], heads: int, file: Path) -> SiTConfi
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         cells = weights["pos_embed"].shape[1]
         out_channels = weights["final_layer.linear.weight"].shape[0] // patch**2
-        classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+        classes = weights[LABELS].shape[0] - 1
         hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise DamagedFileError(f"{file} holds another network than SiT or DiT: {error!r}") from error

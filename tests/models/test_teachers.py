@@ -18,7 +18,7 @@ from dmd_dar.models.denoiser import MEANINGS, Meaning, velocity_of
 from dmd_dar.models.diffusers_denoiser import meaning_from_dict, meaning_of_scheduler, routed_copy
 from dmd_dar.models.hub import resolve
 from dmd_dar.models.sit import SiT, build_sit
-from dmd_dar.models.teachers import TeacherConfig, load_teacher, public_shape, save_trained
+from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher, public_shape, save_trained
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import LATENT, public_file, tiny_dit, tiny_pipeline
 from tests.tiny import tiny_sit
@@ -92,6 +92,23 @@ def test_the_time_of_sit_and_the_chain_of_dit_reach_the_velocity(tmp_path):
     eps = network(scaled, flow.Schedule().timestep(t).float(), labels)[:, :4]
     torch.testing.assert_close(v, ((eps - x) / (1 - wide)).float(), rtol=1e-4, atol=1e-4)
     assert sit.digest != dit.digest
+
+
+@torch.no_grad()
+def test_a_file_without_labels_is_unconditional_and_has_no_guidance(tmp_path):
+    network = tiny_sit(dataclasses.replace(LATENT, num_classes=1)).eval()
+    weights = network.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    torch.save({"ema": {**weights, table: weights[table][:1].clone()}}, tmp_path / "SiT-one.pt")
+    teacher = load(tmp_path / "SiT-one.pt")
+    x, t, _ = inputs()
+    zero = torch.zeros(3, dtype=torch.int64)
+    assert teacher.network.config.num_classes == 1
+    assert torch.equal(teacher.network(x, t, zero), network(x, t, zero))
+    assert torch.equal(teacher.network(x, t, zero + 1), network(x, t, zero))
+    guided_velocity(teacher.network, teacher.prediction, 1.0)
+    with pytest.raises(UserError, match="guidance_scale = 2: the teacher knows one class.*set guidance_scale=1"):
+        guided_velocity(teacher.network, teacher.prediction, 2.0)
 
 
 class Foreign:
