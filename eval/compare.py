@@ -14,7 +14,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +23,16 @@ from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
-from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
-from dmd_dar.methods.generate import Generator, balanced_labels, few_step_generator
+from dmd_dar.methods.generate import Generator, few_step_generator
+from dmd_dar.models import teachers
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import ModelCard, load_network, network_hash
 from dmd_dar.models.sit import SiT
+from dmd_dar.models.teachers import Denoiser
 from dmd_dar.spectrum import BAND_NAMES, band_energies, image_psd, log_spectral_distance, with_hf
 from eval import frechet, structure
-from eval.arms import LATENCY_BATCH, Arm, Bench, Teacher, network_facts
+from eval.arms import Arm, Teacher, network_facts, require_teacher
+from eval.bench import LATENCY_BATCH, Bench
 from eval.conclusion import conclusion, table
 from eval.controls import frozen_at_mean
 from eval.cost import latencies
@@ -153,25 +153,26 @@ class Student:
     """One network to sample: a run's own, or a variant of it; `identity` names its images in the cache."""
 
     run: Arm
-    network: SiT
-    card: ModelCard
+    network: Denoiser
+    saved: teachers.Teacher
     identity: dict[str, Any]
 
     @property
     def generator(self) -> Generator:
-        return few_step_generator(velocity_of(self.network, self.card.prediction), self.card.rungs, self.card.sampler)
+        velocity = velocity_of(self.network, self.saved.prediction)
+        return few_step_generator(velocity, self.saved.rungs, self.saved.sampler)
 
 
 def students(runs: dict[Role, Arm], device: torch.device) -> dict[str, Student]:
     """The networks of one training seed by arm, and timestep-routed DAR once more with its routers frozen over t."""
     found = {}
     for role, run in runs.items():
-        network, card = load_network(run.folder / "student", device)
-        identity = {"student": network_hash(run.folder / "student"), "rungs": card.rungs}
-        found[role] = Student(run, network, card, identity)
-        if role == "dar" and network.config.routing.query == "timestep":
-            times = tuple(1 - t for t in card.rungs) if card.prediction == "sit" else card.rungs
-            found[AT_MEAN] = Student(run, frozen_at_mean(network, times), card, {**identity, "routers": AT_MEAN})
+        saved = run.student(device)
+        network, identity = saved.network, {"student": saved.digest, "rungs": saved.rungs, "sampler": saved.sampler}
+        found[role] = Student(run, network, saved, identity)
+        if role == "dar" and isinstance(network, SiT) and network.config.routing.query == "timestep":
+            times = tuple(1 - t for t in saved.rungs) if saved.prediction == "sit" else saved.rungs
+            found[AT_MEAN] = Student(run, frozen_at_mean(network, times), saved, {**identity, "routers": AT_MEAN})
     return found
 
 
@@ -186,10 +187,10 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
         latency = latencies_ms(found, bench)
         for name, one in found.items():
             print(f"{name}: {one.run.folder}", file=sys.stderr)
-            images, labels = bench.cached(one.identity, one.generator)
-            sets.setdefault(name, []).append(Measured.of(images, labels))
+            made = bench.cached(one.identity, one.generator, name)
+            sets.setdefault(name, []).append(Measured.of(made.images, made.labels))
             row = {"folder": str(one.run.folder), "seed": one.run.cfg.seed, "updates": one.run.cfg.steps}
-            row |= network_facts(one.network, len(one.card.rungs), latency[name], one.identity["student"])
+            row |= network_facts(one.network, len(one.saved.rungs), latency[name], one.identity["student"])
             row |= measure_run(sets[name][-1], teacher, null, str(one.run.folder))
             if name == "dar":
                 row["reset_shift_db"] = reset_shift_db(one, sets[name][-1], bench)
@@ -202,16 +203,14 @@ def reset_shift_db(student: Student, ours: Measured, bench: Bench) -> float:
     plain = copy.deepcopy(student.network)
     plain.dar.reset()
     reset = dataclasses.replace(student, network=plain, identity={**student.identity, "routers": "reset"})
-    images, labels = bench.cached(reset.identity, reset.generator)
-    high = [one.energies[:, HF].mean() for one in (Measured.of(images, labels), ours)]
+    made = bench.cached(reset.identity, reset.generator, "routers reset")
+    high = [one.energies[:, HF].mean() for one in (Measured.of(made.images, made.labels), ours)]
     return float(decibel(high[0] / high[1]))
 
 
 def latencies_ms(found: dict[str, Student], bench: Bench) -> dict[str, float]:
     """Milliseconds per image of the networks of one seed, timed in turns so that a busy machine slows all of them."""
-    draws = Draws(bench.seed, "latency", 0, sample_range(0, LATENCY_BATCH, bench.device))
-    cond, noise = balanced_labels(draws.samples, bench.num_classes), draws.normal("noise", *bench.shape)
-    calls = {name: partial(one.generator, cond, draws, noise) for name, one in found.items()}
+    calls = {name: bench.call(one.generator) for name, one in found.items()}
     return {name: one.median_ms / LATENCY_BATCH for name, one in latencies(calls, bench.device).items()}
 
 
@@ -338,8 +337,9 @@ def compare(cfg: CompareConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     groups = read_groups(cfg.arms)
     out = make_folder(cfg.out)
-    teacher = Teacher.of(groups["residual"][0].cfg, device)
-    bench = Bench.of(cfg, teacher.network, device)
+    teacher = Teacher.of(groups["residual"][0], device)
+    require_teacher([run for runs in groups.values() for run in runs], teacher.weights)
+    bench = Bench.of(cfg, teacher.network, device, teacher.codec)
     print(f"sampling {cfg.n} images of the teacher and of {sum(map(len, groups.values()))} runs", file=sys.stderr)
     reference = teacher.sample_set(bench, cfg.solver_steps)
     result = conclude(sample_and_measure(groups, reference, bench), cfg)

@@ -18,6 +18,7 @@ from eval.features import Extractor, Features, scaled
 from eval.images import UnfitError
 from eval.moments import Gaussian, load_reference
 from eval.neighbours import compare_neighbours, halved, kid, precision_recall
+from eval.processes import Processes
 from eval.sets import ImageSet
 from eval.threads import one_thread
 from eval.weights import ALEXNET, INCEPTION, Weights, clip_weights, dinov2_weights, find, missing_message
@@ -158,11 +159,19 @@ def _fitted(
     return pca, ledger.attempt("fd_classifier", "", lambda: fit_classifier(images, labels, seed), requested=False)
 
 
-def features_of(one: ImageSet, suite: Suite, ledger: Ledger) -> dict[str, Features]:
-    """By extractor, those that can be had."""
-    found = {}
+def features_of(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes | None = None) -> dict[str, Features]:
+    """By extractor, those that can be had; shared out among the processes."""
+    found, processes = {}, processes or Processes()
     for extractor in suite.extractors:
-        values = ledger.attempt(extractor.name, one.name, lambda e=extractor: features.extract(one.stream, e))
+
+        def read(extractor: Extractor = extractor) -> Features:
+            def share(rank: int, world: int) -> dict[str, Tensor]:
+                return {"values": features.extract(one.stream, extractor, rank=rank, world=world).values}
+
+            values = processes.joined(one.count, share)["values"]
+            return Features(one.name, values, extractor, features.upsampled(one.stream, extractor))
+
+        values = ledger.attempt(extractor.name, one.name, read)
         if values is not None:
             found[extractor.name] = values
     return found

@@ -75,7 +75,12 @@ def extract(
     values = [features.cpu() for _, features in _batches(stream, extractor, batch_size, rank, world)]
     if not values:
         raise UnfitError(f"{stream.name}: no images for process {rank} of {world}")
-    return Features(stream.name, torch.cat(values), extractor, min(stream.size) < extractor.native_size)
+    return Features(stream.name, torch.cat(values), extractor, upsampled(stream, extractor))
+
+
+def upsampled(stream: ImageStream, extractor: Extractor) -> bool:
+    """Whether the extractor enlarges these images."""
+    return min(stream.size) < extractor.native_size
 
 
 def extract_moments(

@@ -64,6 +64,8 @@ def charts(result: dict[str, Any], sets: Sequence[ImageSet]) -> dict[str, bytes]
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         drawn = {"gain": gain_figure(result), "bands": band_figure(result), "psd": psd_figure(result)}
         drawn["maps"] = map_figure(result, sets)
+        if result.get("latent"):
+            drawn["latent"] = latent_figure(result)
         if result.get("forest"):
             drawn["forest"] = forest_figure(result["forest"])
     return drawn
@@ -110,6 +112,27 @@ def _margin_strip(axes: Axes, result: dict) -> None:
     margin = result["margins"]["gain_db"]
     axes.axhline(0, color=TEACHER, lw=1.5, label=f"{_plain(result['teacher'])}, ±{margin:g} dB")
     axes.axhspan(-margin, margin, color=TEACHER, alpha=0.16, lw=0)
+
+
+def latent_figure(result: dict[str, Any]) -> bytes:
+    """Left, the gain of latents over frequency, all channels together; right, the HF gain of each channel."""
+    latent = {**result["latent"], "margins": result["margins"], "teacher": result["teacher"]}
+    rows, look = charted(latent), styles(result["sets"])
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
+    over, each = figure.subplots(2)
+    curves = {row["name"]: (row["frequencies"], row["against"]["teacher"]["gain_curve_db"]) for row in rows}
+    _gain_panel(over, {**latent, "sets": result["sets"]}, curves)
+    over.set_xlabel("frequency (cycles per latent cell)")
+    each.axhline(0, color="0.35", lw=1)
+    for place, row in enumerate(rows):
+        style, gains = look[row["name"]], row["against"]["teacher"]["hf_gain_db_by_channel"]
+        x = np.arange(len(gains)) + 0.5 * ((place + 0.5) / len(rows) - 0.5)
+        values, low, high = (np.array([gain[end] for gain in gains]) for end in ("value", "low", "high"))
+        each.errorbar(x, values, (values - low, high - values), fmt=style.marker, color=style.colour, capsize=2, ms=5)
+    each.set_xticks(range(latent["channels"]))
+    each.set_xlabel("latent channel")
+    each.set_ylabel("HF gain (dB)")
+    return _finish(figure, over)
 
 
 def band_figure(result: dict) -> bytes:

@@ -32,7 +32,7 @@ from eval.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, verdict
 
 __all__ = ["CHROMA", "SCHEMA_VERSION", "ImageSet", "jsonable", "measure"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SANE_HALF_WIDTH_DB = 0.25  # half of the margin: a wider interval cannot lie inside it comfortably
 
 

@@ -48,7 +48,22 @@ def numbers(result: dict[str, Any]) -> list[Number]:
         for key, against in row["against"].items():
             if against is not None:
                 found += [Number(**head, against=key, **values) for values in _against(against)]
+    for row in (result.get("latent") or {"sets": []})["sets"]:
+        head = {"name": row["name"], "role": row["role"], "images": row["images"]}
+        for key, against in row["against"].items():
+            if against is not None:
+                found += [Number(**head, against=key, **values) for values in _latent(against)]
     return found
+
+
+def _latent(against: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for band, interval in against["gain_db"].items():
+        if interval["value"] is not None:
+            yield {"metric": f"latent_gain_db.{band}", **interval}
+    for channel, interval in enumerate(against["hf_gain_db_by_channel"]):
+        yield {"metric": f"latent_gain_db.channel{channel}.HF", **interval}
+    yield {"metric": "latent_lsd", "value": against["lsd"], "null": against["lsd_null"]}
+    yield {"metric": "latent_lsd_signed", "value": against["lsd_signed"]}
 
 
 def _alone(row: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -52,6 +52,7 @@ def page(result: dict, drawn: dict[str, bytes], rows: list[Row]) -> str:
         panels.bands(result, drawn["bands"]),
         panels.psd(result, drawn["psd"]),
         panels.maps(result, drawn["maps"]),
+        panels.latent(result, drawn["latent"]) if "latent" in drawn else "",
         panels.forest(result, drawn["forest"]) if "forest" in drawn else "",
         _structure(result),
         panels.samples(result, drawn, rows),

@@ -6,7 +6,6 @@ from typing import Literal, get_args
 
 from dmd_dar import config
 from dmd_dar.keys import key
-from dmd_dar.models.saved import load_network, network_hash
 from dmd_dar.train.optimise import OptimiserConfig
 from eval.arms import Arm, read_arm
 from eval.conclusion import MATCHED_WITHIN
@@ -86,7 +85,7 @@ def _different_networks(role: Role, runs: list[Arm]) -> None:
     """Refuse a copy under another seed: it would count one training twice."""
     seen: dict[str, Arm] = {}
     for run in runs:
-        other = seen.setdefault(network_hash(run.folder / "student"), run)
+        other = seen.setdefault(run.student().digest, run)
         if other is not run:
             fault = f"{other.folder} and {run.folder} hold the same student"
             raise config.ConfigError(f"arms.{role}: {fault}; train one from another seed")
@@ -121,19 +120,17 @@ def _alike(
 def _same_data(groups: Groups) -> None:
     """Refuse students trained on other images than the first; the configuration names the data, a hash tells it."""
     first = groups["residual"][0]
-    theirs = load_network(first.folder / "student")[1].origin.get("data")
+    theirs = first.origin.get("data")
     for role, runs in groups.items():
         for run in runs:
-            ours = load_network(run.folder / "student")[1].origin.get("data")
+            ours = run.origin.get("data")
             if ours != theirs:
                 fault = f"{run.folder} was trained on data of hash {ours}, {first.folder} on {theirs}"
                 raise config.ConfigError(f"arms.{role}: {fault}; train one of them anew")
 
 
 def _same_size(matched: Arm, routed: Arm) -> None:
-    ours, theirs = (
-        sum(p.numel() for p in load_network(run.folder / "student")[0].parameters()) for run in (matched, routed)
-    )
+    ours, theirs = (sum(p.numel() for p in run.student().network.parameters()) for run in (matched, routed))
     if abs(ours / theirs - 1) > MATCHED_WITHIN:
         fault = f"{matched.folder} has {ours} parameters, {routed.folder} in arms.dar has {theirs}"
         raise config.ConfigError(f"arms.matched: {fault}; a matched arm is within {100 * MATCHED_WITHIN:.0f} %")

@@ -108,8 +108,7 @@ def _gain(row: dict, band: str) -> float | None:
 
 
 def _gain_cell(row: dict, band: str) -> str:
-    interval = row["against"]["teacher"]["gain_db"][band]
-    return f"{number(interval['value'], signed=True)}<small>{span(interval, signed=True)}</small>"
+    return _interval(row["against"]["teacher"]["gain_db"][band])
 
 
 def psd(result: dict[str, Any], png: bytes) -> str:
@@ -161,6 +160,35 @@ def _line_cell(line: dict) -> str:
     word = "" if line["word"] == "none" else f"{text(line['word'])}, "
     height = line["height"]
     return f"{number(height['value'], signed=True)}<small>{word}{span(height, signed=True)}</small>"
+
+
+def latent(result: dict[str, Any], png: bytes) -> str:
+    told = result["latent"]
+    caption = (
+        f"The {told['channels']} channels of the latents, before they are decoded, against {the(result['teacher'])}:"
+        " gain over frequency of all channels together, and the gain of the upper half of frequencies of each channel"
+        " with 95 % intervals."
+    )
+    parts = []
+    for key in ("teacher", "real"):
+        rows = [(row, row["against"][key]) for row in told["sets"] if row["against"][key]]
+        cells = [
+            [
+                text(row["name"]),
+                _interval(against["gain_db"]["HF"]),
+                f"{number(against['lsd'])}<small>null {number(against['lsd_null'])}</small>",
+                *map(_interval, against["hf_gain_db_by_channel"]),
+            ]
+            for row, against in rows
+        ]
+        heads = ["set", "HF gain, dB", "LSD, dB", *(f"channel {c}" for c in range(told["channels"]))]
+        if rows:
+            parts.append(f"<p class='soft'>Against {text(the(told[key]))}</p>" + table(f"latents, {key}", heads, cells))
+    return figure(png, "chart", "Latent space", caption, "".join(parts))
+
+
+def _interval(interval: dict) -> str:
+    return f"{number(interval['value'], signed=True)}<small>{span(interval, signed=True)}</small>"
 
 
 def forest(result: dict[str, Any], png: bytes) -> str:

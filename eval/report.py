@@ -13,16 +13,20 @@ from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder
-from dmd_dar.data.sources import open_data
 from dmd_dar.distill import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from eval import arms, forest
+from eval.bench import Bench, with_costs
 from eval.columns import terminal_table
-from eval.distances import Ledger, Metric, Sources, prepare
-from eval.measure import jsonable, measure
+from eval.distances import Ledger, Metric, Sources, Suite, features_of, prepare
+from eval.features import Features
+from eval.latent import latent_spectra
+from eval.measure import fitting, jsonable, measure
 from eval.page import write_report
+from eval.processes import Processes
 from eval.provenance import git_state, provenance
+from eval.real import open_fitting, read_real
 from eval.sets import ImageSet, read_set
 from eval.spectrum import BAND_NAMES, spectrum_of
 
@@ -82,26 +86,32 @@ class Inputs:
     colour_labels: set[int] | None
     class_names: dict[int, str]
     data_hash: str | None = None
+    bench: Bench | None = None  # None without networks
+
+    @property
+    def everything(self) -> list[ImageSet]:
+        return [one for one in (self.real, self.reference, *self.sets) if one is not None]
 
 
-def sampled(cfg: ReportConfig, device: torch.device) -> Inputs:
-    """Every network of the runs on the same noise, and crops of their data."""
+def sampled(cfg: ReportConfig, device: torch.device, ledger: Ledger, processes: Processes) -> Inputs:
+    """Every network of the runs on the same noise, and images of their data where these fit the teacher's."""
     read = arms.read_arms(cfg.runs)
-    teacher = arms.Teacher.of(read[0].cfg, device)
-    data, classes = open_data(read[0].cfg.data, device), teacher.network.config.num_classes
-    if classes != data.num_classes:
-        fault = f"their teacher knows {classes} classes, their data has {data.num_classes}"
-        raise config.ConfigError(f"runs: {fault}; there is nothing real to compare with")
-    bench = arms.Bench.of(cfg, teacher.network, device)
-    print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
-    real, null = arms.real_sets(bench, data)
+    teacher = arms.Teacher.of(read[0], device)
+    arms.require_teacher(read, teacher.weights)
+    bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
+    data = ledger.attempt(
+        "against real images", "", lambda: open_fitting(read[0].cfg.data, bench, teacher.label_names), requested=False
+    )
+    if processes.main:
+        print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
+    real = None if data is None else read_real(data, bench)
     reference = teacher.sample_set(bench, cfg.solver_steps)
-    sets = [null, *teacher.undistilled_sets(bench)]
+    sets = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
     sets += [arms.student_set(arm, bench, reference, lambda x: hf_gain_db(x, reference.images)) for arm in read]
-    reference, *sets = arms.with_costs([reference, *sets], bench)
-    fit = arms.real_crops(bench, data, "fit")
-    names = dict(enumerate(data.label_names))
-    return Inputs(reference, real, sets, read, fit, set(data.colour_labels), names, data.hash)
+    names = dict(enumerate(real.label_names if real else teacher.label_names))
+    if real is None:
+        return Inputs(reference, None, sets, read, (reference.first(cfg.n), reference.labels), None, names, bench=bench)
+    return Inputs(reference, real.reference, sets, read, real.fit, real.colour_labels, names, real.hash, bench)
 
 
 def opened(cfg: ReportConfig) -> Inputs:
@@ -278,24 +288,52 @@ def conclude(result: dict[str, Any], inputs: Inputs) -> None:
 
 
 def report(cfg: ReportConfig) -> None:
-    """Sample or read every set, measure, write the report, print its table. UserError for a skip where strict."""
+    """Sample or read every set, measure, write the report, print its table. UserError for a skip where strict.
+
+    Of several processes, each samples its share and reads features of its share; the first one does the rest.
+    """
     began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
-    out, ledger = make_folder(cfg.out), Ledger()
-    inputs = sampled(cfg, device) if cfg.runs else opened(cfg)
+    processes, ledger = Processes.of(cfg.cpu), Ledger()
+    device = processes.device(cfg.cpu)
+    make_folder(cfg.out)
+    inputs = sampled(cfg, device, ledger, processes) if cfg.runs else opened(cfg)
     for folder in cfg.images:
         one = ledger.attempt("every metric", folder, lambda folder=folder: read_set(folder))
         inputs.sets.extend([one] if one is not None else [])
     sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device)
     suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt, cfg.statistics)
-    common = (inputs.colour_labels, cfg.seed, inputs.class_names, suite, ledger)
+    chosen = fitting(inputs.sets, inputs.reference, inputs.real, ledger)
+    features = {one.name: features_of(one, suite, ledger, processes) for one in chosen}
+    if processes.main:
+        publish(cfg, with_network_costs(inputs), suite, features, ledger, device, began)
+
+
+def with_network_costs(inputs: Inputs) -> Inputs:
+    if inputs.bench is None:
+        return inputs
+    reference, *sets = with_costs([inputs.reference, *inputs.sets], inputs.bench)
+    return dataclasses.replace(inputs, reference=reference, sets=sets)
+
+
+def publish(
+    cfg: ReportConfig,
+    inputs: Inputs,
+    suite: Suite,
+    features: dict[str, dict[str, Features]],
+    ledger: Ledger,
+    device: torch.device,
+    began: float,
+) -> None:
+    """What remains once images and features are there."""
+    common = (inputs.colour_labels, cfg.seed, inputs.class_names, suite, ledger, features)
     result = measure(inputs.sets, inputs.reference, inputs.real, *common)
+    result["latent"] = jsonable(latent_spectra(inputs.everything, inputs.reference, inputs.real, cfg.seed, ledger))
     result["forest"] = jsonable(seed_by_seed(cfg, inputs, ledger))
     result["skipped"] = jsonable(ledger.skipped)
     conclude(result, inputs)
     facts = provenance(device, time.monotonic() - began, **origin(cfg, inputs))
-    shown = [one for one in (inputs.real, inputs.reference, *inputs.sets) if one is not None]
-    write_report(result, shown, out, cfg.title, facts)
+    out = make_folder(cfg.out)
+    write_report(result, inputs.everything, out, cfg.title, facts)
     print(terminal_table(result))
     print(*result["conclusions"], sep="\n")
     print_skipped(ledger)

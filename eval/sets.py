@@ -36,6 +36,7 @@ class ImageSet:
     paired: bool
     facts: dict[str, Any] = field(default_factory=dict)  # JSON-able: evaluations, updates, parameters, ...
     generator: Generator | None = field(default=None, repr=False, compare=False)  # what made them, for its cost
+    latents: Tensor | None = field(default=None, repr=False, compare=False)  # (N, C, h, w) that they were decoded from
 
     @cached_property
     def stream(self) -> ImageStream:

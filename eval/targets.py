@@ -72,11 +72,11 @@ def lsd(one: Measured, target: Target) -> dict[str, float]:
         null, _ = log_spectral_distance(other.frequencies, second.luma.power, other.power)
         null, given = null.item(), 1 / len(second) + 1 / len(target.measured)
     else:
-        null, given = _halved_lsd(other, np.random.default_rng([target.seed, 4]))
+        null, given = halved_lsd(other, np.random.default_rng([target.seed, 4]))
     return {"lsd": distance.item(), "lsd_signed": signed.item(), "lsd_null": null * (wanted / given) ** 0.5}
 
 
-def _halved_lsd(other: Spectrum, rng: np.random.Generator) -> tuple[float, float]:
+def halved_lsd(other: Spectrum, rng: np.random.Generator) -> tuple[float, float]:
     """Mean distance of random halves of a set, and 1 / N + 1 / M of these."""
     half, values = len(other.per_image) // 2, []
     for _ in range(NULL_SPLITS):

@@ -21,8 +21,9 @@ from dmd_dar.keys import key
 from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import load_network, network_hash
-from eval.arms import Bench, real_sets
+from eval.bench import Bench
 from eval.measure import ImageSet, measure
+from eval.real import real_sets
 
 BAND_BAR_DB = 1.5
 HF_BAR_DB = 1.0
@@ -111,8 +112,8 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
     bench = Bench.of(cfg, network, device)
     weights = network_hash(cfg.path)
     facts = {"teacher": weights, "guidance": 1.0, "heun_steps": cfg.solver_steps}
-    images, labels = bench.cached(facts, ode_generator(velocity_of(network, card.prediction), cfg.solver_steps))
-    teacher = ImageSet("teacher", images, labels, "teacher", paired=False)
+    made = bench.cached(facts, ode_generator(velocity_of(network, card.prediction), cfg.solver_steps), "teacher")
+    images, teacher = made.images, made.as_set("teacher", "teacher", paired=False)
     data = Photos(shape.input_size, device)
     real, null = real_sets(bench, data)
     draws = Draws(cfg.seed, "held_out", 0, sample_range(0, cfg.n, device))

@@ -76,8 +76,12 @@ class Latents:
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """x0 = mean + std eps (B, C, S, S) float32 and labels (B,), classes uniform."""
         labels = draws.integers("label", self.num_classes)
+        return self.latents(labels, draws), labels
+
+    def latents(self, labels: Tensor, draws: Draws) -> Tensor:
+        """Of one image of each label: labels (B,) -> mean + std eps (B, C, S, S) float32."""
         mean, std = self.moments(self.start[labels] + draws.integers("image", self.counts[labels]))
-        return mean + std * draws.normal("latent", *self.shape), labels
+        return mean + std * draws.normal("latent", *self.shape)
 
     def require(self, codec: str, shape: tuple[int, ...]) -> None:
         """Raises UserError unless they are latents of the codec of that digest, of that shape."""

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
 from eval import arms, compare, pairing
+from eval.bench import Bench
 from eval.compare import CompareConfig
 from eval.pairing import ArmsConfig, read_groups
 from eval.report import hf_gain_db
@@ -74,15 +74,15 @@ def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
     """Against images made here from the same noise: whatever the order on the command line, seeds meet."""
     cfg, device = options(runs), torch.device("cpu")
     (arm,) = arms.read_arms((str(runs / "dar_0"),))
-    teacher = arms.Teacher.of(arm.cfg, device)
-    bench = arms.Bench.of(cfg, teacher.network, device)
+    teacher = arms.Teacher.of(arm, device)
+    bench = Bench.of(cfg, teacher.network, device)
     reference = teacher.sample_set(bench, 2).images
     for seed, row in enumerate(written["primary"]["per_seed"]):
         expected = {}
         for role in ("residual", "dar"):
             network, card = load_network(runs / f"{role}_{seed}" / "student")
-            images, _ = bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs))
-            expected[role] = hf_gain_db(images, reference)
+            made = bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs))
+            expected[role] = hf_gain_db(made.images, reference)
         assert row["seed"] == seed and row["gain_db"] == pytest.approx(expected, abs=1e-3)
         difference = abs(expected["residual"]) - abs(expected["dar"])
         assert row["difference_db"]["value"] == pytest.approx(difference, abs=1e-3) and abs(difference) > 0.02
@@ -123,10 +123,10 @@ def test_frozen_routers_are_other_networks_of_the_same_runs(written):
 
 def test_resetting_the_routers_shows_what_they_did(runs, written):
     network, card = load_network(runs / "dar_0" / "student")
-    bench = arms.Bench.of(options(runs), network, torch.device("cpu"))
+    bench = Bench.of(options(runs), network, torch.device("cpu"))
     images = []
     for _ in range(2):
-        images.append(bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs))[0])
+        images.append(bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs)).images)
         network.dar.reset()
     shift = written["runs"]["dar"][0]["reset_shift_db"]
     assert shift == pytest.approx(hf_gain_db(images[1], images[0]), abs=1e-3) and abs(shift) > 0.01
@@ -136,7 +136,7 @@ def test_a_matched_arm_of_another_size_is_refused(tmp_path):
     found = []
     for query in ("residual", "dynamic"):
         save_network(tmp_path / query / "student", with_routing(tiny_sit(), RoutingConfig(query, 2)), ModelCard())
-        found.append(SimpleNamespace(folder=tmp_path / query))
+        found.append(arms.Arm(query, tmp_path / query, distill.DistillConfig(), {}))
     with pytest.raises(config.ConfigError, match=r"arms\.matched: .*residual has \d+ parameters, .*dynamic .* has \d+"):
         pairing._same_size(*found)
     pairing._same_size(found[0], found[0])

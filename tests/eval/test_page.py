@@ -76,7 +76,7 @@ def test_everything_is_written(folder):
     for name in FIGURES:
         assert min(Image.open(folder / f"{name}.png").size) > 200
     result = json.loads((folder / "report.json").read_text())
-    assert result["provenance"]["git"]["dirty"] is True and result["schema_version"] == 2
+    assert result["provenance"]["git"]["dirty"] is True and result["schema_version"] == 3
 
 
 class Tags(HTMLParser):

@@ -53,7 +53,7 @@ def row(result: dict, name: str) -> dict:
 
 def test_result_is_strict_json_and_signed_rightly(result):
     json.dumps(result, allow_nan=False)
-    assert result["schema_version"] == 2
+    assert result["schema_version"] == 3
     residual = row(result, "residual")["against"]
     for key in ("teacher", "real"):
         against = residual[key]

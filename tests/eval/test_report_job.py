@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from dmd_dar import config, distill
 from dmd_dar.data.photos import Photos
 from dmd_dar.errors import UserError
-from eval import arms, distances, forest, report, teacher
+from eval import arms, bench, distances, forest, report, teacher
+from eval.bench import Bench, Made
 from eval.classifier import fit_classifier
 from eval.measure import ImageSet, jsonable
+from eval.processes import Processes
+from eval.real import real_sets
 from eval.report import ReportConfig
 from tests.tiny import tiny_teacher
 
@@ -62,6 +65,10 @@ def options(root: Path, *names: str, **changes) -> ReportConfig:
     return config.load(ReportConfig, argv)
 
 
+def sampled(cfg: ReportConfig) -> report.Inputs:
+    return report.sampled(cfg, torch.device("cpu"), distances.Ledger(), Processes())
+
+
 def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
     report.report(options(runs, "residual", "dar", "regression"))
     result = json.loads((runs / "report" / "report.json").read_text())
@@ -93,7 +100,7 @@ def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
 
 def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
     seen = {}
-    original = arms.generate
+    original = bench.generate
 
     def recording(generator, count, **settings):
         def noting(cond, draws, noise):
@@ -102,8 +109,8 @@ def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
 
         return original(noting, count, **settings)
 
-    monkeypatch.setattr(arms, "generate", recording)
-    report.sampled(options(runs, "residual", "dar", cache=runs / "fresh"), torch.device("cpu"))
+    monkeypatch.setattr(bench, "generate", recording)
+    sampled(options(runs, "residual", "dar", cache=runs / "fresh"))
     first = [noise for noise in seen["noise"] if len(noise) == 2][::2]
     assert len(first) >= 5 and all(torch.equal(noise, first[0]) for noise in first)
 
@@ -111,7 +118,7 @@ def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
 def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
     for cache, batch_size in (("one", 64), ("two", 9)):
         cfg = options(runs, "residual", cache=runs / cache, batch_size=batch_size)
-        report.sampled(cfg, torch.device("cpu"))
+        sampled(cfg)
     names = [sorted(path.name for path in (runs / cache).iterdir()) for cache in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 4
     for name in names[0]:
@@ -121,13 +128,13 @@ def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
 
 def test_damaged_kept_images_are_made_anew(runs, tmp_path):
     (arm,) = arms.read_arms((str(runs / "residual"),))
-    network = arms.Teacher.of(arm.cfg, torch.device("cpu")).network
-    bench = arms.Bench.of(options(runs, "residual", cache=tmp_path), network, torch.device("cpu"))
-    made = bench.cached({"a": 1}, lambda cond, draws, noise: noise)
+    network = arms.Teacher.of(arm, torch.device("cpu")).network
+    maker = Bench.of(options(runs, "residual", cache=tmp_path), network, torch.device("cpu"))
+    made = maker.cached({"a": 1}, lambda cond, draws, noise: noise)
     (kept,) = tmp_path.iterdir()
     kept.write_bytes(kept.read_bytes()[:-5])
-    again = bench.cached({"a": 1}, lambda cond, draws, noise: noise)
-    assert torch.equal(made[0], again[0]) and torch.equal(load_file(kept)["images"], made[0])
+    again = maker.cached({"a": 1}, lambda cond, draws, noise: noise)
+    assert torch.equal(made.images, again.images) and torch.equal(load_file(kept)["images"], made.images)
 
 
 @pytest.fixture(scope="module")
@@ -282,12 +289,12 @@ def test_resetting_routers_that_add_detail_shows_as_a_negative_shift(runs, monke
     """The shift is what resetting does: here it empties the images, so the gain must fall."""
     (arm,) = arms.read_arms((str(runs / "dar"),))
     device = torch.device("cpu")
-    network = arms.Teacher.of(arm.cfg, device).network
-    bench = arms.Bench.of(options(runs, "dar"), network, device)
-    real, _ = arms.real_sets(bench, Photos(32))
+    network = arms.Teacher.of(arm, device).network
+    maker = Bench.of(options(runs, "dar"), network, device)
+    real, _ = real_sets(maker, Photos(32))
     given = iter([real.images, torch.div(real.images, 2, rounding_mode="floor")])
-    monkeypatch.setattr(arms.Bench, "cached", lambda self, facts, generator: (next(given), real.labels))
-    one = arms.student_set(arm, bench, real, lambda x: report.hf_gain_db(x, real.images))
+    monkeypatch.setattr(Bench, "cached", lambda self, facts, generator, what: Made(next(given), real.labels))
+    one = arms.student_set(arm, maker, real, lambda x: report.hf_gain_db(x, real.images))
     assert one.facts["routing"]["hf_gain_shift_db"] == pytest.approx(-6.0, abs=0.2)
     assert one.facts["label"] == "router used"
 

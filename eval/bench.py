@@ -1,0 +1,176 @@
+"""How images are made for an evaluation: the same noise, classes and decoding for every network, kept once made.
+
+Legend: N images, B of a batch; latents are (N, C, h, w).
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.data.images import to_pixels
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.methods.generate import Generator, balanced_labels, generate
+from dmd_dar.models.codecs import Codec
+from eval.cost import latencies, peak_memory
+from eval.processes import Processes
+from eval.sets import ImageSet, Role
+
+LATENCY_BATCH = 16
+LATENCY_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images as they are measured, and of a latent model the latents that they were decoded from."""
+
+    images: Tensor  # uint8 (N, 3, H, W)
+    labels: Tensor  # (N,)
+    latents: Tensor | None = None  # (N, C, h, w) float32
+
+    def as_set(self, name: str, role: Role, paired: bool, **more: Any) -> ImageSet:
+        return ImageSet(name, self.images, self.labels, role, paired, latents=self.latents, **more)
+
+    def rows(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Row i of all that it makes has the noise and the class of sample i, whatever the batches and the processes."""
+
+    count: int
+    seed: int
+    batch_size: int
+    device: torch.device
+    shape: tuple[int, ...]  # of what the networks make
+    num_classes: int
+    cache: Path
+    codec: Codec | None = None
+    codec_digest: str = ""
+    processes: Processes = field(default_factory=Processes)
+
+    @staticmethod
+    def of(
+        cfg: Any, network: Any, device: torch.device, codec: Codec | None = None, processes: Processes | None = None
+    ) -> "Bench":
+        """From a command's n, seed, batch_size and cache, and the shape of what `network` makes."""
+        shape = network.config
+        return Bench(
+            count=cfg.n,
+            seed=cfg.seed,
+            batch_size=cfg.batch_size,
+            device=device,
+            shape=(shape.in_channels, shape.input_size, shape.input_size),
+            num_classes=shape.num_classes,
+            cache=Path(cfg.cache),
+            codec=codec,
+            codec_digest="" if codec is None else codec.digest(),
+            processes=processes or Processes(),
+        )
+
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        return self.shape[-1] * (1 if self.codec is None else self.codec.factor)
+
+    def decoded(self, x0: Tensor) -> Tensor:
+        """What a network makes (B, C, S, S) as images (B, 3, H, W), about [-1, 1]."""
+        return x0 if self.codec is None else self.codec.decode(x0)
+
+    def seen(self, x0: Tensor, labels: Tensor) -> Made:
+        """A batch of it as it is measured."""
+        latents = None if self.codec is None else x0.float().cpu()
+        return Made(to_pixels(self.decoded(x0)).cpu(), labels.cpu(), latents)
+
+    def joined(self, make: Callable[[Tensor], Made], what: str) -> Made:
+        """All images, from make(samples (B,)), batch by batch and shared out among the processes."""
+
+        def share(rank: int, world: int) -> dict[str, Tensor]:
+            start, stop = (self.count * r // world for r in (rank, rank + 1))
+            parts = []
+            hidden = None if self.processes.main else True
+            with tqdm(total=stop - start, desc=what, unit="img", disable=hidden, leave=False) as bar, torch.no_grad():
+                for first in range(start, stop, self.batch_size):
+                    samples = sample_range(first, min(first + self.batch_size, stop), self.device)
+                    parts.append(make(samples).rows())
+                    bar.update(len(samples))
+            return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+
+        return Made(**self.processes.joined(self.count, share))
+
+    def images(self, generator: Generator, what: str = "sampling") -> Made:
+        """One image of every sample."""
+
+        def make(samples: Tensor) -> Made:
+            x0, labels = generate(
+                generator,
+                len(samples),
+                seed=self.seed,
+                shape=self.shape,
+                num_classes=self.num_classes,
+                phase="eval",
+                batch_size=self.batch_size,
+                device=self.device,
+                first=int(samples[0]),
+            )
+            return self.seen(x0, labels)
+
+        return self.joined(make, what)
+
+    def cached(self, facts: dict[str, Any], generator: Generator, what: str = "sampling") -> Made:
+        """The images that `facts` and this bench determine, made once; a damaged file is made anew."""
+        identity = {**facts, "count": self.count, "seed": self.seed, "shape": self.shape, "classes": self.num_classes}
+        identity |= {"codec": self.codec_digest} if self.codec_digest else {}
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        path, kept = self.cache / f"{name}.safetensors", None
+        if path.is_file():
+            with contextlib.suppress(SafetensorError):
+                kept = Made(**load_file(path))
+        if not self.processes.any(kept is None):
+            return kept  # type: ignore[return-value]
+        made = self.images(generator, what)
+        if self.processes.main:
+            make_folder(self.cache)
+            write_atomic(path, save(made.rows(), metadata={"identity": json.dumps(identity)}))
+        return made
+
+    def call(self, generator: Generator) -> Callable[[], Tensor]:
+        """Samples and decodes LATENCY_BATCH images, the same ones every time."""
+        draws = Draws(self.seed, "latency", 0, sample_range(0, LATENCY_BATCH, self.device))
+        cond, noise = balanced_labels(draws.samples, self.num_classes), draws.normal("noise", *self.shape)
+        make = partial(generator, cond, draws, noise)
+        return make if self.codec is None else lambda: self.decoded(make())
+
+
+def with_costs(sets: Iterable[ImageSet], bench: Bench) -> list[ImageSet]:
+    """The sets, those of networks with the time and the peak memory of sampling LATENCY_BATCH images in their facts.
+
+    The networks take turns, so that a busy machine slows all of them.
+    """
+    sets = list(sets)
+    calls = {one.name: bench.call(one.generator) for one in sets if one.generator is not None}
+    timed = latencies(calls, bench.device, LATENCY_RUNS)
+    facts: dict[str, dict[str, Any]] = {one.name: {} for one in sets}
+    for name, time in timed.items():
+        memory = peak_memory(calls[name], bench.device)
+        facts[name] = {
+            "latency_ms_per_image": round(time.median_ms / LATENCY_BATCH, 3),
+            "latency_ms_range": [round(end / LATENCY_BATCH, 3) for end in (time.least_ms, time.most_ms)],
+            "latency_runs": time.runs,
+            "cost_batch": LATENCY_BATCH,
+            "peak_memory_mb": round(memory.peak_bytes / 1e6, 3),
+            "peak_memory_method": memory.method,
+        }
+    return [replace(one, facts={**one.facts, **facts[one.name]}) for one in sets]

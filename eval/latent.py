@@ -1,0 +1,109 @@
+"""Spectra of a latent model's latents, channel by channel as they are: what its decoder may hide or add.
+
+Legend: N images of a set, C channels of h x w latent cells. Frequencies are in cycles per cell.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dmd_dar.spectrum import MIN_SIZE
+from eval.distances import Ledger
+from eval.sets import ImageSet
+from eval.spectrum import BAND_EDGES, BAND_NAMES, Spectrum, band_gains, gain_curve, labelled, spectrum_of
+from eval.stats import Interval
+from eval.targets import halved_lsd
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The spectra of one set's latents: `whole` is the mean over channels."""
+
+    source: ImageSet
+    whole: Spectrum
+    channels: list[Spectrum]
+
+    @staticmethod
+    def of(one: ImageSet, latents: Tensor) -> "Latent":
+        channels = [spectrum_of(latents.split(BATCH), channel=c) for c in range(latents.shape[1])]
+        return Latent(one, spectrum_of(latents.split(BATCH), channel="all"), channels)
+
+
+def latent_spectra(
+    sets: Sequence[ImageSet], reference: ImageSet, real: ImageSet | None, seed: int, ledger: Ledger
+) -> dict[str, Any] | None:
+    """Every set that has latents against those of `reference` ("teacher") and of `real`; None for models of pixels.
+
+    JSON-able but for intervals. Latents of fewer than 32 cells a side have no spectrum, which `ledger` then tells.
+    """
+    if reference.latents is None:
+        return None
+    height, width = reference.latents.shape[-2:]
+    if min(height, width) < MIN_SIZE:
+        fault = f"latents of {height} x {width} cells; a spectrum needs {MIN_SIZE} a side"
+        ledger.add("latent spectrum", "", fault, requested=False)
+        return None
+    measured = [Latent.of(one, one.latents) for one in sets if one.latents is not None]
+    targets = {"teacher": reference.name, "real": real.name if real is not None and real.latents is not None else None}
+    by_name = {one.source.name: one for one in measured}
+    return {
+        "channels": reference.latents.shape[1],
+        "size": [height, width],
+        "bands": {"names": BAND_NAMES, "edges": [1.5 / min(height, width), *BAND_EDGES]},
+        **targets,
+        "sets": [
+            {
+                **described(one),
+                "against": {
+                    key: None if name in (None, one.source.name) else against(one, by_name[name], seed)
+                    for key, name in targets.items()
+                },
+            }
+            for one in measured
+        ],
+    }
+
+
+def described(one: Latent) -> dict[str, Any]:
+    """What is measured on a set alone."""
+    slope, slope_hf = one.whole.slopes
+    return {
+        "name": one.source.name,
+        "role": one.source.role,
+        "images": one.source.count,
+        "facts": {name: one.source.facts[name] for name in ("seed",) if name in one.source.facts},
+        "frequencies": one.whole.frequencies.tolist(),
+        "power": one.whole.power.tolist(),
+        "power_by_channel": [channel.power.tolist() for channel in one.channels],
+        "hfer": one.whole.hfer,
+        "slope": slope,
+        "slope_hf": slope_hf,
+    }
+
+
+def against(one: Latent, other: Latent, seed: int) -> dict[str, Any]:
+    """Band gains of all channels pooled, the HF gain of each, and the curve and distance of their mean spectra."""
+    paired, rng = one.source.paired and other.source.paired, np.random.default_rng(seed)
+    both = one.source.labels is not None and other.source.labels is not None
+
+    def gains(ours: Spectrum, theirs: Spectrum) -> dict[str, Interval]:
+        parts = ((ours, one), (theirs, other))
+        samples = [labelled(spectrum.energies, latent.source.classes if both else None) for spectrum, latent in parts]
+        return band_gains(*samples, paired=paired, rng=rng)
+
+    curve, distance, signed = gain_curve(one.whole, other.whole)
+    null, given = halved_lsd(other.whole, np.random.default_rng([seed, 4]))
+    return {
+        "paired": paired,
+        "gain_db": gains(one.whole, other.whole),
+        "hf_gain_db_by_channel": [gains(*pair)["HF"] for pair in zip(one.channels, other.channels, strict=True)],
+        "gain_curve_db": curve.tolist(),
+        "lsd": distance,
+        "lsd_signed": signed,
+        "lsd_null": null * ((1 / one.source.count + 1 / other.source.count) / given) ** 0.5,
+    }

@@ -1,0 +1,61 @@
+"""One evaluation made by several processes: each makes or reads its share of the images, and the rows are joined.
+
+    torchrun --nproc_per_node=2 -m eval.report ...
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmd_dar.errors import UserError
+from dmd_dar.train.runtime import LaunchConfig, Runtime
+from eval.images import UnfitError
+
+Rows = dict[str, Tensor]  # each (n, ...), of the same n images
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of this evaluation, or, without a runtime, this one alone."""
+
+    runtime: Runtime | None = None
+
+    @staticmethod
+    def of(cpu: bool) -> "Processes":
+        """Those that a launcher started, as WORLD_SIZE says."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return Processes()
+        return Processes(Runtime(LaunchConfig(precision="no", cpu=cpu)))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that measures, writes and prints."""
+        return self.runtime is None or self.runtime.is_main
+
+    def device(self, cpu: bool) -> torch.device:
+        if self.runtime is not None:
+            return self.runtime.device
+        return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.runtime is None else self.runtime.any(flag)
+
+    def joined(self, count: int, make: Callable[[int, int], Rows]) -> Rows:
+        """The rows of all `count` images in their order, from make(rank, world), the rows
+        count * rank // world .. count * (rank + 1) // world - 1. An error in one process is raised in all of them.
+        """
+        if self.runtime is None or count < self.runtime.processes:
+            return make(0, 1)
+        rows, fault = {}, ""
+        try:
+            rows = make(self.runtime.rank, self.runtime.processes)
+        except UserError as error:
+            fault = str(error)
+        faults = self.runtime.gather_rows(torch.tensor([*fault.encode()], dtype=torch.uint8))
+        if len(faults):
+            raise UnfitError(fault or bytes(faults.tolist()).decode())
+        return {name: self.runtime.gather_rows(part) for name, part in rows.items()}

@@ -1,0 +1,95 @@
+"""Real images beside the samples: crops of the run's own data, and for a latent model what its VAE makes of them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dmd_dar.data.config import DataConfig
+from dmd_dar.data.images import to_model_range
+from dmd_dar.data.latents import Latents
+from dmd_dar.data.sources import Source, open_data
+from dmd_dar.draws import Draws
+from dmd_dar.methods.generate import balanced_labels
+from dmd_dar.models.codecs import sample_latents
+from eval.bench import Bench, Made
+from eval.images import UnfitError
+from eval.sets import ImageSet
+
+NAMES = ("real", "real, again", "VAE(real)", "VAE(real), again")
+
+
+@dataclass(frozen=True)
+class Real:
+    """`reference` is what sets are compared with; `beside` are a second set like it, its null, and, where the
+    reference went through a VAE, the images as they were. `fit`: images of its kind that are not compared, and labels.
+    """
+
+    reference: ImageSet
+    beside: list[ImageSet]
+    fit: tuple[Tensor, Tensor]
+    colour_labels: set[int] | None
+    label_names: tuple[str, ...]
+    hash: str
+
+
+def open_fitting(cfg: DataConfig, bench: Bench, label_names: tuple[str, ...]) -> Source:
+    """The run's data; UnfitError where their classes or sizes are not those of the samples."""
+    data = open_data(cfg, bench.device)
+    found = f"data.name = {cfg.name}"
+    if data.num_classes != bench.num_classes:
+        raise UnfitError(f"{found}: {data.num_classes} classes, but the teacher knows {bench.num_classes}")
+    if label_names and data.label_names and label_names != tuple(data.label_names):
+        raise UnfitError(f"{found}: its classes are others than the teacher's, first {data.label_names[0]!r}")
+    if not isinstance(data, Latents) and data.size != bench.side:
+        raise UnfitError(f"{found}: data.size is {data.size}, but the teacher's images are of {bench.side} px")
+    return data
+
+
+def read_real(data: Source, bench: Bench) -> Real:
+    """Sets of crops with the samples' classes: two to compare with and one to fit on.
+
+    For a latent model these are VAE(real), what its decoder makes of encoded crops, since what the VAE loses is no
+    fault of a network; images that are there as such stand beside. Latents are drawn from the encoder's distribution.
+    """
+    name = "real" if bench.codec is None else "VAE(real)"
+    made = {phase: crops(data, bench, phase) for phase in ("real", "real_null", "fit")}
+    beside = [made["real_null"].as_set(f"{name}, again", "null", paired=False)]
+    if bench.codec is not None and not isinstance(data, Latents):
+        original = bench.joined(lambda samples: _pixels(data, bench, "real", samples), "real images")
+        beside.append(original.as_set("real", "real", paired=False))
+    return Real(
+        made["real"].as_set(name, "real", paired=False),
+        beside,
+        (made["fit"].images, made["fit"].labels),
+        None if isinstance(data, Latents) else set(data.colour_labels),
+        tuple(data.label_names),
+        data.hash,
+    )
+
+
+def crops(data: Source, bench: Bench, phase: str) -> Made:
+    """Training crops with the samples' labels, other ones for every `phase`, through the VAE where there is one."""
+
+    def make(samples: Tensor) -> Made:
+        if bench.codec is None:
+            return _pixels(data, bench, phase, samples)
+        draws, labels = Draws(bench.seed, phase, 0, samples), balanced_labels(samples, bench.num_classes)
+        if isinstance(data, Latents):
+            return bench.seen(data.latents(labels, draws), labels)
+        mean, std = bench.codec.encode(to_model_range(data.crops(labels, draws)))
+        return bench.seen(sample_latents(mean, std, draws.normal("latent", *mean.shape[1:])), labels)
+
+    return bench.joined(make, f"{phase} images")
+
+
+def _pixels(data: Source, bench: Bench, phase: str, samples: Tensor) -> Made:
+    labels = balanced_labels(samples, bench.num_classes)
+    return Made(data.crops(labels, Draws(bench.seed, phase, 0, samples)).cpu(), labels.cpu())
+
+
+def real_sets(bench: Bench, data: Source) -> tuple[ImageSet, ImageSet]:
+    """Two independent sets of training crops: the reference and its null."""
+    return (
+        crops(data, bench, "real").as_set("real", "real", paired=False),
+        crops(data, bench, "real_null").as_set("real, again", "null", paired=False),
+    )

@@ -1,0 +1,103 @@
+"""Several processes make one report: shares joined in order, and an error of one of them raised in all."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dmd_dar import distill
+from eval.images import UnfitError
+from eval.processes import Processes
+from tests.tiny import tiny_teacher
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Line:
+    """One process of two, that hears from the other one what `other` holds, in this order."""
+
+    other: list[torch.Tensor]
+    rank: int = 0
+    processes: int = 2
+    sent: list[torch.Tensor] = field(default_factory=list)
+
+    def gather_rows(self, part: torch.Tensor) -> torch.Tensor:
+        self.sent.append(part)
+        return torch.cat([part, self.other[len(self.sent) - 1]])
+
+
+NONE = torch.empty(0, dtype=torch.uint8)
+
+
+def test_rows_are_joined_in_the_order_of_ranks():
+    line, asked = Line([NONE, torch.tensor([3, 4])]), []
+
+    def make(rank: int, world: int) -> dict[str, torch.Tensor]:
+        asked.append((rank, world))
+        return {"x": torch.tensor([0, 1, 2])}
+
+    assert Processes(line).joined(5, make)["x"].tolist() == [0, 1, 2, 3, 4] and asked == [(0, 2)]
+    assert Processes(line).joined(1, make)["x"].tolist() == [0, 1, 2] and asked[-1] == (0, 1)  # fewer than processes
+    assert Processes().joined(5, make)["x"].tolist() == [0, 1, 2] and asked[-1] == (0, 1)
+
+
+def test_an_error_in_one_process_is_raised_in_all():
+    def broken(rank: int, world: int) -> dict[str, torch.Tensor]:
+        raise UnfitError("image 7 is broken")
+
+    with pytest.raises(UnfitError, match="image 7 is broken"):
+        Processes(Line([NONE])).joined(5, broken)
+    told = torch.tensor([*b"image 9 is broken"], dtype=torch.uint8)
+    with pytest.raises(UnfitError, match="image 9 is broken"):
+        Processes(Line([told])).joined(5, lambda rank, world: {"x": torch.zeros(3)})
+
+
+def test_two_processes_write_the_report_of_one(tmp_path, crops):
+    """The networks' images, the features and with them every number, up to a level of rounding in an image."""
+    np.save(tmp_path / "more.npy", crops(32, 5, 3)[0].numpy())
+    distill.main(
+        [
+            *(f"teacher.path={tiny_teacher(tmp_path / 'teacher')}", f"out_dir={tmp_path / 'dar'}", "steps=1"),
+            *("batch_size=2", "student.routing.query=timestep", "student.routing.chunk_size=2", "rungs=[1.0,0.5]"),
+            *("fake_score.updates=1", "regression.weight=0", "log.wandb=disabled", "launch.cpu=true"),
+        ]
+    )
+    command = ["-m", "eval.report", f"runs=[{tmp_path / 'dar'}]", f"images=[{tmp_path / 'more.npy'}]", "cpu=true"]
+    command += ["n=65", "solver_steps=1", "metrics=[offline]"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    launcher += [f"--master_port={port}"]
+    results = {}
+    for name, before in (("one", []), ("two", launcher)):
+        places = [f"out={tmp_path / name}", f"cache={tmp_path / name / 'cache'}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(
+            [sys.executable, *before, *command, *places],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        assert ran.stdout.count("report: ") == 1 and "Traceback" not in ran.stderr
+        results[name] = json.loads((tmp_path / name / "report.json").read_text())
+    for one, two in zip(results["one"]["sets"], results["two"]["sets"], strict=True):
+        assert (one["name"], one["images"]) == (two["name"], two["images"])
+        assert two["power"] == pytest.approx(one["power"], rel=1e-3)
+        for key in ("teacher", "real"):
+            ours, theirs = one["against"][key], two["against"][key]
+            if ours is not None:
+                for metric in ("fd_wavelet", "fd_pca", "fd_classifier"):
+                    assert theirs[metric]["value"] == pytest.approx(ours[metric]["value"], rel=0.02, abs=0.01)
+                assert theirs["gain_db"]["HF"]["value"] == pytest.approx(ours["gain_db"]["HF"]["value"], abs=0.01)
