@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dmd_dar import distill
+from eval import report
 from eval.images import UnfitError
 from eval.processes import Processes
 from tests.tiny import tiny_teacher
@@ -70,29 +71,23 @@ def test_two_processes_write_the_report_of_one(tmp_path, crops):
             *("fake_score.updates=1", "regression.weight=0", "log.wandb=disabled", "launch.cpu=true"),
         ]
     )
-    command = ["-m", "eval.report", f"runs=[{tmp_path / 'dar'}]", f"images=[{tmp_path / 'more.npy'}]", "cpu=true"]
-    command += ["n=65", "solver_steps=1", "metrics=[offline]"]
+    shared = [f"runs=[{tmp_path / 'dar'}]", f"images=[{tmp_path / 'more.npy'}]", "cpu=true", "n=65", "solver_steps=1"]
+    one, two = (
+        [*shared, "metrics=[offline]", f"out={tmp_path / name}", f"cache={tmp_path / name / 'cache'}"]
+        for name in ("one", "two")
+    )
+    report.main(one)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    launcher += [f"--master_port={port}"]
-    results = {}
-    for name, before in (("one", []), ("two", launcher)):
-        places = [f"out={tmp_path / name}", f"cache={tmp_path / name / 'cache'}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(
-            [sys.executable, *before, *command, *places],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert ran.returncode == 0, ran.stderr[-2000:]
-        assert ran.stdout.count("report: ") == 1 and "Traceback" not in ran.stderr
-        results[name] = json.loads((tmp_path / name / "report.json").read_text())
-    for one, two in zip(results["one"]["sets"], results["two"]["sets"], strict=True):
+    command = [sys.executable, *launcher, f"--master_port={port}", "-m", "eval.report", *two]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("report: ") == 1 and "Traceback" not in ran.stderr
+    results = [json.loads((tmp_path / name / "report.json").read_text())["sets"] for name in ("one", "two")]
+    for one, two in zip(*results, strict=True):
         assert (one["name"], one["images"]) == (two["name"], two["images"])
         assert two["power"] == pytest.approx(one["power"], rel=1e-3)
         for key in ("teacher", "real"):
