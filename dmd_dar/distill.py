@@ -22,7 +22,8 @@ from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, Pool, block_readers, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
-from dmd_dar.models.students import Networks, build_networks
+from dmd_dar.models.shared_lora import LoraConfig, merged
+from dmd_dar.models.students import Memory, Networks, Weights, build_networks
 from dmd_dar.models.teachers import (
     Denoiser,
     Teacher,
@@ -131,6 +132,13 @@ class DistillConfig:
     student_input: Literal["simulate", "data"] = key(
         "simulate", "in training: its own rollout from noise to the rung, or noised data"
     )
+    weights: Weights = key(
+        "full", "full: three networks; shared_lora: one frozen base, with adapters for student and fake score"
+    )
+    lora: LoraConfig = key(factory=LoraConfig)
+    frozen_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "type in which frozen linear weights are kept: the teacher's, which shared_lora shares"
+    )
     resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
     teacher: TeacherConfig = key(factory=TeacherConfig)
     data: DataConfig = key(factory=DataConfig)
@@ -157,6 +165,12 @@ class DistillConfig:
     @property
     def needs_data(self) -> bool:
         return self.student_input == "data" or self.gan.used
+
+
+def memory_of(cfg: DistillConfig) -> Memory:
+    """What the configuration says of the networks' weights and activations."""
+    frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
+    return Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
 
 
 def recipe_of(cfg: DistillConfig, teacher: Denoiser, digest: str) -> Recipe:
@@ -287,7 +301,7 @@ def distill(cfg: DistillConfig) -> None:
     torch.manual_seed(cfg.seed)
     teacher, codec = open_teacher(cfg, runtime.device)
     routing = cfg.student.routing
-    networks = build_networks(teacher.network, routing.form(), routing.allow_change)
+    networks = build_networks(teacher.network, routing.form(), routing.allow_change, memory_of(cfg))
     student, fake_score = networks.student, networks.fake_score
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
     with open_run(cfg, runtime) as folder:
@@ -325,7 +339,7 @@ def distill(cfg: DistillConfig) -> None:
             shape=recipe.shape,
             num_classes=recipe.num_classes,
             results={"student": ema.module, **others},
-            save=lambda place, network: save_trained(place, network, teacher.prediction, **facts),
+            save=lambda place, network: save_trained(place, merged(network), teacher.prediction, **facts),
         )
 
 

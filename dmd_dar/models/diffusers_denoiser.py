@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,10 @@ class DiffusersDenoiser(nn.Module):
         finally:
             self.dar.observe = before
 
+    def checkpoint_activations(self) -> None:
+        """From now on, keep the blocks' inputs for the backward pass, and compute the rest again."""
+        self.transformer.enable_gradient_checkpointing()
+
     def router_parameters(self) -> list[nn.Parameter]:
         """The parameters that DAR adds; empty for a plain network."""
         return [] if self.dar is None else list(self.dar.parameters())
@@ -108,12 +112,18 @@ class DiffusersDenoiser(nn.Module):
         return [p for name, p in named if p.requires_grad and not name.startswith("dar.")]
 
 
-def routed_copy(model: DiffusersDenoiser, routing: RoutingConfig, allow_change: bool = False) -> DiffusersDenoiser:
+def routed_copy(
+    model: DiffusersDenoiser,
+    routing: RoutingConfig,
+    allow_change: bool = False,
+    copied: Callable[[DiffusersDenoiser], DiffusersDenoiser] = copy.deepcopy,
+) -> DiffusersDenoiser:
     """A copy of `model` under `routing`: its own routers where it has that routing already, else zero-query ones.
 
-    Raises ValueError where that would change the function, unless `allow_change`, or drop a network's routers.
+    `copied` makes the copy. Raises ValueError where that would change the function, unless `allow_change`, or drop a
+    network's routers.
     """
-    twin, own = copy.deepcopy(model), model.config.routing
+    twin, own = copied(model), model.config.routing
     if routing.query == own.query == "residual":
         return twin
     if own.query != "residual":

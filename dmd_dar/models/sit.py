@@ -5,11 +5,15 @@ B batch, T tokens, d width, p patch, C channels. Parameter names are those of th
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dmd_dar.keys import key
 from dmd_dar.routing.history import History, Observer
@@ -163,6 +167,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(d, config.patch, self.out_channels)
         routed = config.routing.query != "residual"
         self.dar = RouterBank(config.routing, 2 * config.depth, d) if routed else None
+        self.checkpointing = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -192,19 +197,45 @@ class SiT(nn.Module):
             h = self._routed(History(self.dar, v_0, t_embedding, observe), c)
         return self._unpatchify(self.final_layer(h, c))
 
+    def checkpoint_activations(self) -> None:
+        """From now on, keep the residual stream and the sources for the backward pass, and compute the rest again."""
+        self.checkpointing = True
+
     def _residual(self, h: Tensor, c: Tensor) -> Tensor:
         for block in self.blocks:
-            m = block.modulation(c)
-            h = h + block.attention_output(h, *m[:3])
-            h = h + block.mlp_output(h, *m[3:])
+            h = self._run(partial(self._block, block), h, c)
         return h
 
+    def _block(self, block: Block, h: Tensor, c: Tensor) -> Tensor:
+        m = block.modulation(c)
+        h = h + block.attention_output(h, *m[:3])
+        return h + block.mlp_output(h, *m[3:])
+
     def _routed(self, history: History, c: Tensor) -> Tensor:
-        for block in self.blocks:
-            m = block.modulation(c)
-            history.append(block.attention_output(history.state(), *m[:3]))
-            history.append(block.mlp_output(history.state(), *m[3:]))
+        count, length = history.bank.num_sublayers, max(history.bank.chunk_size, 2)
+        for first in range(0, count, length):  # chunk by chunk: of a whole chunk, only its summary is read later
+            found = replayed(history) if self.checkpointing else lambda: history
+            self._run(partial(self._sublayers, found, range(first, min(first + length, count))), c)
         return history.state()
+
+    def _sublayers(self, found: Callable[[], History], indices: range, c: Tensor) -> None:
+        """Sublayers counted from 0: even ones are attentions."""
+        history, m = found(), ()
+        for index in indices:
+            block = self.blocks[index // 2]
+            assert isinstance(block, Block)
+            if index % 2 == 0 or index == indices.start:
+                m = block.modulation(c)
+            if index % 2 == 0:
+                history.append(block.attention_output(history.state(), *m[:3]))
+            else:
+                history.append(block.mlp_output(history.state(), *m[3:]))
+
+    def _run(self, part: Callable[..., Any], *inputs: Tensor) -> Any:
+        """A part of the network; where activations are not kept, the backward pass runs it again."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return part(*inputs)
+        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, T, p p C) -> (B, C, H, W)."""
@@ -228,6 +259,12 @@ class SiT(nn.Module):
     def shards(self) -> list[nn.Module]:
         """What is gathered by itself when weights are sharded: the modules that a forward calls, a third of a block."""
         return [part for block in self.blocks for part in (block.attn, block.mlp, block.adaLN_modulation)]  # type: ignore[union-attr]
+
+
+def replayed(history: History) -> Callable[[], History]:
+    """Gives the history itself at the first call, and at every later one a copy of it as it is now."""
+    first, start = [history], history.snapshot()
+    return lambda: first.pop() if first else start.snapshot()
 
 
 def build_sit(
@@ -265,15 +302,17 @@ def build_sit(
     )
 
 
-def with_routing(model: SiT, routing: RoutingConfig, allow_change: bool = False) -> SiT:
+def with_routing(
+    model: SiT, routing: RoutingConfig, allow_change: bool = False, copied: Callable[[SiT], SiT] = copy.deepcopy
+) -> SiT:
     """A copy of `model` under `routing`: its own routers where it has that routing already, else zero-query ones.
 
-    Raises ValueError, unless `allow_change`, where that would change the function: the form does (keeps_function), or
-    `model` has trained routers of another form, which would be dropped.
+    `copied` makes the copy. Raises ValueError, unless `allow_change`, where that would change the function: the form
+    does (keeps_function), or `model` has trained routers of another form, which would be dropped.
     """
     own, routing = model.config.routing, routing.resolved(2 * model.config.depth)
     if routing == own:
-        return copy.deepcopy(model)
+        return copied(model)
     if not allow_change and model.dar is not None and not (own.keeps_function and model.dar.at_start):
         raise ValueError(f"routing {routing} would drop the network's trained routers: keep its own form, {own}")
     if not allow_change and not routing.keeps_function:
@@ -281,9 +320,10 @@ def with_routing(model: SiT, routing: RoutingConfig, allow_change: bool = False)
             f"routing.scale {routing.scale} with summary {routing.summary} does not keep the network's function:"
             " use scale stream, or count with summary sum, or set routing.allow_change=true"
         )
-    routed = SiT(replace(model.config, routing=routing)).to(model.pos_embed.device, model.pos_embed.dtype)
-    backbone = {name: value for name, value in model.state_dict().items() if not name.startswith("dar.")}
-    missing, unexpected = routed.load_state_dict(backbone, strict=False)
-    if unexpected or any(not name.startswith("dar.") for name in missing):
-        raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    config = replace(model.config, routing=routing)  # raises where chunks exceed the network
+    routed = copied(model)
+    routed.config, routed.dar = config, None
+    if routing.query != "residual":
+        bank = RouterBank(routing, 2 * config.depth, config.width)
+        routed.dar = bank.to(model.pos_embed.device, model.pos_embed.dtype)
     return routed

@@ -1,37 +1,74 @@
 """The three networks of a distillation: the frozen teacher, and the student and fake score that start as it."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
 
 from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import routed_copy
+from dmd_dar.models.frozen import store
+from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, Plain, shared_copy
 from dmd_dar.models.sit import SiT, with_routing
-from dmd_dar.models.teachers import Denoiser
 from dmd_dar.routing.layout import RoutingConfig
+
+Weights = Literal["full", "shared_lora"]
 
 
 @dataclass(frozen=True)
 class Networks:
     """Three modules of one surface: forward (x, t, cond), `config`, `router_parameters`, `backbone_parameters`."""
 
-    teacher: Denoiser
-    student: Denoiser
-    fake_score: Denoiser
+    teacher: Plain
+    student: Plain | LoraDenoiser
+    fake_score: Plain | LoraDenoiser
 
 
-def build_networks(teacher: Denoiser, routing: RoutingConfig, allow_change: bool = False) -> Networks:
+@dataclass(frozen=True)
+class Memory:
+    """What is kept of the networks, in which form. `frozen` is the type of frozen linear weights, None their own."""
+
+    weights: Weights = "full"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    frozen: torch.dtype | None = None
+    offload: bool = False
+    checkpointing: bool = False
+
+
+def build_networks(
+    teacher: Plain, routing: RoutingConfig, allow_change: bool = False, memory: Memory | None = None
+) -> Networks:
     """Student, under `routing`, and fake score, both starting as the teacher's function.
 
+    `full`: weights of their own. `shared_lora`: the teacher's weights and adapters of their own.
     Raises UserError where the routing would change that function and `allow_change` is not set.
     """
+    memory = memory or Memory()
+    shared = memory.weights == "shared_lora"
+    if shared:
+        store(teacher, memory.frozen, memory.offload)
+    copied = shared_copy if shared else copy.deepcopy
     routed = with_routing if isinstance(teacher, SiT) else routed_copy
     try:
-        student = routed(teacher, routing, allow_change)  # type: ignore[arg-type]
+        student = routed(teacher, routing, allow_change, copied)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"student.{error}") from error
-    fake_score = copy.deepcopy(teacher)
-    for network in (student, fake_score):
-        network.train().requires_grad_(True)
-        if isinstance(network, SiT):
-            network.pos_embed.requires_grad_(False)
+    pair = student, copied(teacher)
+    if shared:
+        student, fake_score = (LoraDenoiser(network, memory.lora).train() for network in pair)
+    else:
+        student, fake_score = (_trainable(network) for network in pair)
+        store(teacher, memory.frozen, memory.offload)
+    if memory.checkpointing:
+        student.checkpoint_activations()
+        fake_score.checkpoint_activations()
     return Networks(teacher, student, fake_score)
+
+
+def _trainable(network: Plain) -> Plain:
+    """All weights but the fixed position table."""
+    network.train().requires_grad_(True)
+    if isinstance(network, SiT):
+        network.pos_embed.requires_grad_(False)
+    return network

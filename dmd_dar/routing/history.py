@@ -81,6 +81,8 @@ class History:
         twin.observe = None  # what is computed again was seen before
         twin.kept = None if self.kept is None else list(self.kept)
         twin.reader = self.reader.snapshot()
+        if self.bank.config.query != "dynamic":
+            twin.previous = self.stream  # nothing reads it: v_l need not stay alive
         return twin
 
     @classmethod

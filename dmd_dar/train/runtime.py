@@ -43,6 +43,8 @@ class LaunchConfig:
     shard_among: int = key(0, "fsdp2: processes that share one copy, such as those of a node; 0: all", least=0)
     check_every: int = key(100, "interval at which processes compare the state they share", unit="steps", least=1)
     timeout: int = key(30, "how long a process waits for the others in an exchange", unit="minutes", least=1)
+    checkpointing: bool = key(False, "keep each block's input only and compute its activations again: less memory")
+    offload: bool = key(False, "keep frozen weights in CPU memory; every layer's are copied over when it computes")
 
 
 class Runtime:

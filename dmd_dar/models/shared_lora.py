@@ -1,0 +1,153 @@
+"""One frozen base for three networks: the teacher is the base itself, the others add low-rank updates of their own.
+
+The networks are separate modules over the same tensors, so none has to be switched to: not in a forward, not in a
+backward pass that computes a forward again.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmd_dar.errors import UserError
+from dmd_dar.keys import key
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, Shape
+from dmd_dar.models.frozen import release
+from dmd_dar.models.sit import SiT, SiTConfig
+
+Plain = SiT | DiffusersDenoiser
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of frozen linear layers, where weights is shared_lora."""
+
+    rank: int = key(16, "r of every update", least=1)
+    alpha: float = key(16.0, "an update is scaled by alpha / rank", above=0)
+    targets: tuple[str, ...] = key((), "how the names of the updated linear layers end, such as attn.qkv; empty: all")
+
+
+class Lora(nn.Module):
+    """The update of one linear layer: alpha / r B A x (arXiv:2106.09685 Eq. 3), A (r, in) random, B (out, r) zero.
+
+    A and B are float32 or wider, whatever the layer is stored in.
+    """
+
+    def __init__(self, linear: nn.Linear, config: LoraConfig):
+        super().__init__()
+        weight, rank = linear.weight, config.rank
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.scale = config.alpha / rank
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=weight.device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.handle = linear.register_forward_hook(self.add)
+
+    def add(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of the layer. A bound method, so that a deep copy's hook is the copy's own."""
+        update = F.linear(F.linear(args[0].to(self.A.dtype), self.A), self.B)
+        return output + (self.scale * update).to(output.dtype)
+
+    def merge(self, linear: nn.Linear) -> None:
+        """Add the update to the layer's own weight, in float32, and go."""
+        weight = linear.weight.detach().to(self.A.dtype) + self.scale * self.B.detach() @ self.A.detach()
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        self.handle.remove()
+        del linear.lora
+
+
+class LoraDenoiser(nn.Module):
+    """A view of a frozen network: its tensors, with adapters, and routers where it has them, that are the view's own.
+
+    Same surface as the network. `parameters()`, `state_dict()` and a deep copy hold what is its own; the frozen
+    tensors are shared with the copy.
+    """
+
+    def __init__(self, network: Plain, config: LoraConfig):
+        super().__init__()
+        self.network = network
+        layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        chosen = [layer for name, layer in layers if not config.targets or name.endswith(config.targets)]
+        if not chosen:
+            names = sorted({name.rpartition(".")[2] for name, _ in layers})
+            raise UserError(f"lora.targets = {list(config.targets)}: no linear layer's name ends so, but with {names}")
+        network.requires_grad_(False)
+        for layer in chosen:
+            layer.lora = Lora(layer, config)
+        for _, parameter in self.named_parameters():
+            parameter.requires_grad_(True)
+
+    @property
+    def config(self) -> SiTConfig | Shape:
+        return self.network.config
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return self.network(x, t, labels)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Adapters and routers."""
+        routers = {id(parameter) for parameter in self.network.router_parameters()}
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if ".lora." in name or id(parameter) in routers:
+                yield name, parameter
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        return self.network.router_parameters()
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """The adapters."""
+        return [parameter for name, parameter in self.named_parameters() if ".lora." in name]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        own = {name for name, _ in self.named_parameters()}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in own}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Raises RuntimeError where the names are not those of this view's adapters and routers."""
+        own = {name for name, _ in self.named_parameters()}
+        if strict and own != state_dict.keys():
+            raise RuntimeError(f"other adapters or routers: {sorted(own ^ state_dict.keys())[:4]}")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def checkpoint_activations(self) -> None:
+        self.network.checkpoint_activations()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        own = {id(parameter) for parameter in self.parameters()}
+        _share(self.network, own, memo)
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+
+def merged(network: Plain | LoraDenoiser) -> Plain:
+    """A plain network of the same function, up to rounding, frozen and in float32; a plain one is returned itself."""
+    if not isinstance(network, LoraDenoiser):
+        return network
+    twin = copy.deepcopy(network.network)
+    release(twin)
+    for layer in [layer for layer in twin.modules() if isinstance(getattr(layer, "lora", None), Lora)]:
+        layer.lora.merge(layer)  # type: ignore[operator,union-attr]
+    return twin.float().requires_grad_(False)
+
+
+def shared_copy(network: Plain) -> Plain:
+    """The network's modules once more over the same tensors; its routers, which every network owns, are copied."""
+    memo: dict[int, Any] = {}
+    _share(network, {id(parameter) for parameter in network.router_parameters()}, memo)
+    return copy.deepcopy(network, memo)
+
+
+def _share(network: nn.Module, own: set[int], memo: dict[int, Any]) -> None:
+    """Make a deep copy with `memo` share every tensor that is not among `own`."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if id(tensor) not in own:
+            memo[id(tensor)] = tensor
