@@ -1,5 +1,6 @@
-"""Where the weights of a network's frozen linear layers lie, and in what type, while they are not in use."""
+"""Where the weights of a frozen network's blocks lie, and in what type, while they are not in use."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class Storage:
     def bring(self, linear: nn.Module, args: tuple) -> None:
         x = args[0]
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         self.stored = {name: value for name, value in linear._parameters.items() if value is not None}
         for name, value in self.stored.items():
             linear._parameters[name] = value.detach().to(x.device, dtype, non_blocking=True)  # type: ignore[assignment]
@@ -36,19 +38,25 @@ class Storage:
             handle.remove()
 
 
-def store(network: nn.Module, dtype: torch.dtype | None = None, offload: bool = False) -> None:
-    """Keep the weights of all linear layers in `dtype` and, if `offload`, in the CPU's memory; in place.
+def block_layers(network: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers of a transformer's blocks, which hold nearly all of its weights."""
+    for blocks in network.modules():
+        if isinstance(blocks, nn.ModuleList):
+            yield from (layer for layer in blocks.modules() if isinstance(layer, nn.Linear))
 
-    Linear layers hold nearly all of a transformer's weights; the others stay as they are. Each call of a layer then
-    copies its weights: with `offload`, a forward moves all of them over the bus once. The network must be frozen.
+
+def store(network: nn.Module, dtype: torch.dtype | None = None, offload: bool = False) -> None:
+    """Keep the weights of the blocks' linear layers in `dtype` and, if `offload`, in the CPU's memory; in place.
+
+    Each call of a layer then copies its weights: with `offload`, a forward moves all of them over the bus once. The
+    network must be frozen.
     """
     if dtype is None and not offload:
         return
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            for parameter in layer.parameters(recurse=False):
-                parameter.data = _stored(parameter.data, dtype or parameter.dtype, offload)
-            layer.storage = Storage(layer)  # type: ignore[assignment]
+    for layer in dict.fromkeys(block_layers(network)):
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = _stored(parameter.data, dtype or parameter.dtype, offload)
+        layer.storage = Storage(layer)  # type: ignore[assignment]
 
 
 def _stored(value: Tensor, dtype: torch.dtype, offload: bool) -> Tensor:
