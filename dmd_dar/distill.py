@@ -157,6 +157,12 @@ class DistillConfig:
             raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
         if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
             raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
+        frozen = self.weights == "shared_lora" or self.frozen_dtype != "float32" or self.launch.offload
+        if frozen and self.launch.sharding != "none":
+            raise ValueError(
+                "launch.sharding splits weights, but shared_lora, frozen_dtype bfloat16 and launch.offload keep frozen"
+                " ones whole in every process: set it to none, or leave these out"
+            )
 
     @property
     def trains_fake_score(self) -> bool:
