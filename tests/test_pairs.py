@@ -19,6 +19,7 @@ from dmd_dar.data.shards import MANIFEST, Shards, shard_name
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import TimeLaw
+from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.pairs import PairsConfig, RegressionConfig, make_pairs, make_trajectories, open_pairs, trajectories_for
@@ -331,7 +332,7 @@ def test_training_on_the_folder_is_training_on_the_trajectories(teacher, tmp_pat
             num_classes=7,
             shape=recipe.shape,
             matching_weight=0.0,
-            regression_weight=1.0,
+            regression_weight=LossWeight(1.0),
             trajectories=trajectories_for(regression, recipe, velocity, CPU),
         )
         draws = [Draws(0, "student", step, sample_range(0, 6)) for step in range(4)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from dmd_dar import flow
 from dmd_dar.draws import Draws
+from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.trajectories import Trajectories
 from dmd_dar.models.denoiser import velocity_of
@@ -52,7 +53,7 @@ def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tu
         num_classes=3,
         shape=(2, 8, 8),
         matching_weight=1.0,
-        regression_weight=0.5,
+        regression_weight=LossWeight(0.5),
         trajectories=pairs,
     )
     config = OptimiserConfig(lr=1e-3, weight_decay=0.1, clip=0.5)

@@ -88,7 +88,7 @@ def test_a_divergence_ends_all_processes_within_the_interval_with_one_message(tw
     weight, replica, rate, none = two["replicas"]
     assert two["replicas"] == torch.load(folder / "found1.pt", weights_only=True)["replicas"]
     for message in (weight, replica):
-        assert "step 4: process 1 holds another student/ema/blocks.1.mlp.fc1.weight than process 0" in message
+        assert "step 4: process 1 holds another student/ema/0.9/blocks.1.mlp.fc1.weight than process 0" in message
         assert "(1 of" in message and "same command continues" in message
     assert "step 4: process 1 holds another student/network/" not in rate and "base_lr" in rate
     assert none == "6 steps"
