@@ -104,7 +104,7 @@ def test_a_run_leaves_what_a_run_folder_holds_and_its_student_samples(teacher, t
     assert json.loads((folder / "samples.json").read_text())["labels"] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("wrong", ["steps=2", "rungs=[1.0,0.5]", "label=7"])
+@pytest.mark.parametrize("wrong", ["steps=2", "rungs=[1.0,0.5]", "rungs=[1.0,0.9027,0.75,0.5]", "label=7"])
 def test_sampling_otherwise_than_trained_is_one_clear_error(teacher, tmp_path, wrong, capsys):
     run(teacher, tmp_path / "run")
     with pytest.raises(SystemExit) as stop:

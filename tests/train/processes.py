@@ -13,8 +13,10 @@ from dmd_dar import flow
 from dmd_dar.draws import Draws
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.gan import GAN
 from dmd_dar.methods.trajectories import Trajectories
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.discriminator import Heads, features_of
 from dmd_dar.models.sit import SiTConfig, with_routing
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
@@ -31,7 +33,7 @@ BATCH, CYCLES = 20, {2: 6, 5: 2}  # cycles by k, the fake-score updates per stud
 
 
 def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tuple[Phase, ...]:
-    """k fake-score phases and the student's, with routers and regression: two student forwards in one backward."""
+    """k fake-score phases, the heads' and the student's, with all losses: two student forwards in one backward."""
     teacher = tiny_sit(SHAPE).to(dtype).requires_grad_(False)
     student = with_routing(teacher, RoutingConfig(query="timestep", chunk_size=2)).requires_grad_(True)
     fake_score = tiny_sit(SHAPE).to(dtype)
@@ -45,6 +47,18 @@ def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tu
         return lambda x, t, cond: v(x.to(dtype), t.to(dtype), cond)
 
     torch.manual_seed(1)
+    heads = Heads(12, 2, hidden=4).to(dtype)
+    for p in heads.parameters():
+        nn.init.normal_(p, std=0.3)
+    gan = GAN(
+        features=features_of(fake_score, velocity(fake_score), (1, 2)),
+        heads=heads,
+        real=lambda draws: (draws.normal("image", 2, 8, 8), draws.integers("label", 3)),
+        time=flow.TimeLaw(),
+        weight=LossWeight(0.5),
+        feature_weight=0.5,
+        r1_weight=0.1,
+    )
     pairs = Trajectories(torch.randn(4, 2, 2, 8, 8), torch.randn(4, 2, 8, 8), torch.arange(4) % 3)
     method = DMD(
         *map(velocity, (student, teacher, fake_score)),
@@ -55,12 +69,15 @@ def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tu
         matching_weight=1.0,
         regression_weight=LossWeight(0.5),
         trajectories=pairs,
+        gan=gan,
     )
     config = OptimiserConfig(lr=1e-3, weight_decay=0.1, clip=0.5)
     optimiser = Optimiser(config, student.backbone_parameters(), student.router_parameters(), 1e-2)
     phase = Phase("student", student, optimiser, method.student_loss, ema)
     optimiser = Optimiser(config, fake_score.backbone_parameters())
-    return (*[Phase("fake_score", fake_score, optimiser, method.fake_score_loss)] * k, phase)
+    fakes = [Phase("fake_score", fake_score, optimiser, method.fake_score_loss)] * k
+    judge = Phase("discriminator", heads, Optimiser(config, heads.parameters()), method.discriminator_loss)
+    return (*fakes, judge, phase)
 
 
 def trained(config: LaunchConfig, k: int, cycles: int = 0, resume: Path | None = None) -> dict[str, Any]:
@@ -69,7 +86,7 @@ def trained(config: LaunchConfig, k: int, cycles: int = 0, resume: Path | None =
     cycle = cycle_of(runtime, k)
     if resume is not None:
         states = torch.load(resume, weights_only=True)
-        for phase in (cycle[0], cycle[-1]):
+        for phase in cycle[-3:]:
             phase.restore(states[phase.name])
     for _ in range(cycles or CYCLES[k]):
         for phase in cycle:
