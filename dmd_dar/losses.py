@@ -61,7 +61,7 @@ def regression_loss(x0_student: Batch, x0_target: Batch) -> Scalar:
     return per_sample_mean((promote(x0_student) - promote(x0_target)).square()).mean()
 
 
-# The pseudo-Huber metric of arXiv:2310.14189 Eq. 8, both its terms divided by sqrt(n), n the values of a sample.
+# The pseudo-Huber metric of arXiv:2310.14189, both its terms divided by sqrt(n), n the values of a sample.
 def pseudo_huber_loss(x0_student: Batch, x0_target: Batch, c: float = 0.00054) -> Scalar:
     """Scalar mean of sqrt(m + c^2) - c, with m a sample's mean squared error: near 0 as m / (2c), beyond c as sqrt(m).
 
@@ -92,7 +92,7 @@ def spectrum_loss(x0_student: Batch, x0_target: Batch) -> Scalar:
     return per_sample_mean(power * weights).mean()
 
 
-# The non-saturating GAN in logits (arXiv:1406.2661), as DMD2 has it (arXiv:2405.14867 Eq. 4). Logits are (B, ...).
+# The non-saturating GAN in logits (arXiv:1406.2661), as DMD2 has it (arXiv:2405.14867 4.3). Logits are (B, ...).
 def gan_loss(fake_logits: Batch) -> Scalar:
     """The student's: scalar mean softplus(-D(student)), which falls as its samples pass for real."""
     return per_sample_mean(F.softplus(-promote(fake_logits))).mean()
@@ -104,7 +104,7 @@ def discriminator_loss(real_logits: Batch, fake_logits: Batch) -> Scalar:
     return per_sample_mean(real).mean() + per_sample_mean(fake).mean()
 
 
-# Approximate R1, arXiv:2501.08316 Eq. 6, over sigma^2, so that its weight is that of R1 itself (arXiv:1801.04406).
+# Approximate R1, arXiv:2501.08316, over sigma^2, so that its weight is that of R1 itself (arXiv:1801.04406).
 def approximate_r1(logits: Batch, perturbed_logits: Batch, sigma: float) -> Scalar:
     """Scalar mean (D(x + sigma n) - D(x))^2 / sigma^2, an estimate of E |dD/dx|^2; x is what D is given, real x_t."""
     return per_sample_mean(((promote(perturbed_logits) - promote(logits)) / sigma).square()).mean()

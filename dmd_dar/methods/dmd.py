@@ -101,8 +101,8 @@ class DMD:
     def matching(self, x0_student: Tensor, cond: Tensor, draws: Draws) -> tuple[Callable[[Tensor], Tensor], Metrics]:
         """The matching term as a loss of x0_student, and metrics.
 
-        Decoupled: mu_f - mu_r = (mu_f - mu_r^cond) - (g - 1) (mu_r^cond - mu_r^uncond), of which the second part is
-        mu_r^cond - mu_r, at a t of its own law; each is normalised by its own teacher's distance.
+        Decoupled (arXiv:2511.22677): mu_f - mu_r = (mu_f - mu_r^cond) - (g - 1) (mu_r^cond - mu_r^uncond). The second
+        part, mu_r^cond - mu_r, is taken at a t of its own law; each part is over its own teacher's distance.
         """
         plain = self.teacher if self.unguided_teacher is None else self.unguided_teacher
         t, (x0_teacher, x0_fake) = self.estimates(
