@@ -1,7 +1,8 @@
 """Does DAR keep more detail? python -m eval.compare arms.residual=[RUN,..] arms.dar=[RUN,..] out=DIR
 
 Students trained from several seeds, sampled on the same noise and classes, against their teacher. The endpoint is
-fixed: D = |gain_HF(residual)| - |gain_HF(DAR)| in dB, above 0 in favour of DAR. Writes compare.json.
+fixed: D = |gain_HF(residual)| - |gain_HF(DAR)| in dB, above 0 in favour of DAR. Writes compare.json, and a small file
+for each run.
 """
 
 import copy
@@ -71,7 +72,7 @@ class CompareConfig:
 
     arms: ArmsConfig = key(factory=ArmsConfig)
     reference: Literal["teacher"] = key("teacher", "what the gains are against")
-    out: str = key("out/compare", "folder for compare.json")
+    out: str = key("out/compare", "folder for compare.json and runs/, one small file for each run")
     n: int = key(1024, "images of each network", least=64)
     seed: int = key(0, "of the evaluation noise, the resampling and the simulations", least=0)
     solver_steps: int = key(15, "Heun steps of the teacher, two evaluations each", unit="steps", least=1)
@@ -310,6 +311,17 @@ def provenance(cfg: CompareConfig, groups: Groups, device: torch.device, seconds
     }
 
 
+def run_records(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By file name, one small record for each run of compare.json's data: its arm, numbers, and where it comes from."""
+    common = {name: result[name] for name in ("schema_version", "label", "images")}
+    origin = {name: result["provenance"][name] for name in ("git", "versions")}
+    return {
+        f"{arm}_seed{row['seed']}.json": {**common, "arm": arm, **row, "provenance": origin}
+        for arm, rows in result["runs"].items()
+        for row in rows
+    }
+
+
 def conclude(study: Study, cfg: CompareConfig) -> dict[str, Any]:
     """All comparisons of what was measured, and the conclusion in words; JSON-able."""
     primary = compare_arms(study, "residual", cfg.seed)
@@ -346,6 +358,9 @@ def compare(cfg: CompareConfig) -> None:
     result["reference"] = jsonable(reference.facts)
     result["provenance"] = jsonable(provenance(cfg, groups, device, time.monotonic() - began))
     write_atomic(out / "compare.json", json.dumps(result, indent=1, allow_nan=False))
+    folder = make_folder(out / "runs")
+    for name, record in run_records(result).items():
+        write_atomic(folder / name, json.dumps(record, indent=1, allow_nan=False))
     print(table(result))
     print(f"\n{result['conclusion']}\nwritten: {Path(out) / 'compare.json'}")
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The pilot: residual and DAR students from three training seeds each, one thread per arm side by side, then the
-# comparison. FROZEN=1 adds the control with static routers, SEEDS="0 1 2 3 4 5" more seeds; what is done is kept.
+# comparison and the report. FROZEN=1 adds the control with static routers, SEEDS="0 1 2 3 4 5" more seeds; what is
+# done is kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -33,3 +34,7 @@ fi
 echo "students: $((SECONDS - began)) s"
 OMP_NUM_THREADS=${EVAL_THREADS:-2} python -m eval.compare "${arms[@]}" out=out/pilot/compare n=1024
 echo "pilot: $((SECONDS - began)) s"
+OMP_NUM_THREADS=${EVAL_THREADS:-2} python -m eval.report "runs=[$(runs residual | tr -d '[]'),$(runs dar | tr -d '[]')]" \
+  compare=out/pilot/compare/compare.json out=out/pilot/report n=1024 metrics=[offline] \
+  title="Pilot at toy scale: residual and DAR students, three training seeds each"
+echo "report: $((SECONDS - began)) s"

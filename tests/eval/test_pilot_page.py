@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+from eval.compare import run_records
 from eval.conclusion import table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -12,3 +13,11 @@ def test_the_page_shows_what_was_measured():
     page = (DOCS / "pilot.md").read_text()
     assert table(result) in page and page.startswith("# Pilot")
     assert result["conclusion"] in " ".join(page.split())
+
+
+def test_each_run_has_its_record():
+    folder = DOCS / "results" / "pilot"
+    result = json.loads((folder / "compare.json").read_text())
+    records = {path.name: json.loads(path.read_text()) for path in (folder / "runs").iterdir()}
+    assert records == run_records(result) and len(records) == 9
+    assert all(record["label"].startswith("pilot") for record in records.values())
