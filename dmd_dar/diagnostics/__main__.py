@@ -3,45 +3,51 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from torch import Tensor
 from tqdm import tqdm
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
-from dmd_dar.data.photos import NAMES, Photos, data_hash
+from dmd_dar.data.config import DataConfig
+from dmd_dar.data.latents import Latents
+from dmd_dar.data.sources import open_data
 from dmd_dar.diagnostics.figures import figures
 from dmd_dar.diagnostics.measure import measure, not_finite, rounded
 from dmd_dar.diagnostics.probe import timestep_probe
 from dmd_dar.diagnostics.states import places_of
 from dmd_dar.diagnostics.summary import lines
 from dmd_dar.draws import Draws, sample_range
-from dmd_dar.errors import DivergedError
+from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
+from dmd_dar.models.codecs import sample_latents
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import load_network, network_hash
-from dmd_dar.models.sit import SiT
+from dmd_dar.models.teachers import Denoiser, Teacher, TeacherConfig, codec_of, load_teacher
 from dmd_dar.routing.history import Observer
 
 SCHEMA = 1
+NETWORKS = ("model.json", "denoiser.json", "transformer")  # what a network's folder holds, one of them
 
 
 @dataclass(frozen=True)
 class DiagnosticsConfig:
     """python -m dmd_dar.diagnostics"""
 
-    run: str = key("", "run folder of pretrain or distill, or the folder of a network", path=True)
+    run: str = key("", "run folder of pretrain or distill, or a network: folder, diffusers pipeline, .pt", path=True)
     compare: str = key("", "a second one, drawn on the same axes", path=True)
     out: str = key("out/diagnostics", "folder for diagnostics.json and the figures")
     samples: int = key(256, "real crops, each noised to all of `times`", least=2)
     times: tuple[float, ...] = key((0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0), "rising; 0 data, 1 noise", least=0, most=1)
     probe_pairs: int = key(256, "pairs (x0, eps) behind the probe of t, half of them to judge it", least=8)
     probe_times: int = key(4, "uniform times for each pair", least=1)
+    data: DataConfig = key(factory=DataConfig)
     seed: int = key(0, "of the crops and the noise", least=0)
     batch_size: int = key(64, "crops at a time; changes no number beyond rounding", least=1)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
@@ -55,54 +61,106 @@ class DiagnosticsConfig:
 
 def network_folder(run: str, name: str) -> Path:
     """`run` itself or RUN/student; a ConfigError that names the key if neither holds a network."""
-    for folder in (Path(run), Path(run) / "student"):
-        if (folder / "model.json").is_file():
-            return folder
+    for place in (Path(run), Path(run) / "student"):
+        if place.is_file() or any((place / one).exists() for one in NETWORKS):
+            return place
     raise config.ConfigError(
         f"{name} = {run}: holds no model.json and no student/model.json; name a finished run or a network's folder"
     )
 
 
-def name_of(run: str, network: SiT) -> str:
+def data_of(cfg: DiagnosticsConfig) -> DataConfig:
+    """The data that are set or, where nothing is, those that `run` learned from, if its folder says so."""
+    written = Path(cfg.run) / "config.yaml"
+    if cfg.data == DataConfig() and written.is_file():
+        values = OmegaConf.to_container(OmegaConf.load(written))
+        if isinstance(values, dict) and "data" in values:
+            return config.from_dict(DataConfig, values["data"], where=str(written))
+    return cfg.data
+
+
+def name_of(run: str, network: Denoiser) -> str:
     routing = network.config.routing
     kind = "residual" if network.dar is None else f"DAR {routing.query}, S = {routing.chunk_size}, {routing.scale}"
     return f"{'/'.join(Path(run).parts[-2:])} ({kind})"
 
 
+@dataclass(frozen=True)
+class Subject:
+    """One network to look into, and what it is fed: x0(draws) gives x0 (N, C, S, S) in its own space, and cond (N,)."""
+
+    saved: Teacher
+    x0: Callable[[Draws], tuple[Tensor, Tensor]]
+    data_hash: str
+
+
+def open_subject(cfg: DiagnosticsConfig, run: str, name: str, device: torch.device) -> Subject:
+    """The network and the data, through its VAE where it has one; a ConfigError where they do not fit each other."""
+    try:
+        saved = load_teacher(TeacherConfig(str(network_folder(run, name))), device)
+        codec = codec_of(saved, device)
+    except config.ConfigError:
+        raise
+    except UserError as error:
+        raise config.ConfigError(f"{name} = {run}: {error}") from error
+    shape, wanted = saved.network.config, data_of(cfg)
+    side = shape.input_size * (1 if codec is None else codec.factor)
+    data = open_data(replace(wanted, size=side) if wanted.name == "photos" else wanted, device)
+    given = 3 if codec is not None and not isinstance(data, Latents) else shape.in_channels
+    fits = (given, shape.input_size if isinstance(data, Latents) else side) == (data.shape[0], data.shape[-1])
+    if not fits or shape.num_classes != data.num_classes:
+        raise config.ConfigError(
+            f"{name} = {run}: {shape.in_channels} channels of {shape.input_size} x {shape.input_size} and"
+            f" {shape.num_classes} classes, but data.name = {wanted.name} gives {' x '.join(map(str, data.shape))} and"
+            f" {data.num_classes} classes; set data.name and its keys"
+        )
+    names = tuple(saved.label_names)
+    if names and data.label_names and names != tuple(data.label_names):
+        raise config.ConfigError(
+            f"{name} = {run}: its classes are {', '.join(names[:9])}, those of data.name = {wanted.name} others; set"
+            " data.name and its keys"
+        )
+
+    def x0(draws: Draws) -> tuple[Tensor, Tensor]:
+        images, cond = data.batch(draws)
+        if codec is None or isinstance(data, Latents):
+            return images, cond
+        mean, std = codec.encode(images)
+        return sample_latents(mean, std, draws.normal("latent", *mean.shape[1:])), cond
+
+    return Subject(saved, x0, data.hash)
+
+
 def diagnose_one(cfg: DiagnosticsConfig, run: str, name: str, device: torch.device, tick: Callable) -> dict[str, Any]:
     """The card and the facts of one network."""
-    folder = network_folder(run, name)
-    network, card = load_network(folder, device)
-    shape = network.config
-    if (shape.in_channels, shape.num_classes) != (3, len(NAMES)):
-        raise config.ConfigError(
-            f"{name} = {run}: {shape.in_channels} channels and {shape.num_classes} classes; this command feeds photos,"
-            f" with 3 and {len(NAMES)}"
-        )
-    if card.label_names not in ((), NAMES):
-        raise config.ConfigError(
-            f"{name} = {run}: its classes are {', '.join(card.label_names)}; this command feeds photos"
-        )
-    data = Photos(shape.input_size, device)
-    draws = Draws(cfg.seed, "diagnostics", 0, sample_range(0, cfg.samples, device))
-    places = places_of(network)
+    subject = open_subject(cfg, run, name, device)
+    saved, network = subject.saved, subject.saved.network
+    try:
+        places = places_of(network)
+    except (UserError, ValueError) as error:
+        raise config.ConfigError(f"{name} = {run}: {error}") from error
 
     def observed(observe: Observer | None) -> Velocity:
-        return velocity_of(partial(network, observe=observe), card.prediction)
+        return velocity_of(partial(network, observe=observe), saved.prediction)
 
-    facts = measure(observed, places, shape.routing, *data.batch(draws), draws, cfg.times, cfg.batch_size, tick)
+    draws = Draws(cfg.seed, "diagnostics", 0, sample_range(0, cfg.samples, device))
+    routing = network.config.routing
+    facts = measure(observed, places, routing, *subject.x0(draws), draws, cfg.times, cfg.batch_size, tick)
     wrong = next(not_finite(facts), None)
     if wrong is not None:
         raise DivergedError(f"{name} = {run}: {wrong} is not finite; its weights have diverged, name another network")
     draws = Draws(cfg.seed, "diagnostics_probe", 0, sample_range(0, cfg.probe_pairs, device))
-    facts["probe"] = timestep_probe(observed(None), places, *data.batch(draws), draws, cfg.probe_times, cfg.batch_size)
+    facts["probe"] = timestep_probe(observed(None), places, *subject.x0(draws), draws, cfg.probe_times, cfg.batch_size)
+    meaning = saved.prediction if isinstance(saved.prediction, str) else asdict(saved.prediction)
+    card = {"prediction": meaning, "rungs": saved.rungs, "label_names": saved.label_names, "origin": saved.origin}
     return {
         "name": name_of(run, network),
         "kind": "residual" if network.dar is None else "DAR",
-        "network": network_hash(folder),
+        "network": saved.digest,
+        "data": subject.data_hash,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "model": asdict(shape),
-        "card": asdict(card),
+        "model": asdict(network.config),
+        "card": card,
         **rounded(facts),
     }
 
@@ -123,7 +181,7 @@ def diagnose(cfg: DiagnosticsConfig) -> None:
         "time": "t = 0 is data, t = 1 is noise",
         "times": list(cfg.times),
         "settings": settings,
-        "data": data_hash(),
+        "data": models[0]["data"],
         "models": models,
     }
     write_atomic(out / "diagnostics.json", json.dumps(result, allow_nan=False))

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar import flow, losses
+from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.models.sit import SiT
+from dmd_dar.models.teachers import Denoiser
+from dmd_dar.routing.consumers import plan_of
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,26 @@ class Places:
     block_ends: tuple[int, ...]
 
 
-def places_of(network: SiT) -> Places:
-    """Both norms of every block, then the head's."""
-    norms = [norm for block in network.blocks for norm in (block.norm1, block.norm2)]
-    depth = len(network.blocks)
-    return Places((*norms, network.final_layer.norm_final), tuple(2 * k + 1 for k in range(1, depth + 1)))
+def places_of(network: Denoiser) -> Places:
+    """Of a SiT both norms of every block, then the head's; of a diffusers transformer the modules that its routers act
+    on, or would, along the image tokens.
+
+    Raises UserError for routers that read whole blocks, and ValueError for a transformer that has no sublayers to read.
+    """
+    if isinstance(network, SiT):
+        norms = [norm for block in network.blocks for norm in (block.norm1, block.norm2)]
+        return _places([*norms, network.final_layer.norm_final], len(network.blocks))
+    plan = plan_of(network.transformer, "sublayer") if network.dar is None else network.dar.plan
+    if plan.granularity != "sublayer":
+        raise UserError("its routers read whole blocks; the diagnostics read sublayers: route them per sublayer")
+    paths = {tap.router: tap.path for tap in reversed(plan.taps) if tap.stream != "text"}
+    return _places([network.transformer.get_submodule(paths[router]) for router in sorted(paths)], len(plan.blocks))
+
+
+def _places(consumers: Sequence[nn.Module], blocks: int) -> Places:
+    """`consumers` with the head's, of blocks of equally many sublayers."""
+    each = (len(consumers) - 1) // blocks
+    return Places(tuple(consumers), tuple(each * k + 1 for k in range(1, blocks + 1)))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmd_dar import config
 from dmd_dar.data.photos import NAMES
@@ -14,6 +15,8 @@ from dmd_dar.diagnostics.summary import clear_share, lines
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
+from tests.models.tiny_pipelines import tiny_dit, tiny_vae
+from tests.pictures import noise
 from tests.tiny import tiny_sit, tiny_teacher
 
 SMALL = ["samples=6", "batch_size=4", "times=[0.0,0.5,1.0]", "probe_pairs=16", "probe_times=2", "cpu=true"]
@@ -134,3 +137,23 @@ def test_a_network_of_other_classes_is_refused(tmp_path, capsys):
     with pytest.raises(config.ConfigError, match="its classes are a, b, c"):
         teacher.judge_teacher(teacher.TeacherReportConfig(path=str(tmp_path / "own"), out=str(tmp_path / "judged")))
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_latent_pipeline_is_fed_its_vae_s_latents_of_a_user_s_images(tmp_path, capsys):
+    """A DiTPipeline as diffusers saves it: images of a folder go through its VAE, and every number is finite."""
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    for i in range(4):
+        (tmp_path / "images" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(16, 16, seed=i)).resize((64, 64)).save(tmp_path / "images" / f"class{i % 2}" / f"{i}.png")
+    network = tiny_dit(sample_size=32, patch_size=8, num_embeds_ada_norm=2)
+    DiTPipeline(network, tiny_vae(sample_size=64), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "dit")
+    data = ["data.name=folder", f"data.path={tmp_path / 'images'}", "data.size=64", "data.held_out_share=0"]
+    run(f"run={tmp_path / 'dit'}", f"out={tmp_path / 'out'}", *data)
+    (model,) = json.loads((tmp_path / "out" / "diagnostics.json").read_text())["models"]
+    assert model["kind"] == "residual" and len(model["symptoms"]["forward_rms"][0]) == 2
+    assert [row["router"] for row in model["mixing"]["routers"]] == [2, 3, 4, 5] and len(model["probe"]["states"]) == 5
+    assert model["model"]["in_channels"] == 4 and model["data"]
+    with pytest.raises(SystemExit):
+        run(f"run={tmp_path / 'dit'}", f"out={tmp_path / 'again'}")
+    assert "4 channels of 32 x 32 and 2 classes, but data.name = photos gives" in capsys.readouterr().err

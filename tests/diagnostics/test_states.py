@@ -3,13 +3,16 @@ import torch
 from torch.nn import functional as F
 
 from dmd_dar import flow
+from dmd_dar.diagnostics.mixing import gate_gradients
 from dmd_dar.diagnostics.states import Places, places_of, recording, trace
 from dmd_dar.diagnostics.symptoms import SymptomSums, neighbour_cosine
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, routed_copy
 from dmd_dar.models.sit import SiT, with_routing
 from dmd_dar.routing.layout import RoutingConfig
+from tests.models.tiny_pipelines import tiny_dit
 from tests.tiny import TINY, tiny_sit
 
 LABELS = torch.tensor([0, 3, 6])
@@ -176,3 +179,35 @@ def test_an_untrained_network_is_named_as_such():
     sums.add(trace(velocity_of(network), places, x0, eps, 0.5, LABELS), places)
     with pytest.raises(UserError, match="train the network first"):
         sums.facts()
+
+
+@pytest.mark.parametrize("query", ["residual", "timestep"])
+def test_a_diffusers_transformer_is_read_where_its_routers_act(query):
+    """Stream, gradients and gates of a DiT: what each consumer reads, and one forward pass unchanged by reading it."""
+    network = DiffusersDenoiser(tiny_dit()).eval()
+    if query != "residual":
+        network = routed_copy(network, RoutingConfig(query=query, chunk_size=1))
+    places = places_of(network)
+    assert places.block_ends == (3, 5) and len(places.consumers) == 5
+    x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.tensor([1, 7])
+    block, seen = network.transformer.transformer_blocks[0], []
+    parts = (block.norm1, block.attn1)
+    hooks = [part.register_forward_hook(lambda part, args, out: seen.append(out)) for part in parts]
+    with torch.no_grad():
+        plain = network(x, t, labels)
+        del seen[:]
+        with recording(places.consumers) as states:
+            read = network(x, t, labels)
+    assert torch.equal(plain, read)
+    (_, gate, *_), attention = seen
+    v_1 = states.arrived[1] - states.arrived[0]
+    torch.testing.assert_close(v_1, gate[:, None] * attention, rtol=1e-4, atol=1e-5)
+    for hook in hooks:
+        hook.remove()
+    velocity = velocity_of(network, "dit")
+    traced = trace(velocity, places, torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), 0.5, labels)
+    assert len(traced.states) == 5 and all(gradient.abs().sum() > 0 for gradient in traced.stream_gradients)
+    if query == "residual":  # the stream through later blocks counts as well as the sublayer itself
+        assert not torch.allclose(traced.stream_gradients[0], traced.sublayer_gradients[0])
+        gates = gate_gradients(traced.states, traced.sublayer_gradients)
+        assert gates.shape == (2, 5, 5) and (gates[:, 0, 1:] == 0).all()
