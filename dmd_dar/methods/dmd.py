@@ -21,17 +21,6 @@ Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Matched:
-    """What one student update compared, all detached; for health signals."""
-
-    x0_student: Tensor
-    x0_teacher: Tensor
-    x0_fake: Tensor
-    t: Tensor
-    cond: Tensor
-
-
-@dataclass(frozen=True)
 class DMD:
     """The three networks as velocities and what joins them. The teacher is already guided; the fake score is not.
 
@@ -55,7 +44,6 @@ class DMD:
     trajectories: Pairs | None = None
     gan: GAN | None = None
     x0_space: bool = False  # of the fake score's loss
-    watch: Callable[[Matched], Metrics] | None = None  # more metrics of a student update
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Distribution matching + regression + GAN, jointly, at one rung for the whole batch (arXiv:2311.18828 Eq. 9).
@@ -105,17 +93,14 @@ class DMD:
         part, mu_r^cond - mu_r, is taken at a t of its own law; each part is over its own teacher's distance.
         """
         plain = self.teacher if self.unguided_teacher is None else self.unguided_teacher
-        t, (x0_teacher, x0_fake) = self.estimates(
-            "score", self.renoise, (plain, self.fake_score), x0_student, cond, draws
-        )
+        networks = (plain, self.fake_score)
+        x0_teacher, x0_fake = self.estimates("score", self.renoise, networks, x0_student, cond, draws)
         gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
         metrics = {"fake_to_teacher_rms": gap}
-        if self.watch is not None:
-            metrics |= self.watch(Matched(x0_student.detach(), x0_teacher, x0_fake, t, cond))
         if self.unguided_teacher is None:
             return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake), metrics
-        both = (self.teacher, self.unguided_teacher)
-        _, (guided, unguided) = self.estimates("guidance", self.guidance_time, both, x0_student, cond, draws)
+        networks = (self.teacher, self.unguided_teacher)
+        guided, unguided = self.estimates("guidance", self.guidance_time, networks, x0_student, cond, draws)
         return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake) + losses.dmd_loss(x, guided, unguided), metrics
 
     @torch.no_grad()
@@ -127,10 +112,10 @@ class DMD:
         x0_student: Tensor,
         cond: Tensor,
         draws: Draws,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """t (B,) and each velocity's x0 at the student's samples, noised to it."""
+    ) -> list[Tensor]:
+        """Each velocity's x0 at the student's samples, noised to a t of the law."""
         x_t, t, _ = rollout.renoise(x0_student.detach(), law, name, draws)
-        return t, [flow.velocity_to_x0(velocity(x_t, t, cond), x_t, t) for velocity in velocities]
+        return [flow.velocity_to_x0(velocity(x_t, t, cond), x_t, t) for velocity in velocities]
 
     def regression(self, draws: Draws, trajectories: Pairs) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The student, from the teacher trajectory's own state at the step's rung, should reach its end (Eq. 9)."""

@@ -1,11 +1,14 @@
 """Features are what the blocks hand on, value for value, for both kinds of denoiser; heads start at zero."""
 
+import copy
+
 import pytest
 import torch
 
 from dmd_dar.models.denoiser import MEANINGS, velocity_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.discriminator import Heads, block_readers, chosen_layers, features_of, width_of
+from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, shared_copy
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import tiny_dit
@@ -50,6 +53,18 @@ def test_features_of_a_routed_network_are_what_is_read_and_carry_gradients_to_th
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))  # the routers' queries are zero
     (gradient,) = torch.autograd.grad(ours[1].square().sum(), x)
     assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_checkpointed_blocks_and_views_with_adapters_give_the_same_features_and_gradients(view):
+    plain, (x, t, cond) = tiny_sit().requires_grad_(False), inputs(3, 32)
+    other = LoraDenoiser(shared_copy(plain), LoraConfig(rank=2)) if view else copy.deepcopy(plain)
+    other.checkpoint_activations()
+    x.requires_grad_()
+    ours, theirs = (features_of(n, velocity_of(n), (1, 2))(x, t, cond) for n in (other, plain))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)) and width_of(other) == 16
+    (a,), (b,) = (torch.autograd.grad(sum(h.square().sum() for h in found), x) for found in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("pool", "logits"), [("mean", 2), ("tokens", 2 * 5)])
