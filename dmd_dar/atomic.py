@@ -1,7 +1,9 @@
 """Files that are either the old ones or the new ones, never half of one."""
 
 import contextlib
+import ctypes
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,3 +73,46 @@ def sync_folder(folder: Path) -> None:
     finally:
         os.close(handle)
     reached("folder synced")
+
+
+@contextlib.contextmanager
+def replaced_folder(target: str | os.PathLike[str], own: tuple[str, ...] = ()) -> Iterator[Path]:
+    """An empty folder to fill; when the block ends, it takes the place of `target` in one step, fully on the disk.
+
+    An exception leaves `target` as it was. Of the old folder, entries that the new one lacks are kept, but for those
+    named in `own`. Where the file system cannot exchange two folders in one step (outside Linux, some network mounts),
+    a crash between two renames leaves the old folder as `.NAME.new` or `.NAME.old` beside an absent `target`.
+    """
+    target = Path(target).resolve()
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        make_folder(new)
+        yield new
+        for path in (*new.rglob("*"), new):
+            sync_folder(path)
+        if not target.is_dir() or not any(target.iterdir()):
+            os.replace(new, target)
+        elif _exchanged(new, target):
+            _keep_foreign(new, target, own)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+            os.replace(new, target)
+            _keep_foreign(old, target, own)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    sync_folder(target.parent)
+
+
+def _keep_foreign(old: Path, target: Path, own: tuple[str, ...]) -> None:
+    for entry in old.iterdir():
+        if entry.name not in own and not (target / entry.name).exists():
+            os.replace(entry, target / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Whether Linux's renameat2 with RENAME_EXCHANGE (2) let the two change places."""
+    rename, here = getattr(ctypes.CDLL(None), "renameat2", None), -100  # AT_FDCWD
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), 2) == 0

@@ -22,6 +22,7 @@ from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, Pool, block_readers, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
+from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.shared_lora import LoraConfig, merged
 from dmd_dar.models.students import Memory, Networks, Weights, build_networks
 from dmd_dar.models.teachers import (
@@ -32,7 +33,6 @@ from dmd_dar.models.teachers import (
     guided_velocity,
     load_teacher,
     origin_of,
-    save_trained,
 )
 from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajectories_for
 from dmd_dar.routing.layout import RoutingConfig
@@ -329,9 +329,9 @@ def distill(cfg: DistillConfig) -> None:
             identity["codec"] = codec.digest()
         if isinstance(method.trajectories, StoredTrajectories):
             identity["pairs"] = method.trajectories.shards.hash
-        origin = {**identity, "steps": cfg.steps, **origin_of(teacher, codec)}
+        origin = {**identity, "steps": cfg.steps, "guidance_scale": cfg.guidance_scale, **origin_of(teacher, codec)}
+        card = ModelCard(teacher.prediction, cfg.rungs, teacher.label_names, origin, cfg.sampler)
         averaged = velocity_of(ema.module, teacher.prediction)
-        facts = {"rungs": cfg.rungs, "sampler": cfg.sampler, "label_names": teacher.label_names, "origin": origin}
         others = {
             f"student_ema_{decay}": network for decay, network in ema.modules.items() if network is not ema.module
         }
@@ -345,7 +345,7 @@ def distill(cfg: DistillConfig) -> None:
             shape=recipe.shape,
             num_classes=recipe.num_classes,
             results={"student": ema.module, **others},
-            save=lambda place, network: save_trained(place, merged(network), teacher.prediction, **facts),
+            save=lambda place, network: save_network(place, merged(network), card, codec),
         )
 
 

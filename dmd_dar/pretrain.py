@@ -158,7 +158,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             shape=data.shape,
             num_classes=data.num_classes,
             results={"student": ema.module},
-            save=lambda place, network: save_network(place, network, card),
+            save=lambda place, network: save_network(place, network, card, codec),
         )
 
 

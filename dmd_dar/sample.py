@@ -10,11 +10,10 @@ import torch
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
-from dmd_dar.data.images import png_bytes, tile, to_pixels
+from dmd_dar.data.images import png_bytes, tile
 from dmd_dar.keys import key
-from dmd_dar.methods.generate import few_step_generator, generate
-from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
+from dmd_dar.methods.generate import balanced_labels
+from dmd_dar.pipeline import load_pipeline
 
 GRID_LIMIT = 64  # images shown in grid.png
 
@@ -42,18 +41,14 @@ class SampleConfig:
             raise ValueError("student is empty: name the folder of a student, student=RUN/student")
 
 
-def checked_rungs(cfg: SampleConfig, student: Teacher) -> tuple[float, ...]:
-    """The rungs the student was trained on; a ConfigError if it has none or the request asks for others."""
-    trained = student.rungs
-    if not trained:
-        raise config.ConfigError(f"student = {cfg.student}: a many-step network, no few-step student; distil it")
+def check_rungs(cfg: SampleConfig, trained: tuple[float, ...]) -> None:
+    """A ConfigError where the request asks for other rungs than the student was trained on."""
     if cfg.steps not in (0, len(trained)) or cfg.rungs not in ((), trained):
         asked = f"rungs = {list(cfg.rungs)}" if cfg.rungs not in ((), trained) else f"steps = {cfg.steps}"
         raise config.ConfigError(
             f"{asked}: {cfg.student} was trained for {len(trained)} steps at rungs {list(trained)} and knows no others;"
             " leave steps and rungs out, or distil a student for these"
         )
-    return trained
 
 
 def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
@@ -68,28 +63,17 @@ def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
 def sample(cfg: SampleConfig) -> None:
     """Write the images, a grid of the first ones, and what they were made with."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
-    student = load_teacher(TeacherConfig(cfg.student, prompts=cfg.prompts), device)
-    rungs, shape = checked_rungs(cfg, student), student.network.config
-    codec = codec_of(student, device)
-    if cfg.label >= shape.num_classes:
-        raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {shape.num_classes - 1}")
+    pipe = load_pipeline(cfg.student, device, prompts=cfg.prompts)
+    check_rungs(cfg, pipe.rungs)
+    if cfg.label >= pipe.num_classes:
+        raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {pipe.num_classes - 1}")
+    each = torch.arange(cfg.n)
+    labels = balanced_labels(each, pipe.num_classes) if cfg.label < 0 else torch.full_like(each, cfg.label)
+    sampler = pipe.student.sampler if cfg.sampler == "auto" else cfg.sampler
     out = make_folder(cfg.out)
-    sampler = student.sampler if cfg.sampler == "auto" else cfg.sampler
-    facts = {**config.to_dict(cfg), "rungs": list(rungs), "sampler": sampler, "network": student.digest}
+    facts = {**config.to_dict(cfg), "rungs": list(pipe.rungs), "sampler": sampler, "network": pipe.student.digest}
     refuse_other_images(out, facts)
-    x0, labels = generate(
-        few_step_generator(velocity_of(student.network, student.prediction), rungs, sampler),
-        cfg.n,
-        seed=cfg.seed,
-        shape=(shape.in_channels, shape.input_size, shape.input_size),
-        num_classes=shape.num_classes,
-        batch_size=cfg.batch_size,
-        device=device,
-        label=None if cfg.label < 0 else cfg.label,
-    )
-    if codec is not None:
-        x0 = torch.cat([codec.decode(latents) for latents in x0.split(cfg.batch_size)])
-    images = to_pixels(x0)
+    images = pipe(labels, seed=cfg.seed, sampler=sampler, batch_size=cfg.batch_size, output="uint8")
     for i, image in enumerate(images):
         write_atomic(out / f"{i:06d}.png", png_bytes(image))
     write_atomic(out / "grid.png", png_bytes(tile(images[:GRID_LIMIT])))

@@ -23,6 +23,7 @@ from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models import teachers
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.saved import holds_network
 from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
 from dmd_dar.routing.history import Observer
 from eval.bench import Bench
@@ -54,7 +55,7 @@ def read_arm(run: str) -> Arm:
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise config.ConfigError(f"runs: {run} holds no config.yaml; name run folders of distill.py")
-    if not (folder / "student").is_dir():
+    if not holds_network(folder / "student"):
         raise config.ConfigError(f"runs: {run} has no student yet; let the run finish (the same command continues it)")
     raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     arm = Arm(folder.name, folder, config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml")), raw)

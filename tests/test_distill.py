@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dmd_dar import config, distill, sample
 from dmd_dar.data.photos import NAMES
 from dmd_dar.draws import Draws, sample_range
+from dmd_dar.errors import UserError
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.models.students import build_networks
@@ -56,7 +57,7 @@ def arguments(teacher: Path, out: Path, *more: str, recipe: str = "dar") -> list
 
 def run(*args, **kwargs) -> dict[str, torch.Tensor]:
     distill.main(arguments(*args, **kwargs))
-    return load_file(args[1] / "student" / "model.safetensors")
+    return load_file(args[1] / "student" / "transformer" / "model.safetensors")
 
 
 def test_the_two_arms_differ_in_routing_and_out_dir_only(monkeypatch):
@@ -117,7 +118,7 @@ def test_sampling_otherwise_than_trained_is_one_clear_error(teacher, tmp_path, w
 
 def test_a_teacher_is_no_few_step_student(teacher, tmp_path):
     cfg = config.load(sample.SampleConfig, [f"student={teacher}", f"out={tmp_path}"])
-    with pytest.raises(config.ConfigError, match="no few-step student"):
+    with pytest.raises(UserError, match="no few-step student"):
         sample.sample(cfg)
 
 
@@ -194,7 +195,7 @@ def test_another_configuration_in_the_same_folder_is_refused(teacher, tmp_path, 
         run(teacher, tmp_path / "run", "student.lr=0.5", "seed=3")
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "student.lr" in message and "seed" in message
-    after = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "student" / "transformer" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -441,7 +441,7 @@ def test_a_run_trains_on_a_folder_of_pairs_as_on_its_own(teacher, tmp_path, caps
     weights = []
     for name, more in runs.items():
         distill.main([f"teacher.path={teacher}", *small.split(), f"out_dir={tmp_path / name}", *more])
-        weights.append(load_file(tmp_path / name / "student" / "model.safetensors"))
+        weights.append(load_file(tmp_path / name / "student" / "transformer" / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     assert max((weights[0][key] - value).abs().max().item() for key, value in weights[1].items()) < 1e-6
     with pytest.raises(SystemExit) as exit_:

@@ -23,7 +23,7 @@ def run(out: Path, *more: str) -> dict[str, torch.Tensor]:
     argv = [f"config={RECIPE}", f"out_dir={out}", "steps=5", "batch_size=6", "log.every=1", "launch.cpu=true"]
     argv += ["model.width=16", "model.depth=2", "model.heads=2", "model.patch=8", "optimiser.warmup=0", *more]
     pretrain.pretrain(config.load(pretrain.PretrainConfig, argv))
-    return load_file(out / "student" / "model.safetensors")
+    return load_file(out / "student" / "transformer" / "model.safetensors")
 
 
 @pytest.mark.parametrize("query", ["residual", "timestep"])

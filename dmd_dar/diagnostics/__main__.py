@@ -65,7 +65,7 @@ def network_folder(run: str, name: str) -> Path:
         if place.is_file() or any((place / one).exists() for one in NETWORKS):
             return place
     raise config.ConfigError(
-        f"{name} = {run}: holds no model.json and no student/model.json; name a finished run or a network's folder"
+        f"{name} = {run}: holds no network and no student/ with one; name a finished run or a network's folder"
     )
 
 

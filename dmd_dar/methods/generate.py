@@ -46,14 +46,19 @@ def generate(
     phase: str = "sample",
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    label: int | None = None,
+    labels: Tensor | None = None,
+    noise: Tensor | None = None,
     first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x0 (count, *shape) and labels (count,) of the samples from `first` on: classes in turn, or all of `label`."""
-    images, labels = [], []
-    for start in range(first, first + count, batch_size):
-        draws = Draws(seed, phase, 0, sample_range(start, min(start + batch_size, first + count), device))
-        cond = balanced_labels(draws.samples, num_classes) if label is None else torch.full_like(draws.samples, label)
-        images.append(generator(cond, draws, draws.normal("noise", *shape)))
-        labels.append(cond)
-    return torch.cat(images), torch.cat(labels)
+    """x0 (count, *shape) and labels (count,) of the samples from `first` on: `labels`, else the classes in turn.
+
+    `noise` (count, *shape) takes the place of the initial noise; what is added between calls is drawn by `seed` still.
+    """
+    each = torch.arange(first, first + count)
+    given, images = (balanced_labels(each, num_classes) if labels is None else labels).to(device), []
+    for start in range(0, count, batch_size):
+        part = slice(start, min(start + batch_size, count))
+        draws = Draws(seed, phase, 0, sample_range(first + part.start, first + part.stop, device))
+        begin = draws.normal("noise", *shape) if noise is None else noise[part].to(device)
+        images.append(generator(given[part], draws, begin))
+    return torch.cat(images), given

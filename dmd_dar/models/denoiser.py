@@ -33,7 +33,7 @@ class Meaning:
             raise ValueError(f"reversed networks predict flow, got {self.predicts!r}")
 
 
-Prediction = Literal["flow", "sit", "dit"]  # the meanings that have a name, as model.json holds them
+Prediction = Literal["flow", "sit", "dit"]  # the meanings that have a name, as a saved card holds them
 MEANINGS: dict[str, Meaning] = {
     "flow": Meaning(),  # ours
     "sit": Meaning(reversed=True),  # public SiT weights
@@ -41,9 +41,14 @@ MEANINGS: dict[str, Meaning] = {
 }
 
 
+def meaning_of(prediction: Prediction | Meaning) -> Meaning:
+    """What a name stands for; a Meaning as it is."""
+    return MEANINGS[prediction] if isinstance(prediction, str) else prediction
+
+
 def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Velocity:
     """The velocity v = eps - x0 at t (t = 1 noise) of a network of that meaning."""
-    meaning = MEANINGS[meaning] if isinstance(meaning, str) else meaning
+    meaning = meaning_of(meaning)
     if meaning.predicts == "flow" and meaning.schedule is None:
         return _on_linear_flow(network, meaning)
     return _through_x0(network, meaning)

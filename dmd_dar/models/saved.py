@@ -1,4 +1,13 @@
-"""A trained network on disk: a folder with model.safetensors and model.json, enough to sample from it elsewhere."""
+"""A trained network on disk: a folder in diffusers' layout, with a card that says how to use the network.
+
+    denoiser.json      the card (`ModelCard`) and the network's hash; written last
+    transformer/       config.json and safetensors; a class of diffusers, or SiTTransformer, which is ours
+    scheduler/         for diffusers' eyes: the chain and the rungs, see schedulers.py
+    vae/               the codec of a latent network
+    model_index.json   for diffusers' eyes: the classes of these parts and the names of the labels; not read here
+
+Folders of before are read too: model.json and model.safetensors of a SiT, denoiser.json of format 1.
+"""
 
 import hashlib
 import json
@@ -10,74 +19,224 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from dmd_dar.atomic import write_atomic
-from dmd_dar.errors import DamagedFileError, MissingWeightsError
+from dmd_dar import flow
+from dmd_dar.atomic import make_folder, replaced_folder, write_atomic
+from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.flow import Sampler
-from dmd_dar.models.denoiser import Prediction
+from dmd_dar.models.codecs import Codec
+from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer, meaning_from_dict, read_json
+from dmd_dar.models.hub import files_hash
+from dmd_dar.models.prompts import Prompts
+from dmd_dar.models.schedulers import scheduler_config
 from dmd_dar.models.sit import SiT, SiTConfig
+from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.layout import RoutingConfig
 
-FORMAT = 1
+Denoiser = SiT | DiffusersDenoiser
+CARD, FORMAT = "denoiser.json", 2
+OLD_CARD = "model.json"  # of a SiT, format 1
+SIT_CLASS, SIT_WEIGHTS = "SiTTransformer", "model.safetensors"  # diffusers looks for weights of another name
+PARTS = ("README.md", "transformer", "adapter", OLD_CARD, SIT_WEIGHTS)  # of no use beside another network
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What model.json says beside the shape: how to use the network and where it comes from."""
+    """How to use a network and where it comes from."""
 
-    prediction: Prediction = "flow"
+    prediction: Prediction | Meaning = "flow"
     rungs: tuple[float, ...] = ()  # of a few-step student; empty for a teacher
     label_names: tuple[str, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)  # free: data hash, command, step, teacher hash
     sampler: Sampler = "stochastic"  # that a few-step student was trained with
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("prediction", self.prediction, Prediction), ("sampler", self.sampler, Sampler)):
-            if value not in get_args(choices):
-                raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+        if not isinstance(self.prediction, Meaning) and self.prediction not in MEANINGS:
+            raise ValueError(f"prediction must be one of {tuple(MEANINGS)}, got {self.prediction!r}")
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(f"sampler must be one of {get_args(Sampler)}, got {self.sampler!r}")
+        if self.rungs:
+            flow.check_rungs(self.rungs)
 
 
-def save_network(folder: Path, network: SiT, card: ModelCard) -> None:
-    """Write both files atomically; the weights first, so that a new model.json never meets old weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = save({name: value.contiguous().cpu() for name, value in network.state_dict().items()})
-    text = json.dumps({"format": FORMAT, "model": asdict(network.config), **asdict(card)}, indent=1)
-    write_atomic(folder / "model.safetensors", weights)
-    write_atomic(folder / "model.json", text)
+@dataclass(frozen=True)
+class Saved:
+    """A card as it was read, and what the folder says beside it."""
+
+    card: ModelCard
+    digest: str  # SHA-256, hexadecimal, of all that decides what the network computes, but for a table of prompts
+    codec: dict[str, Any]  # codec, codec_revision, codec_digest of its latents, as far as known; none for pixels
 
 
-def _config(values: dict[str, Any]) -> SiTConfig:
-    return SiTConfig(**{**values, "routing": RoutingConfig(**values["routing"])})
+def save_network(folder: Path, network: Denoiser, card: ModelCard, codec: Codec | None = None) -> None:
+    """Write the folder; what stood there stays whole until all of the new one is on the disk."""
+    with replaced_folder(folder, PARTS) as new:
+        write_network(new, network, card, codec)
+
+
+def write_network(folder: Path, network: Denoiser, card: ModelCard, codec: Codec | None = None) -> str:
+    """Fill an empty folder; returns the network's hash."""
+    transformer = make_folder(folder / "transformer")
+    if isinstance(network, SiT):
+        weights = save({name: value.contiguous().cpu() for name, value in network.state_dict().items()})
+        write_atomic(transformer / SIT_WEIGHTS, weights)
+        _write_json(transformer / "config.json", {"_class_name": SIT_CLASS, **asdict(network.config)})
+    else:
+        network.transformer.save_pretrained(transformer)
+    if codec is not None:
+        codec.vae.save_pretrained(folder / "vae")
+    scheduler = scheduler_config(meaning_of(card.prediction), card.rungs, card.sampler)
+    _write_json(make_folder(folder / "scheduler") / "scheduler_config.json", scheduler)
+    _write_json(folder / "model_index.json", _index(network, card, scheduler["_class_name"], codec is not None))
+    digest = _hash(folder, card)
+    _write_json(folder / CARD, {"format": FORMAT, **asdict(card), "vae": codec is not None, "network": digest})
+    return digest
+
+
+def _index(network: Denoiser, card: ModelCard, scheduler: str, latent: bool) -> dict[str, Any]:
+    """model_index.json: DiTPipeline where that class can use all parts, else a class that diffusers does not have."""
+    ours, residual = isinstance(network, SiT), network.config.routing.query == "residual"
+    kind = ["dmd_dar", SIT_CLASS] if ours else ["diffusers", type(network.transformer).__name__]
+    chain = meaning_of(card.prediction).schedule is not None
+    theirs = kind[1] == "DiTTransformer2DModel" and residual and latent and chain
+    index: dict[str, Any] = {"_class_name": "DiTPipeline" if theirs else "StudentPipeline"}
+    index |= {"transformer": kind, "scheduler": ["diffusers", scheduler]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"]} if latent else {}
+    return {**index, "id2label": dict(enumerate(card.label_names))} if card.label_names else index
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    write_atomic(file, json.dumps(values, indent=1))
+
+
+def holds_network(folder: str | Path) -> bool:
+    """Whether `folder` is one that this module wrote, today or before."""
+    return (Path(folder) / CARD).is_file() or (Path(folder) / OLD_CARD).is_file()
+
+
+def _is_old(folder: Path) -> bool:
+    return (folder / OLD_CARD).is_file() and not (folder / CARD).is_file()
+
+
+def read_network(folder: Path, prompts: Prompts | None = None) -> Denoiser:
+    """The network of a folder whose card was read: on the CPU, in evaluation mode, frozen.
+
+    Raises MissingWeightsError naming the missing file, DamagedFileError naming the file that does not fit the others.
+    """
+    sit = _sit_files(folder)
+    return load_transformer(folder / "transformer", prompts) if sit is None else _load_sit(*sit)
 
 
 def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:
-    """The network in evaluation mode, frozen, and its card.
+    """The SiT of a folder, in evaluation mode, frozen, and its card.
 
-    Raises MissingWeightsError naming the missing file, DamagedFileError naming the file that is of another format or
-    form, damaged, or does not fit the other.
+    Raises what `read_card` and `read_network` do, and UserError for a network of another class.
     """
-    folder = Path(folder)
-    for name in ("model.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise MissingWeightsError(f"{folder / name} is missing: give a folder that a run of this project saved")
-    try:
-        described = json.loads((folder / "model.json").read_text())
-        if described.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        config = _config(described.pop("model"))
-        card = ModelCard(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DamagedFileError(f"{folder / 'model.json'} describes no network of this project: {error}") from error
-    network = SiT(config)
-    try:
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-    except (RuntimeError, SafetensorError) as error:
-        fault = f"{folder / 'model.safetensors'} does not hold the weights of model.json"
-        raise DamagedFileError(f"{fault}: {error}") from error
-    return network.to(device).eval().requires_grad_(False), card
+    card, sit = read_card(folder).card, _sit_files(Path(folder))
+    if sit is None:
+        name = read_json(Path(folder) / "transformer" / "config.json").get("_class_name")
+        raise UserError(f"{folder} holds a {name}: this needs a SiT of this project")
+    return _load_sit(*sit).to(device), card
 
 
 def network_hash(folder: str | Path) -> str:
-    """SHA-256, hexadecimal, of all that decides what the network computes: weights, shape, routing, prediction."""
-    described = json.loads((Path(folder) / "model.json").read_text())
-    meaning = json.dumps([described["model"], described["prediction"]], sort_keys=True)
-    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes() + meaning.encode()).hexdigest()
+    """SHA-256, hexadecimal, of all that decides what the network computes: weights, shape, routing, prediction.
+
+    A SiT has the same one in either form of the folder.
+    """
+    return read_card(folder).digest
+
+
+def read_card(folder: str | Path) -> Saved:
+    """What a folder of either form says of its network.
+
+    Raises MissingWeightsError naming the missing file; DamagedFileError naming the file that is of another format or
+    form, or was not saved together with the others: rungs or chain that differ between card and scheduler, another
+    network than the card's hash says.
+    """
+    folder = Path(folder)
+    file = folder / (OLD_CARD if _is_old(folder) else CARD)
+    described = read_json(file)
+    try:
+        said = described.pop("format")
+        if said not in ((1, FORMAT) if file.name == CARD else (1,)):
+            raise ValueError(f"its format is not {FORMAT if file.name == CARD else 1}")
+        if said == FORMAT:
+            return _checked(folder, described)
+        described.pop("model", None)
+        if "meaning" in described:
+            described["prediction"] = described.pop("meaning")
+        card = _card(described)
+        return Saved(card, _hash(folder, card), card.origin)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedFileError(f"{file} describes no network of this project: {error}") from error
+
+
+def _card(described: dict[str, Any]) -> ModelCard:
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in described.items()}
+    if isinstance(given["prediction"], dict):
+        given["prediction"] = meaning_from_dict(given["prediction"])
+    return ModelCard(**given)
+
+
+def _checked(folder: Path, described: dict[str, Any]) -> Saved:
+    """Today's form, whose parts must have been saved together."""
+    latent, digest = described.pop("vae"), described.pop("network")
+    card, file = _card(described), folder / "scheduler" / "scheduler_config.json"
+    theirs, ours = read_json(file), scheduler_config(meaning_of(card.prediction), card.rungs, card.sampler)
+    if wrong := [name for name, value in ours.items() if theirs.get(name) != value]:
+        told = ", ".join(f"{name} = {theirs.get(name)} where {CARD} says {ours[name]}" for name in wrong)
+        raise DamagedFileError(f"{file}: {told}; one of them belongs to another network: restore the whole folder")
+    if _hash(folder, card) != digest:
+        raise DamagedFileError(
+            f"{folder / 'transformer'} is not the network that {CARD} was saved with: its weights or its config.json"
+            " were changed, or come from another folder; restore the whole folder"
+        )
+    own = {"codec": str(folder / "vae"), "codec_digest": card.origin.get("codec_digest", "")}
+    return Saved(card, digest, own if latent else {})
+
+
+def _hash(folder: Path, card: ModelCard) -> str:
+    sit = _sit_files(folder)
+    if sit is None:
+        return transformer_hash(folder / "transformer", card.prediction)
+    shape, _, weights = sit
+    meaning = json.dumps([shape, card.prediction], sort_keys=True)
+    return hashlib.sha256(weights.read_bytes() + meaning.encode()).hexdigest()
+
+
+def transformer_hash(transformer: Path, prediction: Prediction | Meaning, prompts: Prompts | None = None) -> str:
+    """The hash of a diffusers transformer's folder, and of its prompts: no path, no version of diffusers is in it."""
+    shape = {name: value for name, value in read_json(transformer / "config.json").items() if not name.startswith("_")}
+    files = sorted([*transformer.glob("*.safetensors"), *transformer.glob(FORM)])
+    more = [] if prompts is None else [prompts.hash]
+    return files_hash(files, json.dumps([asdict(meaning_of(prediction)), shape], sort_keys=True), *more)
+
+
+def _sit_files(folder: Path) -> tuple[dict[str, Any], Path, Path] | None:
+    """A SiT's shape, the file it stands in and the file of its weights; None for a folder of another network."""
+    if _is_old(folder):
+        file, weights = folder / OLD_CARD, folder / SIT_WEIGHTS
+        shape = read_json(file)["model"]
+    else:
+        file, weights = folder / "transformer" / "config.json", folder / "transformer" / SIT_WEIGHTS
+        shape = read_json(file)
+        if shape.pop("_class_name", None) != SIT_CLASS:
+            return None
+    if not weights.is_file():
+        raise MissingWeightsError(f"{weights} is missing: give a folder that a run of this project saved")
+    return shape, file, weights
+
+
+def _load_sit(shape: dict[str, Any], file: Path, weights: Path) -> SiT:
+    try:
+        network = SiT(SiTConfig(**{**shape, "routing": RoutingConfig(**shape["routing"])}))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedFileError(f"{file} describes no network of this project: {error}") from error
+    try:
+        network.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise DamagedFileError(f"{weights} does not hold the weights of {file.name}: {error}") from error
+    return network.eval().requires_grad_(False)

@@ -3,11 +3,10 @@
 Nothing is unpickled, and no code that comes with weights is run.
 """
 
-import json
 import math
 import re
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,28 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity, guided
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, load_codec, vae_of
-from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, velocity_of
-from dmd_dar.models.diffusers_denoiser import (
-    DiffusersDenoiser,
-    load_transformer,
-    meaning_from_dict,
-    meaning_of_scheduler,
-    read_json,
-)
+from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of, velocity_of
+from dmd_dar.models.diffusers_denoiser import load_transformer, meaning_of_scheduler, read_json
 from dmd_dar.models.hub import files_hash, resolve
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
+from dmd_dar.models.saved import CARD, Denoiser, holds_network, read_card, read_network, transformer_hash
 from dmd_dar.models.sit import PRESETS, SiT, SiTConfig, sin_cos_positions
-from dmd_dar.routing.folder import FORM
 
-Denoiser = SiT | DiffusersDenoiser
-CARD, FORMAT = "denoiser.json", 1
 LABELS = "y_embedder.embedding_table.weight"  # of the public weights: a row for each class, then the unconditional one
 
 
@@ -93,60 +82,28 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
     place = resolve(config.path, config.revision)
     if place.is_file():
         teacher = _public(place, config)
-    elif (place / "model.json").is_file():
-        teacher = _ours(place, config)
-    elif (place / CARD).is_file():
-        teacher = _saved_denoiser(place, config)
+    elif holds_network(place):
+        teacher = _saved(place, config)
     elif (place / "transformer").is_dir():
         teacher = _pipeline(place, config)
     elif (place / "config.json").is_file():
         network, prediction = load_transformer(place, _prompts(config)), _stated(config, None, place / "config.json")
-        teacher = Teacher(network, prediction, _folder_hash(place, prediction, network), **_codec(config))
+        teacher = Teacher(network, prediction, transformer_hash(place, prediction, network.prompts), **_codec(config))
     else:
-        raise UserError(f"{place} holds no teacher: no model.json, no transformer folder, no config.json")
+        raise UserError(f"{place} holds no teacher: no {CARD}, no transformer folder, no config.json")
     if config.prompts and not getattr(teacher.network.config, "prompted", False):
         raise UserError(f"{place} reads class labels: leave prompts out")
     teacher.network.to(device)
     return teacher
 
 
-def save_trained(folder: Path, network: Denoiser, prediction: Prediction | Meaning, **facts: Any) -> None:
-    """Write a trained network so that `load_teacher` reads it back; `facts` are ModelCard's, but prediction.
-
-    A SiT becomes a folder of `saved.save_network`; a diffusers network its own `transformer` folder and a card.
-    """
-    if isinstance(network, SiT):
-        named = next(name for name, meaning in MEANINGS.items() if prediction in (name, meaning))
-        save_network(folder, network, ModelCard(named, **facts))  # type: ignore[arg-type]
-        return
-    meaning = MEANINGS[prediction] if isinstance(prediction, str) else prediction
-    network.transformer.save_pretrained(make_folder(folder) / "transformer")
-    write_atomic(folder / CARD, json.dumps({"format": FORMAT, "meaning": asdict(meaning), **facts}, indent=1))
-
-
-def _ours(place: Path, config: TeacherConfig) -> Teacher:
-    network, card = load_network(place)
-    prediction = _stated(config, card.prediction, place / "model.json")
-    facts = {**_codec(config, card.origin), "origin": card.origin, "sampler": card.sampler}
-    return Teacher(network, prediction, network_hash(place), card.label_names, card.rungs, **facts)
-
-
-def _saved_denoiser(place: Path, config: TeacherConfig) -> Teacher:
-    card = read_json(place / CARD)
-    try:
-        if card["format"] != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        meaning = meaning_from_dict(card["meaning"])
-        names, rungs = tuple(card.get("label_names", ())), tuple(card.get("rungs", ()))
-        origin = dict(card.get("origin", {}))
-        sampler = ModelCard(sampler=card.get("sampler", "stochastic")).sampler
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{place / CARD} describes no network of this project: {error!r}") from error
-    prediction = _stated(config, meaning, place / CARD)
-    network = load_transformer(place / "transformer", _prompts(config, origin))
-    digest = _folder_hash(place / "transformer", prediction, network)
-    facts = {**_codec(config, origin), "origin": origin, "sampler": sampler}
-    return Teacher(network, prediction, digest, names, rungs, **facts)
+def _saved(place: Path, config: TeacherConfig) -> Teacher:
+    said = read_card(place)
+    card, prompts = said.card, _prompts(config, said.card.origin)
+    prediction, network = _stated(config, card.prediction, place), read_network(place, prompts)
+    digest = said.digest if prompts is None else transformer_hash(place / "transformer", prediction, prompts)
+    facts = {**_codec(config, said.codec), "origin": card.origin, "sampler": card.sampler}
+    return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
 
 
 def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
@@ -159,7 +116,7 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
             raise DamagedFileError(f"{file}: {error}") from error
     prediction = _stated(config, meaning, file)
     network = load_transformer(place / "transformer", _prompts(config))
-    digest = _folder_hash(place / "transformer", prediction, network)
+    digest = transformer_hash(place / "transformer", prediction, network.prompts)
     codec = _codec(config, {"codec": vae_of(place)})
     return Teacher(network, prediction, digest, _label_names(place, network), **codec)
 
@@ -232,19 +189,9 @@ def _stated(config: TeacherConfig, said: Prediction | Meaning | None, file: Path
         raise UserError(f"{file} does not say what the network predicts: set teacher.prediction to flow, sit or dit")
     if said is None:
         return asked  # type: ignore[return-value]
-    meaning = MEANINGS[said] if isinstance(said, str) else said
-    if asked is not None and MEANINGS[asked] != meaning:
+    if asked is not None and MEANINGS[asked] != meaning_of(said):
         raise UserError(f"teacher.prediction = {asked}: {file} says {said}; leave teacher.prediction out")
     return said
-
-
-def _folder_hash(transformer: Path, prediction: Prediction | Meaning, network: DiffusersDenoiser) -> str:
-    meaning = MEANINGS[prediction] if isinstance(prediction, str) else prediction
-    shape = {name: value for name, value in read_json(transformer / "config.json").items() if not name.startswith("_")}
-    files = sorted([*transformer.glob("*.safetensors"), *transformer.glob(FORM)])
-    prompts = [] if network.prompts is None else [network.prompts.hash]
-    # no path, no version of diffusers
-    return files_hash(files, json.dumps([asdict(meaning), shape], sort_keys=True), *prompts)
 
 
 # The public SiT (github.com/willisma/SiT) and DiT (github.com/facebookresearch/DiT) weights have the same names and

@@ -79,8 +79,8 @@ def test_the_same_seed_gives_the_same_numbers(compared, folders):
     ("argv", "message"),
     [
         (["run=out/no_such_run"], "run = 'out/no_such_run'"),
-        (["run=tests"], "run = tests: holds no model.json and no student/model.json"),
-        (["run=teachers/photos32", "compare=tests"], "compare = tests: holds no model.json"),
+        (["run=tests"], "run = tests: holds no network and no student/ with one"),
+        (["run=teachers/photos32", "compare=tests"], "compare = tests: holds no network"),
         ([], "run is empty"),
         (["run=teachers/photos32", "times=[0.5,0.5]"], "times must rise strictly"),
     ],

@@ -212,7 +212,7 @@ def test_wrong_seeds_arms_and_folders_are_named(runs, tmp_path):
 
 def test_a_run_on_other_data_is_refused(runs, tmp_path):
     copy = Path(changed(runs / "dar_1", tmp_path / "dar_1", "log.every", 3))
-    card = copy / "student" / "model.json"
+    card = copy / "student" / "denoiser.json"
     card.write_text(card.read_text().replace('"data": "', '"data": "other'))
     cfg = options(runs, dar=("dar_0", str(copy)))
     with pytest.raises(config.ConfigError, match=r"arms\.dar: .*dar_1 was trained on data of hash other"):

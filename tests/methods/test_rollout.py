@@ -169,6 +169,6 @@ def test_seed_and_phase_choose_the_noise_and_label_the_class():
 
     base, _ = images()
     assert not torch.allclose(images(seed=4)[0], base) and not torch.allclose(images(phase="pairs")[0], base)
-    of_one, labels = images(label=1)
+    of_one, labels = images(labels=torch.ones(6, dtype=torch.int64))
     assert labels.tolist() == [1] * 6
     assert torch.equal(of_one[[1, 4]], base[[1, 4]]) and not torch.allclose(of_one[0], base[0])

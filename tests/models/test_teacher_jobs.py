@@ -38,10 +38,10 @@ def test_a_public_pt_distils_as_our_own_folder_of_the_same_network_does(tmp_path
     network = public_file(tmp_path / "SiT-tiny.pt", TINY)
     save_network(tmp_path / "ours", network, ModelCard("sit"))
     students = [run(tmp_path / name, tmp_path / f"run_{name}", "data.size=32") for name in ("SiT-tiny.pt", "ours")]
-    theirs, ours = (load_file(student / "model.safetensors") for student in students)
+    theirs, ours = (load_file(student / "transformer" / "model.safetensors") for student in students)
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert any(not torch.equal(ours[name], value) for name, value in network.state_dict().items())
-    assert json.loads((students[0] / "model.json").read_text())["prediction"] == "sit"
+    assert json.loads((students[0] / "denoiser.json").read_text())["prediction"] == "sit"
 
 
 @pytest.mark.parametrize("name", ["SiT-latent.pt", "DiT-latent.pt"])
@@ -50,7 +50,7 @@ def test_a_latent_pt_is_distilled_with_its_codec_and_shown_decoded(tmp_path, nam
     tiny_vae().save_pretrained(tmp_path / "vae")
     student = run(tmp_path / name, tmp_path / "run", f"teacher.codec={tmp_path / 'vae'}")
     back = load(student)
-    assert back.prediction == name[:3].lower() and back.codec == str(tmp_path / "vae") and len(back.rungs) == 4
+    assert back.prediction == name[:3].lower() and back.codec == str(student / "vae") and len(back.rungs) == 4
     assert back.network.dar is not None and back.network.config.in_channels == 4
     width, height = Image.open(tmp_path / "run" / "samples" / "step_00000002.png").size
     assert (width, height) == (5 * (2 * 16 + 2) - 2, 7 * (2 * 16 + 2) - 2)  # 5 classes, 16-pixel images doubled
@@ -72,7 +72,7 @@ def test_a_pipeline_is_distilled_into_a_routed_transformer(tmp_path):
     student = run(pipeline, tmp_path / "run")
     back = load(student)
     assert isinstance(back.network, DiffusersDenoiser) and back.network.config.routing.query == "timestep"
-    assert back.rungs == flow.default_rungs(4) and back.codec == str(pipeline / "vae")
+    assert back.rungs == flow.default_rungs(4) and back.codec == str(student / "vae")
     assert_samples(student, tmp_path / "images")
     start = load(pipeline).network.transformer.state_dict()
     weights = back.network.transformer.state_dict()

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from dmd_dar import flow
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import MEANINGS, Meaning, velocity_of
 from dmd_dar.models.diffusers_denoiser import meaning_from_dict, meaning_of_scheduler, routed_copy
 from dmd_dar.models.hub import resolve
+from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, build_sit
-from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher, public_shape, save_trained
+from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher, public_shape
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import LATENT, public_file, tiny_dit, tiny_pipeline
 from tests.tiny import tiny_sit
@@ -248,11 +250,12 @@ def test_a_routed_copy_computes_the_same_and_is_saved_and_loaded(pipeline, tmp_p
     assert bool(routed.router_parameters()) == (query != "residual") and not plain.network.router_parameters()
     for p in routed.router_parameters():
         p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    facts = dict(rungs=(1.0, 0.5), label_names=("a", "b"), origin={"step": 3, "codec": "some/vae"})
-    save_trained(tmp_path / "student", routed, plain.prediction, **facts)
+    card = ModelCard(plain.prediction, (1.0, 0.5), ("a", "b"), {"step": 3})
+    save_network(tmp_path / "student", routed, card, load_codec(plain.codec))
     back = load(tmp_path / "student")
     assert torch.equal(back.network(*inputs()), routed(*inputs())) and back.network.config == routed.config
-    assert back.rungs == (1.0, 0.5) and back.label_names == ("a", "b") and back.codec == "some/vae"
+    assert back.rungs == (1.0, 0.5) and back.label_names == ("a", "b")
+    assert back.codec == str(tmp_path / "student" / "vae")
     assert back.prediction == plain.prediction and (query == "residual") == (back.digest == plain.digest)
     if query != "residual":
         with pytest.raises(ValueError, match="drop the network's routers"):
