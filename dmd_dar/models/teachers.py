@@ -99,8 +99,8 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
 
 def _saved(place: Path, config: TeacherConfig) -> Teacher:
     said = read_card(place)
-    card, prompts = said.card, _prompts(config, said.card.origin)
-    prediction, network = _stated(config, card.prediction, place), read_network(place, prompts)
+    card, network = said.card, read_network(place, _prompts(config, said.card.origin))
+    prediction, prompts = _stated(config, card.prediction, place), getattr(network, "prompts", None)
     digest = said.digest if prompts is None else transformer_hash(place / "transformer", prediction, prompts)
     facts = {**_codec(config, said.codec), "origin": card.origin, "sampler": card.sampler}
     return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
