@@ -1,6 +1,7 @@
 """The whole latent path on a tiny random DiTPipeline saved by diffusers: encode, pairs, distill, sample, as typed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def test_what_does_not_belong_together_is_refused(made, tmp_path, capsys):
             distill.main(arguments(made, tmp_path / f"run {i}", *more))
         message = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and said in message[-1], message
+
+
+def test_the_documented_example_gives_what_is_printed(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "latents.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"<!-- example -->\n```python\n(.*?)```", text, re.DOTALL)[1], {})
+    encodings = re.findall(r"\$ python -m dmd_dar.encode ((?:.*\\\n)*.*tiny/.*(?:\n.*out=.*)?)", text)
+    assert len(encodings) == 2
+    for typed in encodings:
+        run(EncodeConfig, encode, "cpu=true", *typed.replace("\\", " ").split())
+        assert f"    {capsys.readouterr().out}" in text
 
 
 def test_a_run_whose_latents_were_replaced_is_not_continued(made, tmp_path, capsys):

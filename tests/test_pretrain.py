@@ -112,18 +112,19 @@ def test_a_network_for_other_data_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_the_recipes_for_ones_own_images_need_only_the_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", ["folder64", "latents256"])
+def test_the_recipes_for_ones_own_images_need_only_the_folder(tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(RECIPE.parents[2])
-    file = "config=configs/folder64/teacher.yaml"
+    file = f"config=configs/{recipe}/teacher.yaml"
     cfg = config.load(pretrain.PretrainConfig, [file, f"data.path={tmp_path}"])
     dar, residual = (
-        config.load(distill.DistillConfig, [f"config=configs/folder64/{arm}.yaml", f"data.path={tmp_path}"])
+        config.load(distill.DistillConfig, [f"config=configs/{recipe}/{arm}.yaml", f"data.path={tmp_path}"])
         for arm in ("dar", "residual")
     )
     assert dar.data == cfg.data and dar.teacher.path == f"{cfg.out_dir}/student"
     keys = {key for key, _, _ in config.differences(dar, residual)}
     assert "student.routing.query" in keys and keys <= {"out_dir", "student.routing.query"}
-    with pytest.raises(config.ConfigError, match="name the folder of your images, data.path=FOLDER"):
+    with pytest.raises(config.ConfigError, match="name the folder of your (images|latents), data.path=FOLDER"):
         config.load(pretrain.PretrainConfig, [file])
 
 

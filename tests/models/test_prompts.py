@@ -204,6 +204,12 @@ def test_a_student_draws_other_prompts_of_the_same_encoder_only(folders, tmp_pat
         load_teacher(TeacherConfig(str(tmp_path / "student")))
 
 
+def test_real_data_has_no_prompts(folders, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        distilled(folders["sd3"], tmp_path / "run", "gan.weight=0.1")
+    assert stop.value.code == 2 and "its classes are no prompts" in capsys.readouterr().err
+
+
 def test_pairs_of_a_prompted_teacher(folders, tmp_path):
     given = [f"teacher.path={folders['sd3']}", f"teacher.prompts={folders['sd3']}_prompts", f"out={tmp_path}", "n=5"]
     small = ["rungs=[1.0,0.5]", "solver_steps=2", "guidance_scale=3.0", "cpu=true"]
