@@ -80,9 +80,14 @@ class RunLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a log, up to a line that a kill cut short or a power cut spoilt."""
+    records = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            records.append(json.loads(line if line.endswith(b"\n") else b""))
+        except ValueError:
+            break
+    return records
 
 
 def keep_until(path: Path, step: int) -> None:

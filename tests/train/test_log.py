@@ -44,6 +44,15 @@ def test_resume_drops_what_the_dead_run_wrote_beyond_the_checkpoint(folder: RunF
     assert [(record["step"], record["loss"]) for record in records] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b"\0" * 99, b"\0\0\n", b'{"step": 3\xff}\n{"step": 4}\n'])
+def test_a_tail_that_a_crash_spoilt_is_dropped(folder: RunFolder, tail: bytes) -> None:
+    path = folder.path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail)
+    assert [record["step"] for record in log.read(path)] == [1, 2]
+    RunLog.open(folder, QUIET, {}, 2).close()
+    assert lines(folder) == ['{"step": 1}', '{"step": 2}']
+
+
 def test_a_fresh_start_in_a_used_folder_starts_the_log_afresh(folder: RunFolder) -> None:
     for _ in range(2):
         with RunLog.open(folder, QUIET, {}, 0) as run:

@@ -2,9 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
+import signal
+import socket
 import time
 from pathlib import Path
 
@@ -30,12 +33,21 @@ class Runs:
         self.root = root
         save_network(root / "teacher", tiny_sit(TINY), ModelCard())
 
-    def start(self, name: str, keys: tuple[str, ...], act: str = "", at: int = 0):
+    def start(self, name: str, keys: tuple[str, ...], act: str = "", at: int = 0, said: str = "", **world: str):
         places = [f"teacher.path={self.root / 'teacher'}", f"regression.cache={self.root / 'cache'}"]
         keys = [*places, f"out_dir={self.root / name}", *keys]
-        process = FORKS.Process(target=crash.train, args=(keys, self.said(name), act, at))
+        process = FORKS.Process(target=crash.train, args=(keys, self.said(said or name), act, at, world))
         process.start()
         return process
+
+    def start_two(self, name: str, keys: tuple[str, ...], act: str = "", at: int = 0) -> list:
+        """`act` happens in the first of two processes, the one that writes."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        first = self.start(name, keys, act, at, RANK="0", LOCAL_RANK="0", **world)
+        return [first, self.start(name, keys, said=f"{name}_1", RANK="1", LOCAL_RANK="1", **world)]
 
     def run(self, name: str, keys: tuple[str, ...], act: str = "", at: int = 0) -> int:
         process = self.start(name, keys, act, at)
@@ -188,3 +200,42 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(runs, whole):
     shutil.rmtree(folder / "damaged_00000004")
     (runs.root / "damaged" / "samples" / "step_00000004.png").unlink()  # of the end that step 4 was
     assert runs.contents("damaged") == whole
+
+
+def codes(processes: list) -> list[int]:
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)])
+def test_a_signal_to_any_of_two_processes_stops_both_at_one_step_and_one_process_continues(runs, whole, ranks):
+    name = f"two{len(ranks)}"
+    processes = runs.start_two(name, LONG)
+    while not (runs.said(name).exists() and len(runs.points(name)) >= 13):
+        time.sleep(0.005)
+        assert processes[0].is_alive(), runs.said(name).read_text()
+    for rank in ranks:
+        os.kill(processes[rank].pid, signal.SIGTERM)
+    assert codes(processes) == [143, 143], runs.said(name).read_text()
+    folder = runs.root / name
+    reached = checkpoint.steps_saved(folder / "checkpoints")[-1]
+    assert 3 <= reached < 24 and f"stopped at step {reached} of 24" in runs.said(name).read_text()
+    saved = checkpoint.load(folder / "checkpoints", reached, mapped=False)
+    assert (saved["student"]["steps"], saved["fake_score"]["steps"]) == (reached, 2 * reached)
+    assert runs.run(name, LONG) == 0, runs.said(name).read_text()
+    assert [record["step"] for record in runs.contents(name)["log.jsonl"]] == list(range(1, 25))
+
+
+def test_a_save_that_fails_ends_both_processes(runs, whole):
+    assert codes(runs.start_two("both", SHORT, "full", 17)) == [2, 2]
+    said = runs.said("both").read_text()
+    assert "error: " in said and "Traceback" not in said + runs.said("both_1").read_text()
+    assert codes(runs.start_two("both", SHORT)) == [0, 0]
+
+
+def test_where_no_checkpoint_is_whole_both_processes_end(runs, whole):
+    assert runs.run("none", ("steps=2", *SHORT[1:])) == 0
+    (runs.root / "none" / "checkpoints" / "step_00000002" / "checkpoint.json").unlink()
+    assert codes(runs.start_two("none", SHORT)) == [2, 2]
+    assert "no checkpoint is whole" in runs.said("none").read_text()
