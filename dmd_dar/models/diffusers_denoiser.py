@@ -111,6 +111,13 @@ class DiffusersDenoiser(nn.Module):
         named = self.transformer.named_parameters()
         return [p for name, p in named if p.requires_grad and not name.startswith("dar.")]
 
+    def shards(self) -> list[nn.Module]:
+        """What is gathered by itself when weights are sharded: the blocks, but for the first.
+
+        DiT asks the first block's embedder once more at its end, when that block's weights would be gone again.
+        """
+        return list(self.transformer.transformer_blocks)[1:]
+
 
 def routed_copy(
     model: DiffusersDenoiser,

@@ -61,12 +61,11 @@ def features_of(network: nn.Module, velocity: Velocity, layers: tuple[int, ...])
 
         hooks = [readers[layer - 1].register_forward_pre_hook(partial(keep, layer)) for layer in layers]
         try:
-            v = velocity(x_t, t, cond)
+            velocity(x_t, t, cond)
         finally:
             for hook in hooks:
                 hook.remove()
-        # Through the output too, without effect: fsdp2 gathers weights for a backward pass that comes from there.
-        return [seen[layer] + 0 * v.sum() for layer in layers] if v.requires_grad else [seen[layer] for layer in layers]
+        return [seen[layer] for layer in layers]
 
     return features
 

@@ -58,6 +58,7 @@ def update(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> dict[s
     """
     try:
         metrics = gradients(phase, seed, batch_size, runtime)
+        runtime.settle(phase.network, *(phase.ema.modules.values() if phase.ema is not None else ()))
         metrics["gradient_norm"] = torch.tensor(phase.optimiser.step(phase.steps))
     except FloatingPointError as error:
         raise DivergedError(f"{phase.name}, optimiser step {phase.steps}: {error}") from error

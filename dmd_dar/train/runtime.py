@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmd_dar.draws import sample_range
@@ -115,8 +115,15 @@ class Runtime:
             self.outlines[network] = outline(network)
             for module in network.shards():  # type: ignore[operator]
                 fully_shard(module, mesh=self.mesh, mp_policy=halved if bf16 else exact, reshard_after_forward=True)
-            # Without True, the root would keep gathered weights after a forward, and an update would not reach them.
-            fully_shard(network, mesh=self.mesh, mp_policy=exact, reshard_after_forward=True)
+            # The rest stays gathered until its gradients are made: they may come of features alone, without the output
+            # whose gradient would gather it again.
+            fully_shard(network, mesh=self.mesh, mp_policy=exact, reshard_after_forward=False)
+
+    def settle(self, *networks: nn.Module) -> None:
+        """Before weights are changed: drop what is still gathered of them, so that the next forward sees the change."""
+        for network in networks:
+            if isinstance(network, FSDPModule):
+                network.reshard()
 
     def whole(self, network: nn.Module) -> nn.Module:
         """The network with all its weights: itself, or if sharded a copy on the CPU, filled in the main process alone.

@@ -1,5 +1,6 @@
 """python -m tests.train.processes FOLDER: small distillations by two gloo processes, for test_runtime.py to compare."""
 
+import copy
 import os
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from dmd_dar import flow
@@ -16,7 +18,8 @@ from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.gan import GAN
 from dmd_dar.methods.trajectories import Trajectories
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.discriminator import Heads, features_of
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, routed_copy
+from dmd_dar.models.discriminator import Heads, features_of, width_of
 from dmd_dar.models.sit import SiTConfig, with_routing
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
@@ -26,35 +29,58 @@ from dmd_dar.train.loop import Loop, Phase, gradients, update
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.replicas import ReplicaError
 from dmd_dar.train.runtime import LaunchConfig, Runtime, gathered, local
+from tests.models.tiny_pipelines import tiny_dit
 from tests.tiny import tiny_sit
 
 SHAPE = SiTConfig(input_size=8, in_channels=2, patch=4, width=12, depth=2, heads=2, num_classes=3)
-BATCH, CYCLES = 20, {2: 6, 5: 2}  # cycles by k, the fake-score updates per student update
+ROUTING = RoutingConfig(query="timestep", chunk_size=2)
+BATCH, CYCLES = 20, {2: 6, 5: 1}  # cycles by k, the fake-score updates per student update
 
 
-def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tuple[Phase, ...]:
-    """k fake-score phases, the heads' and the student's, with all losses: two student forwards in one backward."""
-    teacher = tiny_sit(SHAPE).to(dtype).requires_grad_(False)
-    student = with_routing(teacher, RoutingConfig(query="timestep", chunk_size=2)).requires_grad_(True)
-    fake_score = tiny_sit(SHAPE).to(dtype)
-    for network in (student, fake_score):
+def sits(dtype: torch.dtype) -> list[nn.Module]:
+    """Teacher, student and fake score."""
+    teacher = tiny_sit(SHAPE).to(dtype)
+    student, fake_score = with_routing(teacher, ROUTING), tiny_sit(SHAPE).to(dtype)
+    for network in (teacher, student, fake_score):
         network.pos_embed.requires_grad_(False)
+    return [teacher, student, fake_score]
+
+
+def dits(dtype: torch.dtype) -> list[nn.Module]:
+    """The same of a diffusers transformer."""
+    teacher = DiffusersDenoiser(tiny_dit(in_channels=2, out_channels=2, num_layers=3, num_embeds_ada_norm=3)).to(dtype)
+    return [teacher, routed_copy(teacher, ROUTING), copy.deepcopy(teacher)]
+
+
+def cycle_of(
+    runtime: Runtime,
+    k: int,
+    dtype: torch.dtype = torch.float64,
+    made: Callable[..., list[nn.Module]] = sits,
+    checkpointing: bool = False,
+) -> tuple[Phase, ...]:
+    """k fake-score phases, the heads' and the student's, with all losses: two student forwards in one backward."""
+    teacher, student, fake_score = networks = made(dtype)
+    teacher.requires_grad_(False)
     ema = Ema(student, 0.9)
-    runtime.shard(student, fake_score, teacher, ema.module)
+    if checkpointing:
+        student.checkpoint_activations()  # type: ignore[operator]
+        fake_score.checkpoint_activations()  # type: ignore[operator]
+    runtime.shard(*networks, *ema.modules.values())
 
     def velocity(network: nn.Module):
         v = velocity_of(network)
         return lambda x, t, cond: v(x.to(dtype), t.to(dtype), cond)
 
     torch.manual_seed(1)
-    heads = Heads(12, 2, hidden=4).to(dtype)
+    heads, law = Heads(width_of(fake_score), 2, hidden=4).to(dtype), flow.TimeLaw()
     for p in heads.parameters():
         nn.init.normal_(p, std=0.3)
     gan = GAN(
         features=features_of(fake_score, velocity(fake_score), (1, 2)),
         heads=heads,
         real=lambda draws: (draws.normal("image", 2, 8, 8), draws.integers("label", 3)),
-        time=flow.TimeLaw(),
+        time=law,
         weight=LossWeight(0.5),
         feature_weight=0.5,
         r1_weight=0.1,
@@ -63,10 +89,9 @@ def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tu
     method = DMD(
         *map(velocity, (student, teacher, fake_score)),
         rungs=(1.0, 0.6),
-        renoise=flow.TimeLaw(),
+        renoise=law,
         num_classes=3,
         shape=(2, 8, 8),
-        matching_weight=1.0,
         regression_weight=LossWeight(0.5),
         trajectories=pairs,
         gan=gan,
@@ -80,10 +105,10 @@ def cycle_of(runtime: Runtime, k: int, dtype: torch.dtype = torch.float64) -> tu
     return (*fakes, judge, phase)
 
 
-def trained(config: LaunchConfig, k: int, cycles: int = 0, resume: Path | None = None) -> dict[str, Any]:
+def trained(config: LaunchConfig, k: int, cycles: int = 0, resume: Path | None = None, **more: Any) -> dict[str, Any]:
     """The phases' states after `cycles` more cycles, from those in the file `resume` where it is given."""
     runtime = Runtime(config)
-    cycle = cycle_of(runtime, k)
+    cycle = cycle_of(runtime, k, **more)
     if resume is not None:
         states = torch.load(resume, weights_only=True)
         for phase in cycle[-3:]:
@@ -96,9 +121,11 @@ def trained(config: LaunchConfig, k: int, cycles: int = 0, resume: Path | None =
 
 def single_gradients(config: LaunchConfig) -> dict[str, Any]:
     """float32 gradients of one student update, by name."""
+    AcceleratorState._reset_state()  # it holds one precision for a process's life
     runtime = Runtime(config)
     phase = cycle_of(runtime, 1, torch.float32)[-1]
     gradients(phase, 0, BATCH, runtime)
+    AcceleratorState._reset_state()
     return gathered({name: p.grad for name, p in phase.network.named_parameters() if p.grad is not None})
 
 
@@ -144,8 +171,11 @@ def work(rank: int, folder: str, port: int) -> None:
     for sharding in ("none", "fsdp2"):
         found[f"{sharding} whole"] = trained(config(sharding, 5), 5)
         found[f"{sharding} halfway"] = trained(config(sharding), 2, CYCLES[2] // 2)
-        found[f"{sharding} resumed"] = trained(config(sharding, 2), 2, CYCLES[2] // 2, Path(folder) / "halfway.pt")
+        halfway = Path(folder) / "halfway.pt"
+        found[f"{sharding} resumed"] = trained(config(sharding, 2), 2, CYCLES[2] // 2, halfway, checkpointing=True)
         found[f"{sharding} gradients"] = single_gradients(config(sharding))
+    found["dit"] = trained(config("fsdp2"), 1, 2, made=dits, checkpointing=True)
+    found["bf16"] = single_gradients(config("fsdp2", precision="bf16"))
     found["replicas"] = [
         divergence("none", nudge),
         divergence("fsdp2", nudge, shard_among=1),

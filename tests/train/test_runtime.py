@@ -12,7 +12,7 @@ from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.train import replicas, runtime
 from dmd_dar.train.runtime import LaunchConfig, Runtime
-from tests.train.processes import CYCLES, config, single_gradients, trained
+from tests.train.processes import CYCLES, config, dits, single_gradients, trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +66,22 @@ def test_accumulation_equals_one_big_batch(alone, accumulation, k):
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_two_processes_that_accumulate_equal_one(alone, two, sharding):
     assert furthest(two[f"{sharding} whole"], alone[5]) < 1e-12
+
+
+def test_a_sharded_diffusers_transformer_trains_as_a_whole_one(two):
+    assert furthest(two["dit"], trained(config("none"), 1, 2, made=dits)) < 1e-12
+
+
+def test_bfloat16_is_the_same_choice_sharded_or_not(two):
+    exact, expected = single_gradients(config("none")), single_gradients(config("none", precision="bf16"))
+
+    def flat(gradients: dict[str, Tensor]) -> Tensor:
+        return torch.cat([gradients[name].flatten() for name in exact])
+
+    rounding = (flat(expected) - flat(exact)).norm()
+    assert 0 < rounding < 0.1 * flat(exact).norm()
+    assert (flat(two["bf16"]) - flat(expected)).norm() < rounding
+    assert all(gradient.dtype == torch.float32 for gradient in two["bf16"].values())
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
