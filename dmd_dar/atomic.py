@@ -94,6 +94,7 @@ def replaced_folder(target: str | os.PathLike[str], own: tuple[str, ...] = ()) -
         if not target.is_dir() or not any(target.iterdir()):
             os.replace(new, target)
         elif _exchanged(new, target):
+            reached("folders exchanged")
             _keep_foreign(new, target, own)
         else:
             shutil.rmtree(old, ignore_errors=True)
@@ -102,6 +103,7 @@ def replaced_folder(target: str | os.PathLike[str], own: tuple[str, ...] = ()) -
             _keep_foreign(old, target, own)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    reached("folder replaced")
     sync_folder(target.parent)
 
 

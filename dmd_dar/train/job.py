@@ -100,6 +100,7 @@ def run_cycle(
         start = loop.restore(Path(cfg.out_dir) / "checkpoints")
         with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
             finished = loop.run(start, log)
+        runtime.any(False)  # a launcher ends the others once one is gone: wait for the one that closes the log
         for name, result in results.items() if finished else ():
             network = runtime.whole(result)
             runtime.together(partial(save, folder.path / name, network) if folder is not None else lambda: None)

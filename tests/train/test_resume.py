@@ -132,6 +132,15 @@ def test_killed_while_it_resumes(runs, whole):
     ends_the_same(runs, "twice", whole)
 
 
+def test_killed_while_a_finished_run_writes_its_student_again(runs, whole):
+    for _ in range(2):
+        ends_the_same(runs, "again", whole)
+    points = runs.points("again")
+    for point in ("folders exchanged", "folder replaced"):
+        assert runs.run("again", SHORT, "kill", points.index(point) + 1) == -9
+        ends_the_same(runs, "again", whole)
+
+
 def killed_at_random(runs: Runs, name: str, kills: int, seed: int) -> None:
     assert runs.run("long", LONG) == 0, runs.said("long").read_text()
     chance, killed = random.Random(seed), 0
