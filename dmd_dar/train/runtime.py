@@ -87,7 +87,7 @@ class Runtime:
         if batch_size % parts:
             raise UserError(
                 f"batch_size {batch_size} does not divide evenly among {self.processes} processes with"
-                f" launch.accumulation {self.accumulation}: make it a multiple of {parts}"
+                f" launch.accumulation {self.accumulation}: make it a multiple of {parts}, or set launch.processes"
             )
         size = batch_size // parts
         start = self.rank * self.accumulation * size

@@ -1,4 +1,4 @@
-"""python -m tests.train.processes FOLDER: small distillations by two gloo processes, for test_runtime.py to compare."""
+"""python -m tests.train.processes FOLDER PORT N: small distillations by N gloo processes, for test_runtime.py."""
 
 import copy
 import os
@@ -163,15 +163,12 @@ def hurry(phase: Phase) -> None:
     phase.optimiser.adamw.param_groups[1]["base_lr"] *= 1.001
 
 
-def work(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+def by_two(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for sharding in ("none", "fsdp2"):
         found[f"{sharding} whole"] = trained(config(sharding, 5), 5)
         found[f"{sharding} halfway"] = trained(config(sharding), 2, CYCLES[2] // 2)
-        halfway = Path(folder) / "halfway.pt"
+        halfway = folder / "halfway.pt"
         found[f"{sharding} resumed"] = trained(config(sharding, 2), 2, CYCLES[2] // 2, halfway, checkpointing=True)
         found[f"{sharding} gradients"] = single_gradients(config(sharding))
     found["dit"] = trained(config("fsdp2"), 1, 2, made=dits, checkpointing=True)
@@ -182,9 +179,24 @@ def work(rank: int, folder: str, port: int) -> None:
         divergence("fsdp2", hurry),
         divergence("fsdp2", None, shard_among=1),
     ]
-    torch.save(found, Path(folder) / f"found{rank}.pt")
+    return found
+
+
+def by_four() -> dict[str, Any]:
+    """Two copies of two parts each."""
+    shared = {"shard_among": 2}
+    found: dict[str, Any] = {"whole": trained(config("fsdp2", 5, **shared), 5)}
+    return found | {"replicas": [divergence("fsdp2", nudge, **shared), divergence("fsdp2", None, **shared)]}
+
+
+def work(rank: int, folder: str, port: int, processes: int) -> None:
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
+    torch.save(by_two(Path(folder)) if processes == 2 else by_four(), Path(folder) / f"found{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(work, (sys.argv[1], int(sys.argv[2])), nprocs=2, start_method="fork")
+    given = (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    torch.multiprocessing.start_processes(work, given, nprocs=given[2], start_method="fork")

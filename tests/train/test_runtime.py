@@ -34,18 +34,22 @@ def alone() -> dict[int, Any]:
     return {k: trained(config("none"), k) for k in CYCLES}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """What two processes have found: found0.pt by the main one, found1.pt by the other."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.save(trained(config("none"), 2, CYCLES[2] // 2), folder / "halfway.pt")
+def by_processes(folder: Path, processes: int) -> Path:
+    """`folder`, with found0.pt by the main process, found1.pt by the next, and so on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.train.processes", str(folder), str(port)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "tests.train.processes", str(folder), str(port), str(processes)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    torch.save(trained(config("none"), 2, CYCLES[2] // 2), folder / "halfway.pt")
+    return by_processes(folder, 2)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,17 @@ def test_a_divergence_ends_all_processes_within_the_interval_with_one_message(tw
         assert "(1 of" in message and "same command continues" in message
     assert "step 4: process 1 holds another student/network/" not in rate and "base_lr" in rate
     assert none == "6 steps"
+
+
+@pytest.mark.slow
+def test_copies_of_sharded_networks_train_as_one_and_are_compared(alone, tmp_path):
+    """Four processes: 0 and 1 hold one copy, 2 and 3 the other."""
+    by_processes(tmp_path, 4)
+    found = [torch.load(tmp_path / f"found{rank}.pt", weights_only=True) for rank in range(4)]
+    assert furthest(found[0]["whole"], alone[5]) < 1e-12
+    harmed, none = found[0]["replicas"]
+    assert "process 3 holds another student/ema/0.9/blocks.1.mlp.fc1.weight than process 1 (1 of" in harmed
+    assert none == "6 steps" and all(one["replicas"] == [harmed, none] for one in found)
 
 
 def test_a_checksum_sees_every_bit_and_every_exchange_of_two_values():
