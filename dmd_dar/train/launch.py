@@ -79,12 +79,16 @@ def watch(started: list[Any], stop: StopRequest) -> int | None:
             for process in alive:
                 os.kill(process.pid, signal.SIGTERM)
         if failed is None:
-            failed = next((rank for rank, process in enumerate(started) if process.exitcode), None)
+            failed = first_failed(started)
             deadline = float("inf") if failed is None else time.monotonic() + GRACE
         if time.monotonic() > deadline:
             for process in alive:
                 process.kill()
-    return failed
+    return first_failed(started) if failed is None else failed  # the last ones may have ended since it was looked for
+
+
+def first_failed(started: list[Any]) -> int | None:
+    return next((rank for rank, process in enumerate(started) if process.exitcode), None)
 
 
 @contextlib.contextmanager

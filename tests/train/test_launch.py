@@ -12,6 +12,7 @@ import torch
 from dmd_dar.errors import UserError
 from dmd_dar.train import launch
 from dmd_dar.train.runtime import LaunchConfig
+from dmd_dar.train.stop import StopRequest
 from tests.train.waiting import Config, Launch, job
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,27 @@ def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     assert all(gone(pid) for pid in workers)
+
+
+class Ending:
+    """A process that has ended by the second time it is asked."""
+
+    pid, sentinel = 0, 0
+
+    def __init__(self, code: int):
+        self.code, self.exitcode = code, None
+        self.answers = iter([True, False])
+
+    def is_alive(self) -> bool:
+        alive = next(self.answers)
+        self.exitcode = None if alive else self.code
+        return alive
+
+
+@pytest.mark.parametrize("codes, failed", [((2, 2), 0), ((0, 2), 1), ((0, 0), None)])
+def test_processes_that_end_between_two_looks_are_seen_to_have_failed(monkeypatch, codes, failed):
+    monkeypatch.setattr(launch, "wait", lambda sentinels, timeout: None)
+    assert launch.watch([Ending(code) for code in codes], StopRequest()) == failed
 
 
 def test_how_many_processes_a_command_starts(monkeypatch):
