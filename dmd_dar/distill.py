@@ -22,8 +22,8 @@ from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, Pool, block_readers, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
-from dmd_dar.models.saved import ModelCard, save_network
-from dmd_dar.models.shared_lora import LoraConfig, merged
+from dmd_dar.models.saved import ModelCard
+from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.students import Memory, Networks, Weights, build_networks
 from dmd_dar.models.teachers import (
     Denoiser,
@@ -39,9 +39,11 @@ from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import launch
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
+from dmd_dar.train.export import export
 from dmd_dar.train.job import open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Phase
+from dmd_dar.train.model_card import CardConfig
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
 
@@ -149,6 +151,7 @@ class DistillConfig:
     gan: GanConfig = key(factory=GanConfig)
     checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
     log: LogConfig = key(factory=LogConfig)
+    card: CardConfig = key(factory=CardConfig)
     launch: LaunchConfig = key(factory=LaunchConfig)
 
     def __post_init__(self) -> None:
@@ -350,7 +353,7 @@ def distill(cfg: DistillConfig) -> None:
             shape=recipe.shape,
             num_classes=recipe.num_classes,
             results={"student": ema.module, **others},
-            save=lambda place, network: save_network(place, merged(network), card, codec),
+            save=lambda place, network: export(place, network, card, codec),
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ from dmd_dar.data.images import to_pixels
 from dmd_dar.errors import UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.methods.generate import decoded, few_step_generator, generate
+from dmd_dar.models.adapters import CARD as ADAPTER
+from dmd_dar.models.adapters import load_adapter
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
@@ -120,16 +123,23 @@ def _count(labels: Labels | None, n: int | None, noise: Tensor | None) -> int:
 
 
 def load_pipeline(
-    path: str, device: torch.device | str = "cpu", *, revision: str = "", prompts: str = ""
+    path: str, device: torch.device | str = "cpu", *, revision: str = "", prompts: str = "", base: str = ""
 ) -> StudentPipeline:
     """The student of `path`, a folder RUN/student or a hub id ("OWNER/NAME", at `revision`), ready to sample.
 
     prompts: a folder of encoded prompts for a student that reads prompts; empty: those that it was trained on.
+    base: the teacher's path, where `path` is the adapter of a LoRA student, RUN/student/adapter.
 
     Raises UserError or a kind of it, naming the file and the remedy, where there is none, it is damaged, or it is a
     many-step network.
     """
-    student = load_teacher(TeacherConfig(str(path), revision, prompts=prompts), device)
+    is_adapter = (Path(path) / ADAPTER).is_file()
+    if is_adapter != bool(base):
+        fault = "an adapter; name the teacher that it belongs to, base=PATH"
+        raise UserError(f"{path}: {fault if is_adapter else 'no adapter; leave base out'}")
+    student = load_teacher(TeacherConfig(base if is_adapter else str(path), revision, prompts=prompts), device)
+    if is_adapter:
+        student = load_adapter(Path(path), student)
     if not student.rungs:
         raise UserError(f"{path}: a many-step network, no few-step student; distil it")
     return StudentPipeline(student, codec_of(student, device), torch.device(device))

@@ -20,16 +20,18 @@ from dmd_dar.keys import key
 from dmd_dar.methods.generate import decoded, ode_generator
 from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import ModelCard, save_network
+from dmd_dar.models.saved import ModelCard
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import launch
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
+from dmd_dar.train.export import export
 from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.job import open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Metrics, Phase
+from dmd_dar.train.model_card import CardConfig
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
 
@@ -76,6 +78,7 @@ class PretrainConfig:
     optimiser: OptimiserConfig = key(factory=OptimiserConfig)
     checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
     log: LogConfig = key(factory=LogConfig)
+    card: CardConfig = key(factory=CardConfig)
     launch: LaunchConfig = key(factory=LaunchConfig)
 
     def __post_init__(self) -> None:
@@ -158,7 +161,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             shape=data.shape,
             num_classes=data.num_classes,
             results={"student": ema.module},
-            save=lambda place, network: save_network(place, network, card, codec),
+            save=lambda place, network: export(place, network, card, codec),
         )
 
 

@@ -166,7 +166,7 @@ def read_card(folder: str | Path) -> Saved:
         described.pop("model", None)
         if "meaning" in described:
             described["prediction"] = described.pop("meaning")
-        card = _card(described)
+        card = card_from_dict(described)
         return Saved(card, _hash(folder, card), card.origin)
     except UserError:
         raise
@@ -174,7 +174,8 @@ def read_card(folder: str | Path) -> Saved:
         raise DamagedFileError(f"{file} describes no network of this project: {error}") from error
 
 
-def _card(described: dict[str, Any]) -> ModelCard:
+def card_from_dict(described: dict[str, Any]) -> ModelCard:
+    """The inverse of dataclasses.asdict(card), through JSON. Raises KeyError, TypeError or ValueError for others."""
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in described.items()}
     if isinstance(given["prediction"], dict):
         given["prediction"] = meaning_from_dict(given["prediction"])
@@ -184,7 +185,7 @@ def _card(described: dict[str, Any]) -> ModelCard:
 def _checked(folder: Path, described: dict[str, Any]) -> Saved:
     """Today's form, whose parts must have been saved together."""
     latent, digest = described.pop("vae"), described.pop("network")
-    card, file = _card(described), folder / "scheduler" / "scheduler_config.json"
+    card, file = card_from_dict(described), folder / "scheduler" / "scheduler_config.json"
     theirs, ours = read_json(file), scheduler_config(meaning_of(card.prediction), card.rungs, card.sampler)
     if wrong := [name for name, value in ours.items() if theirs.get(name) != value]:
         told = ", ".join(f"{name} = {theirs.get(name)} where {CARD} says {ours[name]}" for name in wrong)

@@ -1,0 +1,114 @@
+"""A LoRA student apart from its base: an adapter in peft's form, and beside it its routers and whose adapter it is.
+
+adapter_config.json, adapter_model.safetensors    as peft reads and writes them
+routers.safetensors                               of a routed student
+adapter.json                                      the card, the base's hash, the routing, the merged network's hash
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.models.diffusers_denoiser import read_json, routed_copy
+from dmd_dar.models.saved import ModelCard, card_from_dict
+from dmd_dar.models.shared_lora import Lora, LoraConfig, LoraDenoiser, merged
+from dmd_dar.models.sit import SiT, with_routing
+from dmd_dar.models.teachers import Teacher
+from dmd_dar.routing.layout import RoutingConfig
+
+FORMAT, CARD = 1, "adapter.json"
+CONFIG, WEIGHTS, ROUTERS = "adapter_config.json", "adapter_model.safetensors", "routers.safetensors"
+PEFT = "base_model.model."  # before the names of the base's layers
+OURS = "transformer."  # before those of a diffusers transformer, in our wrapper
+
+
+def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: str) -> None:
+    """Fill an empty folder. `digest` is the merged network's, card.origin["teacher"] the base's."""
+    layers, (rank, alpha) = _layers(student), _size(student)
+    weights = {f"{PEFT}{name}.lora_A.weight": layer.lora.A for name, layer in layers.items()}
+    weights |= {f"{PEFT}{name}.lora_B.weight": layer.lora.B for name, layer in layers.items()}
+    config = {"peft_type": "LORA", "base_model_name_or_path": None, "r": rank, "lora_alpha": alpha, "bias": "none"}
+    config |= {"target_modules": sorted(layers), "lora_dropout": 0.0, "inference_mode": True}
+    write_atomic(make_folder(folder) / WEIGHTS, _bytes(weights))
+    write_atomic(folder / CONFIG, json.dumps(config, indent=1))
+    if routers := _routers(student):
+        write_atomic(folder / ROUTERS, _bytes(routers))
+    said = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
+    write_atomic(folder / CARD, json.dumps({**said, "routing": asdict(student.config.routing)}, indent=1))
+
+
+def load_adapter(folder: Path, base: Teacher) -> Teacher:
+    """The student: `base` with the adapter merged into it, and the student's routers.
+
+    Raises UserError where the adapter was trained on another base, MissingWeightsError or DamagedFileError naming the
+    file that is missing or does not fit.
+    """
+    said, size = read_json(folder / CARD), read_json(folder / CONFIG)
+    try:
+        if said["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        card, trained_on, routing = card_from_dict(said["card"]), str(said["base"]), RoutingConfig(**said["routing"])
+        targets = tuple(str(name) for name in size["target_modules"])
+        lora = LoraConfig(int(size["r"]), float(size["lora_alpha"]), targets)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
+    if trained_on != base.digest:
+        raise UserError(
+            f"{folder} is an adapter of the network {trained_on[:12]}, and this base is {base.digest[:12]}: name the"
+            " teacher that the student was distilled from"
+        )
+    routed = with_routing if isinstance(base.network, SiT) else routed_copy
+    student = LoraDenoiser(routed(base.network, routing, True), lora)  # type: ignore[arg-type]
+    layers = _layers(student)
+    own = {
+        f"{PEFT}{name}.lora_{part}.weight": getattr(layer.lora, part) for name, layer in layers.items() for part in "AB"
+    }
+    _fill(folder / WEIGHTS, own)
+    if routers := _routers(student):
+        _fill(folder / ROUTERS, routers)
+    facts = {"rungs": card.rungs, "label_names": card.label_names, "origin": card.origin, "sampler": card.sampler}
+    return replace(base, network=merged(student).eval(), digest=str(said["network"]), **facts)
+
+
+def _layers(student: LoraDenoiser) -> dict[str, Any]:
+    """The updated layers by their names in the base, as its own library names them."""
+    named = student.network.named_modules()
+    return {name.removeprefix(OURS): x for name, x in named if isinstance(getattr(x, "lora", None), Lora)}
+
+
+def _size(student: LoraDenoiser) -> tuple[int, float]:
+    """(rank, alpha), the same for all layers."""
+    lora = next(iter(_layers(student).values())).lora
+    return len(lora.A), lora.scale * len(lora.A)
+
+
+def _routers(student: LoraDenoiser) -> dict[str, nn.Parameter]:
+    own = {id(parameter) for parameter in student.network.router_parameters()}
+    return {name: value for name, value in student.network.named_parameters() if id(value) in own}
+
+
+def _bytes(tensors: dict[str, Any]) -> bytes:
+    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"format": "pt"})
+
+
+def _fill(file: Path, own: dict[str, Any]) -> None:
+    """Copy a file's tensors into those of the same names; DamagedFileError where names or shapes differ."""
+    try:
+        found: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DamagedFileError(f"{file} cannot be read: {error}") from error
+    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (found, own)]
+    if shapes[0] != shapes[1]:
+        wrong = sorted(name for name in {*found, *own} if shapes[0].get(name) != shapes[1].get(name))
+        raise DamagedFileError(f"{file} does not fit its base and {CONFIG}: {', '.join(wrong[:4])}")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(found[name])

@@ -1,0 +1,125 @@
+"""A LoRA student's adapter: on its base it is the merged student, for us and for peft; on another it is refused."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dmd_dar
+from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.models.adapters import load_adapter, write_adapter
+from dmd_dar.models.saved import ModelCard, network_hash, save_network
+from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, merged
+from dmd_dar.models.students import Memory, build_networks
+from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
+from dmd_dar.routing.layout import RoutingConfig
+from tests.models.tiny_pipelines import tiny_pipeline
+from tests.tiny import tiny_teacher
+
+RUNGS = (1.0, 0.5)
+
+
+def trained(teacher: Teacher, query: str) -> LoraDenoiser:
+    """A student whose adapters and routers have moved."""
+    memory = Memory("shared_lora", LoraConfig(rank=3, alpha=6.0))
+    student = build_networks(copy.deepcopy(teacher).network, RoutingConfig(query, 2), memory=memory).student
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return student.eval()
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("teachers")
+    return {"sit": tiny_teacher(root / "sit"), "dit": tiny_pipeline(root / "dit")}
+
+
+def exported(folder: Path, path: Path, query: str) -> tuple[Teacher, LoraDenoiser]:
+    teacher = load_teacher(TeacherConfig(str(path)))
+    student = trained(teacher, query)
+    card = ModelCard(teacher.prediction, RUNGS, teacher.label_names, {"teacher": teacher.digest})
+    save_network(folder / "student", merged(student), card)
+    write_adapter(folder / "adapter", student, card, network_hash(folder / "student"))
+    return teacher, student
+
+
+def inputs(network) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    config = network.config
+    x = torch.randn(
+        2, config.in_channels, config.input_size, config.input_size, generator=torch.Generator().manual_seed(1)
+    )
+    return x, torch.tensor([0.3, 1.0]), torch.tensor([0, 3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+@pytest.mark.parametrize("query", ["residual", "timestep"])
+def test_an_adapter_on_its_base_is_the_student(teachers, tmp_path, kind, query):
+    teacher, student = exported(tmp_path, teachers[kind], query)
+    back = load_adapter(tmp_path / "adapter", teacher)
+    given = inputs(student)
+    expected = student(*given)
+    assert (expected - teacher.network(*given)).abs().max() > 1e-2
+    torch.testing.assert_close(back.network(*given), expected, rtol=1e-5, atol=1e-5)
+    assert back.rungs == RUNGS and back.digest == network_hash(tmp_path / "student")
+    assert (tmp_path / "adapter" / "routers.safetensors").exists() == (query != "residual")
+    assert bool(back.network.router_parameters()) == (query != "residual")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+def test_peft_reads_the_adapter(teachers, tmp_path, kind):
+    from peft import PeftModel
+
+    teacher, student = exported(tmp_path, teachers[kind], "residual")
+    plain = copy.deepcopy(teacher.network)
+    given = inputs(student)
+    expected = student(*given)
+    if kind == "sit":
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter")(*given)
+    else:
+        plain.transformer = PeftModel.from_pretrained(plain.transformer, tmp_path / "adapter").base_model.model
+        theirs = plain(*given)
+    torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pipeline_of_an_adapter_needs_its_own_base(teachers, tmp_path):
+    exported(tmp_path, teachers["sit"], "timestep")
+    adapter = tmp_path / "adapter"
+    ours = dmd_dar.load_pipeline(adapter, base=str(teachers["sit"]))
+    whole = dmd_dar.load_pipeline(tmp_path / "student")
+    torch.testing.assert_close(ours(n=3, seed=1), whole(n=3, seed=1), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="an adapter; name the teacher"):
+        dmd_dar.load_pipeline(adapter)
+    with pytest.raises(UserError, match="is an adapter of the network"):
+        dmd_dar.load_pipeline(adapter, base="teachers/photos32")
+
+
+def change_config(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 4}))
+
+
+def drop_a_router(folder: Path) -> None:
+    routers = load_file(folder / "routers.safetensors")
+    routers.popitem()
+    save_file(routers, folder / "routers.safetensors")
+
+
+def change_card(folder: Path) -> None:
+    file = folder / "adapter.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "card": {**said["card"], "auto_map": "evil"}}))
+
+
+@pytest.mark.parametrize("damage", [change_config, drop_a_router, change_card])
+def test_a_damaged_adapter_is_named(teachers, tmp_path, damage):
+    teacher, _ = exported(tmp_path, teachers["sit"], "timestep")
+    damage(tmp_path / "adapter")
+    with pytest.raises(DamagedFileError, match=str(tmp_path / "adapter")):
+        load_adapter(tmp_path / "adapter", teacher)

@@ -1,0 +1,97 @@
+"""The model card: its front matter is YAML, its text is what the run folder says, and names cannot break out of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dmd_dar.models.saved import ModelCard
+from dmd_dar.train.model_card import model_card
+from tests.tiny import tiny_sit
+
+HOSTILE = (
+    "</code><script>alert(1)</script>",
+    "a | b",
+    "---\nlicense: mit\n---",
+    "[x](https://evil.example)",
+    "`rm -rf`",
+)
+DIGEST = "ab" * 32
+
+
+def card_in(run: Path, **changes) -> tuple[dict, str]:
+    """(front matter, body)."""
+    fields = dict(
+        rungs=(1.0, 0.75), label_names=HOSTILE, origin={"teacher": "cd" * 32, "guidance_scale": 1.5, "steps": 7}
+    )
+    text = model_card(run, tiny_sit(), ModelCard(**{**fields, **changes}), DIGEST)
+    empty, front, body = text.split("---\n", 2)
+    assert empty == ""
+    return yaml.safe_load(front), body
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    config = {"out_dir": "x", "teacher": {"path": "facebook/DiT-XL-2-256"}, "card": {"license": "cc-by-nc-4.0"}}
+    config |= {"steps": 7, "student": {"lr": 1e-4, "routing": {"query": "residual"}}, "log": {"every": 3}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 6, "student/dm": 0.5}\n{"step": 7, "student/dm": 0.25, "health/x": 2}\n'
+    )
+    return tmp_path
+
+
+def test_front_matter_and_text_say_what_the_run_says(run):
+    front, body = card_in(run)
+    assert front["library_name"] == "dmd_dar" and front["license"] == "cc-by-nc-4.0"
+    assert front["base_model"] == "facebook/DiT-XL-2-256" and {"few-step", "distillation"} <= set(front["tags"])
+    assert "cd" * 32 in body and DIGEST in body and "1, 0.75 (1 is noise), sampler stochastic" in body
+    assert "**Guidance**: 1.5" in body and "**Steps of training**: 7" in body
+    assert (
+        "| student/dm | 0.25 |" in body
+        and "| health/x | 2 |" in body
+        and "0.5" not in body.split("## Configuration")[0].replace("1.5", "").replace("0.75", "")
+    )
+    assert "| student.lr | 0.0001 |" in body and "log.every" not in body and "out\\_dir" not in body
+    assert 'pipe = dmd_dar.load_pipeline("FOLDER")' in body
+    compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_hostile_names_stay_text(run):
+    _, body = card_in(run)
+    line = next(line for line in body.splitlines() if line.startswith("- **Labels**"))
+    assert "<script" not in body and "](http" not in body and "https://evil" not in body
+    assert "&lt;script&gt;" in line and "a \\| b" in line and "\\`rm -rf\\`" in line and "--- license: mit ---" in line
+    assert "\n---" not in body
+
+
+def test_nothing_is_invented(tmp_path):
+    front, body = card_in(tmp_path / "nowhere", label_names=(), origin={}, rungs=())
+    assert front["license"] == "unknown" and "base_model" not in front and "few-step" not in front["tags"]
+    assert "No configuration is recorded" in body and "No report of its images was at hand" in body
+    for name in ("Teacher", "Guidance", "Rungs", "Steps of training"):
+        assert f"**{name}**" not in body
+    assert "**Labels**: 7, without names" in body
+
+
+def test_a_local_teacher_is_no_base_model_of_the_hub(run):
+    (run / "config.yaml").write_text(yaml.safe_dump({"teacher": {"path": "teachers/photos32"}}))
+    front, body = card_in(run)
+    assert "base_model" not in front and "teachers/photos32, SHA-256" in body and "that of the teacher applies" in body
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_report_is_quoted_only_where_it_is_of_this_network(run, own):
+    gain = {"HF": {"value": -0.3, "low": -0.52, "high": -0.07}}
+    row = {"facts": {"network": DIGEST if own else "other"}, "images": 1024}
+    row["against"] = {"teacher": {"verdict": {"word": "inconclusive"}, "gain_db": gain}}
+    (run / "report.json").write_text(json.dumps({"sets": [row]}))
+    body = card_in(run)[1]
+    assert ("-0.30 from -0.52 to -0.07" in body and "inconclusive" in body) == own
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sets": 3}', '{"sets": [{"facts": 1}]}'])
+def test_a_report_of_another_form_is_left_out(run, text):
+    (run / "report.json").write_text(text)
+    assert "No report of its images" in card_in(run)[1]
