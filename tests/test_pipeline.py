@@ -35,8 +35,9 @@ import dmd_dar
 made = {}
 for path in sys.argv[2:]:
     pipe = dmd_dar.load_pipeline(path)
-    made[path] = pipe(n=5, seed=3)
-    made[path + ".labels"] = pipe([2, 0, 2], seed=3, batch_size=2, sampler="deterministic")
+    made[path] = pipe(n=5, seed=3).contiguous()
+    along = pipe([2, 0, 2], seed=3, batch_size=2, sampler="deterministic")
+    made[path + ".labels"] = along.contiguous()
 save_file(made, sys.argv[1])
 """
 
