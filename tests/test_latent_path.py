@@ -1,8 +1,9 @@
-"""The whole latent path on a tiny random DiTPipeline saved by diffusers: encode, pairs, distill, sample, as typed."""
+"""The whole latent path on a tiny random DiTPipeline saved by diffusers: encode, pairs, distill, sample, report."""
 
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import TeacherConfig, codec_of, load_teacher
 from dmd_dar.pairs import PairsConfig, make_pairs
 from dmd_dar.sample import SampleConfig, sample
+from eval import distances, report
+from eval.classifier import fit_classifier
 from tests.models.tiny_pipelines import tiny_dit, tiny_vae
 from tests.pictures import noise
 
@@ -29,18 +32,18 @@ SMALL += " gan.weight=0.1 student.lr=1e-4"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A pipeline of two classes on 16 x 16 latents, images of two classes, their latents, the teacher's pairs."""
+    """A pipeline of two classes on 32 x 32 latents, images of two classes, their latents, the teacher's pairs."""
     from diffusers import DDIMScheduler, DiTPipeline
 
     root = tmp_path_factory.mktemp("path")
     chain = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
-    transformer = tiny_dit(sample_size=16, num_embeds_ada_norm=2)
+    transformer = tiny_dit(sample_size=32, patch_size=4, num_embeds_ada_norm=2)
     DiTPipeline(transformer, tiny_vae(), chain).save_pretrained(root / "pipeline")
     for i in range(6):
         (root / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise(40, 36, i)).save(root / "images" / "ab"[i % 2] / f"{i}.png")
-    of_images = ["data.name=folder", f"data.path={root / 'images'}", "data.held_out_share=0", "cpu=true"]
-    run(EncodeConfig, encode, f"codec={root / 'pipeline'}", f"out={root / 'latents'}", *of_images)
+        Image.fromarray(noise(72, 68, i)).save(root / "images" / "ab"[i % 2] / f"{i}.png")
+    of_images = ["data.name=folder", f"data.path={root / 'images'}", "data.size=64", "data.held_out_share=0"]
+    run(EncodeConfig, encode, f"codec={root / 'pipeline'}", f"out={root / 'latents'}", "cpu=true", *of_images)
     few = [RUNGS, "n=6", "solver_steps=4", "guidance_scale=1.5", "cpu=true"]
     run(PairsConfig, make_pairs, f"teacher.path={root / 'pipeline'}", f"out={root / 'pairs'}", *few)
     return root
@@ -55,30 +58,50 @@ def arguments(made: Path, out: Path, *more: str) -> list[str]:
     return [f"teacher.path={made / 'pipeline'}", f"out_dir={out}", *data, *SMALL.split(), *more]
 
 
+@pytest.fixture(scope="module")
+def runs(made) -> dict[str, Path]:
+    folders = {query: made / query for query in ("residual", "timestep")}
+    for query, folder in folders.items():
+        distill.main(arguments(made, folder, f"student.routing.query={query}"))
+    return folders
+
+
 @pytest.mark.parametrize("query", ["residual", "timestep"])
 @torch.no_grad()
-def test_a_student_is_trained_with_every_loss_and_sampled_as_images(made, tmp_path, query):
-    with torch.enable_grad():
-        distill.main(arguments(made, tmp_path / "run", f"student.routing.query={query}"))
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+def test_a_student_is_trained_with_every_loss_and_sampled_as_images(runs, tmp_path, query):
+    log = [json.loads(line) for line in (runs[query] / "log.jsonl").read_text().splitlines()]
     last = {name: value for record in log for name, value in record.items()}
     for term in ("dm", "regression", "gan"):
         assert np.isfinite(last[f"student/{term}"]), term
     assert last["discriminator/loss"] > 0
 
-    folder = tmp_path / "run" / "student"
+    folder = runs[query] / "student"
     sample(SampleConfig(student=str(folder), out=str(tmp_path / "images"), n=4, seed=3, cpu=True))
     student = load_teacher(TeacherConfig(str(folder)))
     assert student.network.config.routing.query == query
     draws = Draws(3, "sample", 0, sample_range(0, 4))
-    noises = draws.normal("noise", 4, 16, 16)
+    noises = draws.normal("noise", 4, 32, 32)
     velocity = velocity_of(student.network, student.prediction)
     x0 = roll_out(velocity, draws.samples % 2, student.rungs, draws, noises, student.sampler)
     expected = codec_of(student).decode(x0).clamp(-1, 1)
     for i in range(4):
         image = np.asarray(Image.open(tmp_path / "images" / f"{i:06d}.png"))
-        assert image.shape == (32, 32, 3)
+        assert image.shape == (64, 64, 3)
         assert np.abs(image - (expected[i].permute(1, 2, 0).numpy() + 1) * 127.5).max() < 0.51
+
+
+def test_both_arms_are_reported_in_pixels_and_in_latents(made, runs, monkeypatch):
+    monkeypatch.setattr(distances, "fit_classifier", partial(fit_classifier, steps=5))
+    given = [f"runs=[{runs['residual']},{runs['timestep']}]", f"out={made / 'report'}", f"cache={made / 'cache'}"]
+    report.main([*given, "n=64", "solver_steps=1", "metrics=[offline]", "strict=true", "cpu=true"])
+    told = json.loads((made / "report" / "report.json").read_text())
+    assert told["image_size"] == [64, 64] and told["real"] == "VAE(real)"
+    assert (told["latent"]["channels"], told["latent"]["size"]) == (4, [32, 32])
+    for part, gains in ((told, "gain_db"), (told["latent"], "gain_db")):
+        against = {one["name"]: one["against"] for one in part["sets"]}
+        for name in ("residual", "timestep"):
+            assert np.isfinite(against[name]["teacher"][gains]["HF"]["value"])
+            assert np.isfinite(against[name]["real"][gains]["HF"]["value"])
 
 
 def test_what_does_not_belong_together_is_refused(made, tmp_path, capsys):
@@ -86,7 +109,7 @@ def test_what_does_not_belong_together_is_refused(made, tmp_path, capsys):
     for i, (more, said) in enumerate(
         (
             ([f"teacher.codec={tmp_path / 'vae'}"], "its latents are those of another VAE"),
-            (["data.name=photos", "data.path="], "real data like the teacher's, [4, 16, 16] in 2 classes"),
+            (["data.name=photos", "data.path="], "real data like the teacher's, [4, 32, 32] in 2 classes"),
             (["guidance_scale=2.0"], "guidance_scale"),
             ([f"data.path={made / 'pairs'}"], "holds no latents"),
             ([f"regression.pairs={made / 'latents'}"], "holds other pairs than this run needs"),
@@ -114,7 +137,7 @@ def test_a_run_whose_latents_were_replaced_is_not_continued(made, tmp_path, caps
     small = ["gan.weight=0", "regression.weight=0", f"data.path={tmp_path / 'latents'}"]
     distill.main(arguments(made, tmp_path / "run", *small, "steps=1"))
     shutil.rmtree(tmp_path / "latents")
-    images = ["data.name=folder", f"data.path={made / 'images'}", "data.held_out_share=0.4", "cpu=true"]
+    images = ["data.name=folder", f"data.path={made / 'images'}", "data.size=64", "data.held_out_share=0.4", "cpu=true"]
     run(EncodeConfig, encode, f"codec={made / 'pipeline'}", f"out={tmp_path / 'latents'}", *images)
     with pytest.raises(SystemExit):
         distill.main(arguments(made, tmp_path / "run", *small))
