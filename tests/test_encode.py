@@ -222,7 +222,8 @@ def test_from_images_and_a_vae_to_a_few_step_student(vae, images, whole, tmp_pat
     teach = [*given, *NETWORK.split(), f"codec={vae}", "steps=2", f"out_dir={tmp_path / 'teacher'}"]
     config.run_job(pretrain.PretrainConfig, pretrain.pretrain, teach)
     teacher = load_teacher(TeacherConfig(str(tmp_path / "teacher" / "student")))
-    assert teacher.codec == str(vae) and teacher.codec_digest == load_codec(str(vae)).digest()
+    assert teacher.codec == str(tmp_path / "teacher" / "student" / "vae")  # it travels with the network
+    assert load_codec(teacher.codec).digest() == teacher.codec_digest == load_codec(str(vae)).digest()
     assert teacher.label_names == ("cats", "dogs") and teacher.network.config.in_channels == 4
     shown = np.array(Image.open(tmp_path / "teacher" / "samples" / "data.png"))
     assert shown.shape == (8 * 66 - 2, 8 * 66 - 2, 3)
