@@ -36,5 +36,5 @@ OMP_NUM_THREADS=${EVAL_THREADS:-2} python -m eval.compare "${arms[@]}" out=out/p
 echo "pilot: $((SECONDS - began)) s"
 OMP_NUM_THREADS=${EVAL_THREADS:-2} python -m eval.report "runs=[$(runs residual | tr -d '[]'),$(runs dar | tr -d '[]')]" \
   compare=out/pilot/compare/compare.json out=out/pilot/report n=1024 metrics=[offline] \
-  title="Pilot at toy scale: residual and DAR students, three training seeds each"
+  title="Pilot at toy scale, residual and DAR students from three training seeds each"
 echo "report: $((SECONDS - began)) s"
