@@ -15,7 +15,6 @@ from dmd_dar import atomic, distill
 from dmd_dar.train import job
 
 torch.set_num_threads(1)
-job.GRID_ROWS, job.GRID_COLUMNS = 1, 2  # pictures take longer than the training here
 KEYS = (
     "seed=1 batch_size=2 rungs=[1.0,0.5] data.name=textures data.size=32 student.routing.query=timestep"
     " student.warmup=3 student.weight_decay=0.01 student.lr=1e-3 fake_score.updates=2 fake_score.lr=1e-3"
@@ -41,6 +40,7 @@ def train(keys: list[str], said: Path, act: str = "", at: int = 0, world: dict[s
 
     `world` is what a launcher tells one of several processes.
     """
+    job.GRID_ROWS, job.GRID_COLUMNS = 1, 2  # pictures take longer than the training here
     os.environ |= world or {}
     stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):

@@ -67,6 +67,8 @@ class Runs:
             held[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else b""
         del held[".lock"]
         held["config.yaml"] = held["config.yaml"].replace(f"out_dir: {folder}".encode(), b"")
+        if card := held.get("student/README.md"):
+            held["student/README.md"] = card.replace(f"# {name}\n".encode(), b"")
         records = [json.loads(line) for line in held["log.jsonl"].splitlines()]
         held["log.jsonl"] = [{**record, "steps_per_second": 0} for record in records]
         return held
