@@ -123,10 +123,11 @@ def _override(name: str, text: str) -> Layer:
 
 def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     """The layers of a file, what it extends first."""
+    _require_file(path, chain)
     if path.resolve() in chain:
         names = " -> ".join(str(file) for file in (*chain, path.resolve()))
         raise ConfigError(f"extends = {names}: the files extend each other in a circle; remove one `extends`")
-    values = _read_file(path, f" (extended by {chain[-1]})" if chain else "")
+    values = _read_file(path)
     if "extends" not in values:
         return [Layer(str(path), values)]
     base = values.pop("extends")
@@ -135,23 +136,29 @@ def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     return [*_file_layers(path.parent / base, (*chain, path.resolve())), Layer(str(path), values)]
 
 
-def _read_file(path: Path, note: str) -> dict[str, Any]:
-    if not path.name or not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], 1)
-        hint = f"nearest is {path.parent / near[0]}" if near else "name an existing YAML file"
-        raise ConfigError(f"config = '{path}'{note}: {problem}; {hint}")
+def _require_file(path: Path, chain: tuple[Path, ...]) -> None:
+    if path.name and os.path.isfile(path):  # False, too, for what can be no path at all
+        return
+    problem = "is not a file" if os.path.exists(path) else "does not exist"
+    beside = [file.name for file in path.parent.glob("*.yaml")] if os.path.isdir(path.parent) else []
+    near = difflib.get_close_matches(path.name, beside, 1)
+    hint = f"nearest is {path.parent / near[0]}" if near else "name an existing YAML file"
+    note = f" (extended by {chain[-1]})" if chain else ""
+    raise ConfigError(f"config = {shown(str(path))}{note}: {problem}; {hint}")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         node = _compose(text, str(path), "")
         if not isinstance(node, yaml.MappingNode):
             problem = "is empty" if node is None else "is not a mapping"
-            raise ConfigError(f"config = '{path}'{note}: the file {problem}; write key: value lines")
+            raise ConfigError(f"config = '{path}': the file {problem}; write key: value lines")
         return typing.cast(dict, OmegaConf.to_container(OmegaConf.create(text), resolve=False))
     except ConfigError:
         raise
     except UNREADABLE as error:
-        raise ConfigError(f"config = '{path}'{note}: {_yaml_problem(error)}; correct the file") from error
+        raise ConfigError(f"config = '{path}': {_yaml_problem(error)}; correct the file") from error
 
 
 def _compose(text: str, where: str, name: str) -> yaml.Node | None:

@@ -17,7 +17,7 @@ from dmd_dar.keys import key
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.gan import GAN, Batch
-from dmd_dar.methods.generate import decoded, few_step_generator
+from dmd_dar.methods.generate import Generator, decoded, few_step_generator, ode_generator
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, Pool, block_readers, chosen_layers, features_of, width_of
@@ -40,11 +40,14 @@ from dmd_dar.train import launch
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.export import export
+from dmd_dar.train.failure import Calls
+from dmd_dar.train.health import SOLVER_STEPS, Health
 from dmd_dar.train.job import open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Phase
 from dmd_dar.train.model_card import CardConfig
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.preflight import preflight
 from dmd_dar.train.runtime import LaunchConfig, Runtime
 
 
@@ -142,6 +145,7 @@ class DistillConfig:
         "float32", "type in which frozen linear weights are kept: the teacher's, which shared_lora shares"
     )
     resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
+    preflight: bool = key(True, "first see whether the teacher denoises the data, if that can be its own")
     teacher: TeacherConfig = key(factory=TeacherConfig)
     data: DataConfig = key(factory=DataConfig)
     student: StudentConfig = key(factory=StudentConfig)
@@ -204,8 +208,13 @@ def build_method(
     networks: Networks,
     runtime: Runtime,
     codec: Codec | None = None,
+    calls: Calls | None = None,
 ) -> DMD:
-    """The method over three velocities, with the trajectories, the real data and the GAN that its losses want."""
+    """The method over three velocities, with the trajectories, the real data and the GAN that its losses want.
+
+    `calls` remembers the networks' last calls, for what is left where one fails.
+    """
+    calls = calls or Calls()
     teacher_velocity = guided_velocity(networks.teacher, prediction, cfg.guidance_scale)
     real = real_batches(cfg, recipe, runtime.device) if cfg.needs_data else None
     pairs = None
@@ -213,9 +222,9 @@ def build_method(
         with runtime.main_first():
             pairs = trajectories_for(cfg.regression, recipe, teacher_velocity, runtime.device)
     return DMD(
-        student=velocity_of(networks.student, prediction),
-        teacher=teacher_velocity,
-        fake_score=velocity_of(networks.fake_score, prediction),
+        student=calls.watch("student", velocity_of(networks.student, prediction)),
+        teacher=calls.watch("teacher", teacher_velocity),
+        fake_score=calls.watch("fake_score", velocity_of(networks.fake_score, prediction)),
         rungs=cfg.rungs,
         renoise=cfg.matching.time,
         num_classes=recipe.num_classes,
@@ -309,17 +318,38 @@ def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Cod
     return teacher, codec
 
 
+def build_health(
+    cfg: DistillConfig, runtime: Runtime, method: DMD, codec: Codec | None, student: Generator, cycle: tuple[Phase, ...]
+) -> Health:
+    """The averaged student's samples are held against the guided teacher's, by its ODE."""
+    return Health(
+        every=cfg.log.health_every,
+        count=cfg.log.health_samples,
+        seed=cfg.seed,
+        student=student,
+        teacher=ode_generator(method.teacher, SOLVER_STEPS),
+        decode=codec and codec.decode,
+        shape=method.shape,
+        num_classes=method.num_classes,
+        runtime=runtime,
+        optimisers={phase.name: phase.optimiser for phase in cycle},
+    )
+
+
 def distill(cfg: DistillConfig) -> None:
     """Run, or continue, the job. The averaged student lands in out_dir/student, averages of other decays beside it."""
     runtime = Runtime(cfg.launch)
     torch.manual_seed(cfg.seed)
     teacher, codec = open_teacher(cfg, runtime.device)
+    if cfg.preflight:
+        preflight(runtime, teacher, open_data(cfg.data, runtime.device), codec, cfg.seed)
     routing = cfg.student.routing
     networks = build_networks(teacher.network, routing.form(), routing.allow_change, memory_of(cfg))
     student, fake_score = networks.student, networks.fake_score
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
+    calls = Calls()
     with open_run(cfg, runtime) as folder:
-        method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec)
+        method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls)
         ema = Ema(student, *cfg.student.decays)
         runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
         routers, router_lr = student.router_parameters(), routing.lr
@@ -337,9 +367,10 @@ def distill(cfg: DistillConfig) -> None:
             identity["codec"] = codec.digest()
         if isinstance(method.trajectories, StoredTrajectories):
             identity["pairs"] = method.trajectories.shards.hash
-        origin = {**identity, "steps": cfg.steps, "guidance_scale": cfg.guidance_scale, **origin_of(teacher, codec)}
+        origin = {**identity, "guidance_scale": cfg.guidance_scale, **origin_of(teacher, codec)}
         card = ModelCard(teacher.prediction, cfg.rungs, teacher.label_names, origin, cfg.sampler)
-        averaged = velocity_of(ema.module, teacher.prediction)
+        averaged = few_step_generator(velocity_of(ema.module, teacher.prediction), cfg.rungs, cfg.sampler)
+        cycle = (*cycle, student_phase)
         others = {
             f"student_ema_{decay}": network for decay, network in ema.modules.items() if network is not ema.module
         }
@@ -347,13 +378,15 @@ def distill(cfg: DistillConfig) -> None:
             cfg,
             runtime,
             folder,
-            (*cycle, student_phase),
+            cycle,
             identity=identity,
-            generator=decoded(few_step_generator(averaged, cfg.rungs, cfg.sampler), codec and codec.decode),
+            generator=decoded(averaged, codec and codec.decode),
             shape=recipe.shape,
             num_classes=recipe.num_classes,
+            calls=calls,
+            health=build_health(cfg, runtime, method, codec, averaged, cycle),
             results={"student": ema.module, **others},
-            save=lambda place, network: export(place, network, card, codec),
+            save=lambda place, network, step: export(place, network, card.at(step), codec),
         )
 
 

@@ -27,12 +27,14 @@ from dmd_dar.train import launch
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.export import export
+from dmd_dar.train.failure import Calls
 from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.job import open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Metrics, Phase
 from dmd_dar.train.model_card import CardConfig
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.preflight import check_data, first_batch
 from dmd_dar.train.runtime import LaunchConfig, Runtime
 
 GRID_STEPS = 16  # Heun steps behind the sample grids
@@ -92,9 +94,9 @@ class PretrainConfig:
             raise ValueError(f"model.in_channels must be 3, those of RGB, got {self.model.in_channels}")
 
 
-def flow_matching(model: SiT, data: Source, time: flow.TimeLaw, label_dropout: float):
-    """The pretraining loss as a function of the step's draws."""
-    velocity = velocity_of(model)
+def flow_matching(model: SiT, data: Source, time: flow.TimeLaw, label_dropout: float, calls: Calls | None = None):
+    """The pretraining loss as a function of the step's draws; `calls` remembers the network's last call."""
+    velocity = (calls or Calls()).watch("network", velocity_of(model))
 
     def loss(draws: Draws) -> tuple[Tensor, Metrics]:
         x0, labels = data.batch(draws)
@@ -136,12 +138,14 @@ def pretrain(cfg: PretrainConfig) -> None:
     runtime = Runtime(cfg.launch)
     data = open_data(cfg.data, runtime.device)
     codec = open_codec(cfg, data, runtime.device)
+    check_data(first_batch(data, cfg.seed)[0])
     torch.manual_seed(cfg.seed)
     model = SiT(cfg.model.shape(data)).to(runtime.device)
     ema = Ema(model, cfg.ema)
     runtime.shard(model, ema.module)
     optimiser = Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr)
-    phase = Phase("pretrain", model, optimiser, flow_matching(model, data, cfg.time, cfg.label_dropout), ema)
+    calls = Calls()
+    phase = Phase("pretrain", model, optimiser, flow_matching(model, data, cfg.time, cfg.label_dropout, calls), ema)
     identity = {"data": data.hash}
     origin = {**identity, "seed": cfg.seed, "steps": cfg.steps}
     if codec is not None:
@@ -160,8 +164,9 @@ def pretrain(cfg: PretrainConfig) -> None:
             generator=decoded(ode_generator(velocity_of(ema.module), GRID_STEPS), codec and codec.decode),
             shape=data.shape,
             num_classes=data.num_classes,
+            calls=calls,
             results={"student": ema.module},
-            save=lambda place, network: export(place, network, card, codec),
+            save=lambda place, network, _: export(place, network, card, codec),
         )
 
 

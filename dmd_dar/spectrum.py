@@ -35,6 +35,9 @@ COLOURS = {
     "cr": tuple(CR_FACTOR * (one - weight) for one, weight in zip((1, 0, 0), LUMA, strict=True)),
 }
 QUANTISATION_POWER = (1 / 255) ** 2 / 12  # power of 8-bit rounding noise for images in [0, 1]
+PERIODS = (2, 4, 8, 16)  # pixels, of the lattices that grid_lines looks for
+OFFSETS = (-3, -2, 2, 3)  # modes beside a line, whose median is its surroundings; Hann spreads a line by 1
+LEAST_PERIODS = 8  # of a line in a side: below, its surroundings reach over an octave of a falling spectrum
 PIXELS_PER_CHUNK = 1 << 19  # what is transformed at once: few enough to stay in a processor's cache
 
 
@@ -312,3 +315,42 @@ def log_spectral_distance(frequencies: Tensor, power: Tensor, reference: Tensor)
     weight = weight / weight.sum()
     decibel = 10 / math.log(10) * (power[inside].log() - reference[inside].log())
     return (weight * decibel.square()).sum().sqrt(), (weight * decibel).sum()
+
+
+def log_powers(images: Tensor, window: Window = "hann", channel: Channel = "y") -> Iterator[Tensor]:
+    """10 log10(P + q) of chunks of images in [0, 1], (n, H, K) float64, q the power of 8-bit rounding."""
+    for chunk in _chunks(images):
+        power = power_spectrum(chunk, window=window, channel=channel)
+        yield 10 * torch.log10(power + QUANTISATION_POWER)
+
+
+def grid_lines(images: Tensor, *, channel: Channel = "y") -> Tensor:
+    """Log power at the lines of a pixel grid and beside them, (N, 2, 4, 1 + 4) float64, dB: axes x and y, PERIODS, the
+    line and its OFFSETS. A lattice of columns with the period p is a line at f = 1 / p on x, one of rows on y.
+
+    With a Hann window, so that borders do not cover a line; at f = 1/2 without, or it would fill a notch from beside.
+    NaN where a side is no multiple of the period or holds fewer than LEAST_PERIODS of it.
+    """
+
+    def lines(window: Window) -> Tensor:
+        return torch.cat([_lines_of(power, images.shape[-1]) for power in log_powers(images, window, channel)])
+
+    highest = torch.tensor(PERIODS, device=images.device) == 2
+    return torch.where(highest[:, None], lines(None), lines("hann"))
+
+
+def _lines_of(power: Tensor, width: int) -> Tensor:
+    """(n, H, K) -> (n, 2, 4, 5)."""
+    lines = power.new_full((len(power), 2, len(PERIODS), 1 + len(OFFSETS)), math.nan)
+    for axis, (along, side) in enumerate(((power[:, 0, :], width), (power[:, :, 0], power.shape[1]))):
+        for place, period in enumerate(PERIODS):
+            modes_at = [side // period + offset for offset in (0, *OFFSETS)]
+            if side % period == 0 and side // period >= LEAST_PERIODS:
+                lines[:, axis, place] = along[:, [side - mode if 2 * mode > side else mode for mode in modes_at]]
+    return lines
+
+
+def line_heights(lines: Tensor) -> Tensor:
+    """Mean log power at each line minus the median beside it, `grid_lines` (..., N, 2, 4, 5) -> (..., 2, 4) in dB."""
+    mean = lines.mean(-4)
+    return mean[..., 0] - mean[..., 1:].quantile(0.5, dim=-1)

@@ -5,7 +5,7 @@ frequency 1 / p on the horizontal axis, rows likewise on the vertical one; neare
 Legend: N images, H x W pixels, K = W // 2 + 1. All in dB, 10 log10(P + q), with q the power of 8-bit rounding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd_dar.spectrum import PIXELS_PER_CHUNK, QUANTISATION_POWER, Channel, Window, power_spectrum
+from dmd_dar import spectrum
+from dmd_dar.spectrum import PERIODS, Channel, Window, log_powers
 from eval.images import UnfitError
 from eval.spectrum import as_floats
 from eval.stats import Interval, Sample, bootstrap
 
-PERIODS = (2, 4, 8, 16)
 AXES = ("x", "y")  # a lattice of columns shows on x, one of rows on y
-OFFSETS = (-3, -2, 2, 3)  # modes beside a line, whose median is its surroundings; Hann spreads a line by 1
-LEAST_PERIODS = 8  # of a line in a side: below, its surroundings reach over an octave of a falling spectrum
 PEAK_DB = 1.0  # a line is called a peak or a notch where its whole interval is beyond this
 REAL_MODE_DB = 10 * np.log10(2)  # random modes without an imaginary part (f = 1/2) have this less mean log power
 
@@ -52,7 +50,7 @@ class MapSum:
 
 def map_sum(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> MapSum:
     """The log power of one batch (N, C, H, W), uint8 or floats in [0, 1], ready to be added to that of others."""
-    total = torch.stack([power.sum(0) for power in _log_powers(images, window, channel)]).sum(0)
+    total = torch.stack([power.sum(0) for power in log_powers(as_floats(images), window, channel)]).sum(0)
     return MapSum(len(images), images.shape[-1], total)
 
 
@@ -68,42 +66,14 @@ def mean_log_map(images: Tensor | Iterable[Tensor], *, window: Window = "hann", 
     return reduce(add, sums).mean
 
 
-def _log_powers(images: Tensor, window: Window, channel: Channel) -> Iterator[Tensor]:
-    """10 log10(P + q) of chunks of images, (n, H, K) float64."""
-    for chunk in images.split(max(1, PIXELS_PER_CHUNK // (images.shape[-1] * images.shape[-2]))):
-        power = power_spectrum(as_floats(chunk), window=window, channel=channel)
-        yield 10 * torch.log10(power + QUANTISATION_POWER)
-
-
 def grid_lines(images: Tensor, *, channel: Channel = "y") -> np.ndarray:
-    """Log power at each line and beside it, (N, 2, 4, 1 + 4) in dB: AXES, PERIODS, the line and its OFFSETS.
-
-    With a Hann window, so that borders do not cover a line; at f = 1/2 without, or it would fill a notch from beside.
-    NaN where a side is no multiple of the period or holds fewer than LEAST_PERIODS of it.
-    """
-
-    def lines(window: Window) -> np.ndarray:
-        powers = _log_powers(images, window, channel)
-        return np.concatenate([_lines_of(power.cpu().numpy(), images.shape[-1]) for power in powers])
-
-    return np.where(np.equal(PERIODS, 2)[:, None], lines(None), lines("hann"))
-
-
-def _lines_of(power: np.ndarray, width: int) -> np.ndarray:
-    """(n, H, K) -> (n, 2, 4, 5)."""
-    lines = np.full((len(power), len(AXES), len(PERIODS), 1 + len(OFFSETS)), np.nan)
-    for a, (along, side) in enumerate(((power[:, 0, :], width), (power[:, :, 0], power.shape[1]))):
-        for p, period in enumerate(PERIODS):
-            places = [side // period + offset for offset in (0, *OFFSETS)]
-            if side % period == 0 and side // period >= LEAST_PERIODS:
-                lines[:, a, p] = along[:, [side - place if 2 * place > side else place for place in places]]
-    return lines
+    """`spectrum.grid_lines` of uint8 images or floats in [0, 1], (N, 2, 4, 1 + 4) in dB."""
+    return spectrum.grid_lines(as_floats(images), channel=channel).cpu().numpy()
 
 
 def line_heights(lines: np.ndarray) -> np.ndarray:
-    """Mean log power at each line minus the median beside it, `grid_lines` (..., N, 2, 4, 5) -> (..., 2, 4) in dB."""
-    mean = lines.mean(-4)
-    return mean[..., 0] - np.median(mean[..., 1:], axis=-1)
+    """`spectrum.line_heights`, (..., N, 2, 4, 5) -> (..., 2, 4) in dB."""
+    return spectrum.line_heights(torch.from_numpy(lines)).numpy()
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ def test_from_images_and_a_vae_to_a_few_step_student(vae, images, whole, tmp_pat
     assert Image.open(tmp_path / "teacher" / "samples" / "step_00000002.png").size == (2 * 66 - 2, 7 * 66 - 2)
 
     few = "steps=1 rungs=[1.0,0.5] fake_score.updates=1 regression.weight=0 student.routing.chunk_size=2"
+    few += " preflight=false log.health_samples=4"
     few = [*given, *few.split(), f"teacher.path={tmp_path / 'teacher' / 'student'}", f"out_dir={tmp_path / 'run'}"]
     distill.main(few)
     student = tmp_path / "run" / "student"

@@ -108,6 +108,25 @@ def test_no_file_is_unpickled(path: Path) -> None:
     assert all(value == str(not allowing[name]) for name, value in told), told
 
 
+def unsafe_loads(source: str) -> list[str]:
+    """Calls that unpickle unless they are told not to, and are not told in so many words."""
+    safe = {"np.load": "allow_pickle=False", "numpy.load": "allow_pickle=False", "torch.load": "weights_only=True"}
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [(ast.unparse(call.func), [ast.unparse(word) for word in call.keywords]) for call in calls]
+    return [name for name, words in named if name in safe and safe[name] not in words]
+
+
+@pytest.mark.parametrize("path", files(), ids=str)
+def test_every_load_says_that_it_does_not_unpickle(path: Path) -> None:
+    assert unsafe_loads((ROOT / path).read_text()) == []
+
+
+def test_a_load_without_its_keyword_is_found() -> None:
+    assert unsafe_loads("x = np.load(file)\ny = torch.load(f, map_location='cpu')") == ["np.load", "torch.load"]
+    assert unsafe_loads("np.load(f, allow_pickle=True)") == ["np.load"]
+    assert unsafe_loads("np.load(f, allow_pickle=False)\ntorch.load(f, weights_only=True)\njson.load(f)") == []
+
+
 def test_every_module_has_its_place() -> None:
     package = {entry.stem for entry in (ROOT / "dmd_dar").iterdir() if entry.suffix == ".py" or any(entry.glob("*.py"))}
     assert package - {"__init__"} <= GROUND | JOBS | CONFIG | FLOORS

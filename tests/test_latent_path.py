@@ -27,6 +27,7 @@ from tests.pictures import noise
 RUNGS = "rungs=[1.0,0.9,0.5]"
 SMALL = f"steps=2 batch_size=4 {RUNGS} fake_score.updates=1 student.routing.chunk_size=2 guidance_scale=1.5"
 SMALL += " regression.weight=0.5 regression.solver_steps=4 log.every=1 log.wandb=disabled launch.cpu=true"
+SMALL += " preflight=false log.health_samples=4"
 SMALL += " gan.weight=0.1 student.lr=1e-4"
 
 

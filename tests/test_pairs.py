@@ -433,7 +433,7 @@ def test_a_run_trains_on_a_folder_of_pairs_as_on_its_own(teacher, tmp_path, caps
     """The same pairs from the disk and from memory give the same student; other pairs are refused by key."""
     config.run_job(PairsConfig, make_pairs, arguments(teacher, tmp_path / "pairs"))
     small = "steps=2 batch_size=4 rungs=[1.0,0.5] data.size=32 log.every=1 log.wandb=disabled launch.cpu=true"
-    small += " fake_score.updates=1 regression.weight=1 regression.solver_steps=4"
+    small += " fake_score.updates=1 regression.weight=1 regression.solver_steps=4 preflight=false log.health_samples=4"
     runs = {
         "own": ["regression.count=10", "regression.seed=3", f"regression.cache={tmp_path / 'cache'}"],
         "stored": [f"regression.pairs={tmp_path / 'pairs'}"],

@@ -83,7 +83,16 @@ def test_two_commands_lead_from_a_folder_to_a_student(tmp_path):
     recipe = f"config={RECIPE.parent / 'demo_dar.yaml'}"
     few = ("batch_size=2", "regression.count=2", "regression.solver_steps=4", "student.routing.chunk_size=2")
     places = (f"teacher.path={tmp_path / 'teacher' / 'student'}", f"regression.cache={tmp_path / 'pairs'}")
-    argv = [recipe, *mine, *few, *places, f"out_dir={tmp_path / 'dar'}", "launch.cpu=true"]
+    argv = [
+        recipe,
+        *mine,
+        *few,
+        *places,
+        f"out_dir={tmp_path / 'dar'}",
+        "launch.cpu=true",
+        "preflight=false",
+        "log.health_samples=4",
+    ]
     distill.main([*argv, "steps=1"])
     network, card = load_network(tmp_path / "dar" / "student")
     assert network.config.num_classes == 2 and card.label_names == ("cats", "dogs") and len(card.rungs) == 4

@@ -11,7 +11,7 @@ Folders of before are read too: model.json and model.safetensors of a SiT, denoi
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,6 +57,10 @@ class ModelCard:
             raise ValueError(f"sampler must be one of {get_args(Sampler)}, got {self.sampler!r}")
         if self.rungs:
             flow.check_rungs(self.rungs)
+
+    def at(self, step: int) -> "ModelCard":
+        """The same of a network that was trained for `step` steps."""
+        return replace(self, origin={**self.origin, "steps": step})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from yaml import YAMLError
 from dmd_dar.atomic import sweep, write_atomic
 from dmd_dar.errors import UserError
 
-MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "resume", "out_dir")
+MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir")
 GROW_ONLY = ("steps",)
 ABSENT = "(absent)"
 

@@ -15,7 +15,9 @@ from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.methods.generate import Generator, generate
 from dmd_dar.train import checkpoint
+from dmd_dar.train.failure import Calls
 from dmd_dar.train.folder import RunFolder
+from dmd_dar.train.health import Health
 from dmd_dar.train.log import RunLog
 from dmd_dar.train.loop import Loop, Phase
 from dmd_dar.train.runtime import Runtime
@@ -66,12 +68,15 @@ def run_cycle(
     generator: Generator,
     shape: tuple[int, ...],
     num_classes: int,
+    calls: Calls,
     results: dict[str, nn.Module],
-    save: Callable[[Path, Any], None],
+    save: Callable[[Path, Any, int], None],
+    health: Health | None = None,
 ) -> None:
-    """Resume, train, and save the `results`, networks by the name of their folder in the run's.
+    """Resume, train, and save the `results`, networks by their folder in the run's; `calls` are those of the cycle.
 
-    `save` writes one of them, all its weights at hand, into its folder.
+    save(folder, network, step) writes one of them, all its weights at hand, as of a step. Where `health` scores
+    checkpoints, the first result is written a second time, as of the best of them, into a folder named *_best.
 
     Exits with code EXIT_CODE where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
     """
@@ -95,15 +100,28 @@ def run_cycle(
         log_every=cfg.log.every,
         samples_every=cfg.log.samples_every,
         sample=draw_grid,
+        calls=calls,
+        out_dir=Path(cfg.out_dir),
+        health=health,
     )
+    checkpoints = Path(cfg.out_dir) / "checkpoints"
+
+    def write(name: str, result: nn.Module, step: int) -> None:
+        network = runtime.whole(result)
+        runtime.together(partial(save, folder.path / name, network, step) if folder is not None else lambda: None)
+
     with loop.stop:
-        start = loop.restore(Path(cfg.out_dir) / "checkpoints")
+        start = loop.restore(checkpoints)
         with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
             finished = loop.run(start, log)
         runtime.any(False)  # a launcher ends the others once one is gone: wait for the one that closes the log
         for name, result in results.items() if finished else ():
-            network = runtime.whole(result)
-            runtime.together(partial(save, folder.path / name, network) if folder is not None else lambda: None)
+            write(name, result, cfg.steps)
+        if finished and (best := loop.take_best(checkpoints)):
+            name, result = next(iter(results.items()))
+            write(f"{name}_best", result, best)
+            if runtime.is_main:
+                print(f"{name}_best holds the checkpoint of the best score, that of step {best}", file=sys.stderr)
         runtime.close()
     if not finished:
         if folder is not None:

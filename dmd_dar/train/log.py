@@ -16,6 +16,8 @@ from dmd_dar.atomic import write_atomic
 from dmd_dar.keys import key
 from dmd_dar.train.folder import FolderError, RunFolder
 
+UNNAMEABLE = ("/", "\\", "#", "?", "%", ":")  # in names on wandb's server
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -23,11 +25,18 @@ class LogConfig:
 
     every: int = key(10, "interval of log records", unit="steps", least=1)
     samples_every: int = key(100, "interval of sample grids", unit="steps", least=1)
+    health_every: int = key(50, "interval of a distillation's health signals; 0: none", unit="steps", least=0)
+    health_samples: int = key(64, "samples of the student, and of the teacher, behind them", least=2)
     wandb: Literal["disabled", "offline", "online"] = key(
         "offline", "where wandb keeps its copy; offline stays in the run folder"
     )
     project: str = key("dmd_dar", "wandb project")
     name: str = key("", "wandb run name; empty takes the run folder's")
+
+    def __post_init__(self) -> None:
+        for name, text in (("project", self.project), ("name", self.name)):
+            if not text.isprintable() or any(sign in text for sign in UNNAMEABLE):
+                raise ValueError(f"{name} must be printable and without {' '.join(UNNAMEABLE)}, got {text!r}")
 
 
 class RunLog:
@@ -159,6 +168,8 @@ def _open_wandb(folder: Path, settings: LogConfig, config: dict[str, Any]) -> An
         known.parent.mkdir(exist_ok=True)
         write_atomic(known, secrets.token_hex(4))
     try:
+        if settings.wandb == "online" and not wandb.login(prompt=False, verify=False):
+            raise FolderError(f"{fault}: no API key is set; run `wandb login` once or set WANDB_API_KEY, or {remedy}")
         run = wandb.init(
             dir=folder,
             mode=settings.wandb,

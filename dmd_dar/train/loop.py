@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar.draws import Draws
-from dmd_dar.errors import DivergedError, UserError
+from dmd_dar.errors import UserError
 from dmd_dar.train import checkpoint, replicas
 from dmd_dar.train.ema import Ema
+from dmd_dar.train.failure import Calls, Place, failed
 from dmd_dar.train.folder import RunFolder
+from dmd_dar.train.health import Health
 from dmd_dar.train.log import Progress, RunLog
 from dmd_dar.train.optimise import Optimiser
 from dmd_dar.train.runtime import Runtime, gathered, load_network, load_optimiser
@@ -54,14 +56,13 @@ class Phase:
 def update(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> dict[str, Tensor]:
     """One optimiser step of one network over the global batch; its metrics, named after the phase.
 
-    Raises DivergedError naming the network where a loss or gradient is not finite; its weights are then untouched.
+    Raises FloatingPointError where the loss or gradient is not finite; the network's weights are then untouched.
     """
-    try:
-        metrics = gradients(phase, seed, batch_size, runtime)
-        runtime.settle(phase.network, *(phase.ema.modules.values() if phase.ema is not None else ()))
-        metrics["gradient_norm"] = torch.tensor(phase.optimiser.step(phase.steps))
-    except FloatingPointError as error:
-        raise DivergedError(f"{phase.name}, optimiser step {phase.steps}: {error}") from error
+    metrics = gradients(phase, seed, batch_size, runtime)
+    if not torch.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the loss is {metrics['loss'].item()}")
+    runtime.settle(phase.network, *(phase.ema.modules.values() if phase.ema is not None else ()))
+    metrics["gradient_norm"] = torch.tensor(phase.optimiser.step(phase.steps))
     phase.steps += 1
     if phase.ema is not None:
         phase.ema.update(phase.network, phase.steps)
@@ -101,6 +102,9 @@ class Loop:
     samples_every: int
     sample: Callable[[int], None]
     stop: StopRequest = field(default_factory=StopRequest)  # entered by whoever runs the loop
+    calls: Calls = field(default_factory=Calls)  # of the networks, for what is left when one fails
+    out_dir: Path | None = None  # where that is left; None: nowhere
+    health: Health | None = None
 
     def phases(self) -> list[Phase]:
         return list({phase.name: phase for phase in self.cycle}.values())
@@ -122,7 +126,27 @@ class Loop:
             except (KeyError, ValueError, RuntimeError) as error:
                 fault = f"'{root}': the checkpoint of step {step} does not fit this run's {phase.name}"
                 raise UserError(f"{fault} ({' '.join(str(error).split())}); use another out_dir") from error
+        if self.health is not None and "health" in state:
+            self.health.restore(state["health"])
         return step
+
+    def take_best(self, root: Path) -> int:
+        """Load the state of the last phase from the checkpoint of the least score; its step, 0 where none has one."""
+        step = self.runtime.together(lambda: checkpoint.best(root) if self.runtime.is_main else None)
+        step = self.runtime.of_main(step or 0)
+        if step:
+            self.cycle[-1].restore(self.runtime.together(lambda: self._load(root, step))[self.cycle[-1].name])
+        return step
+
+    def update(self, phase: Phase) -> dict[str, Tensor]:
+        """`update`; raises DivergedError or NetworkError naming the network, the step, the cause and the remedy."""
+        try:
+            return update(phase, self.seed, self.batch_size, self.runtime)
+        except UserError:
+            raise
+        except Exception as error:
+            place = Place(phase.name, phase.steps, self.seed, self.runtime.rank)
+            raise failed(error, place, phase.network, self.calls, self.out_dir) from error
 
     def _load(self, root: Path, step: int) -> dict[str, Any]:
         identity = checkpoint.read_manifest(root, step, hashed=not self.runtime.is_main)["identity"]
@@ -142,6 +166,8 @@ class Loop:
     def save(self, step: int, score: float | None = None) -> None:
         """Write a checkpoint, once at most for a step; that of the least `score` is kept. If it fails, all end."""
         state = {phase.name: phase.state() for phase in self.phases()}
+        if self.health is not None:
+            state["health"] = self.health.state()
         folder, config = self.folder, self.checkpoints
 
         def write() -> None:
@@ -159,20 +185,26 @@ class Loop:
                     return False
                 metrics: dict[str, Tensor] = {}
                 for phase in self.cycle:
-                    metrics.update(update(phase, self.seed, self.batch_size, self.runtime))
+                    metrics.update(self.update(phase))
                 last = step == self.steps
                 progress.advance(step)
+                regular = last or step % self.checkpoints.every == 0
+                record: dict[str, Any] = {}
                 if last or step % self.log_every == 0:
                     record = self.runtime.average({name: value.item() for name, value in metrics.items()})
-                    log.write({"step": step, "steps_per_second": progress.rate, **record})
+                    record["steps_per_second"] = progress.rate
+                if self.health is not None:
+                    record |= self.health(step, metrics, scored=regular)
+                if record:
+                    log.write({"step": step, **record})
                 if last or step % self.samples_every == 0:
                     self.sample(step)
                 stopping = self.runtime.any(self.stop.asked)
-                saving = last or stopping or step % self.checkpoints.every == 0
+                saving = regular or stopping
                 if saving or step % self.runtime.check_every == 0:
                     self.check_replicas(step)
                 if saving:
                     log.sync()
-                    self.save(step)
+                    self.save(step, record.get("health/score"))
                     stopping = self.runtime.any(self.stop.asked)
         return True

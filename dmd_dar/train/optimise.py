@@ -50,10 +50,12 @@ class Optimiser:
 
     def step(self, step: int) -> float:
         """Clip, update, clear. Returns the gradient norm before clipping; raises FloatingPointError if not finite."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # of sharded gradients, each process has a part
+        total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        total = getattr(total, "full_tensor", lambda: total)()  # of sharded gradients, each process has a part
+        norm = total.item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}; lower its learning rate")
+            raise FloatingPointError(f"the gradient norm is {norm}")
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, total)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * self.config.factor(step)
         self.adamw.step()

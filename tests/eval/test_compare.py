@@ -52,6 +52,8 @@ def runs(tmp_path_factory) -> Path:
                     "regression.count=4",
                     "regression.solver_steps=4",
                     "launch.cpu=true",
+                    "preflight=false",
+                    "log.health_samples=4",
                 ]
             )
     return root

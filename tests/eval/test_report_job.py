@@ -48,6 +48,8 @@ def runs(tmp_path_factory) -> Path:
                 "regression.solver_steps=4",
                 "log.wandb=disabled",
                 "launch.cpu=true",
+                "preflight=false",
+                "log.health_samples=4",
                 *more,
             ]
         )

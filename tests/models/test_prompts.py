@@ -152,6 +152,7 @@ def test_the_table_is_shared_and_no_part_of_the_network_s_state(folders, monkeyp
 
 SMALL = "steps=2 batch_size=4 rungs=[1.0,0.5] fake_score.updates=1 student.routing.chunk_size=2"
 SMALL += " regression.weight=1 regression.solver_steps=3 log.every=1 log.wandb=disabled launch.cpu=true"
+SMALL += " preflight=false log.health_samples=4"
 
 
 def distilled(pipeline: Path, out: Path, *more: str) -> Path:

@@ -28,6 +28,7 @@ def run(teacher: Path, out: Path, *more: str) -> Path:
     recipe = "configs/imagenet256/sit_xl.yaml"
     small = "steps=2 batch_size=4 student.warmup=0 student.routing.chunk_size=2 fake_score.updates=1 regression.count=3"
     small += " regression.solver_steps=4 log.every=1 log.wandb=disabled launch.cpu=true"
+    small += " preflight=false log.health_samples=4"
     small += " teacher.codec= teacher.heads=2 teacher.prediction=auto"
     given = [f"teacher.path={teacher}", f"out_dir={out}", f"regression.cache={out}/pairs", "regression.weight=0.25"]
     distill.main([f"config={ROOT / recipe}", *small.split(), *given, *more])

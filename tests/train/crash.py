@@ -20,6 +20,7 @@ KEYS = (
     " student.warmup=3 student.weight_decay=0.01 student.lr=1e-3 fake_score.updates=2 fake_score.lr=1e-3"
     " fake_score.decay_start=2 fake_score.decay_steps=8 regression.count=4 regression.solver_steps=2"
     " log.every=1 log.samples_every=3 log.wandb=disabled launch.cpu=true launch.threads=1"
+    " preflight=false log.health_samples=4"
 )
 
 

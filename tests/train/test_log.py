@@ -89,6 +89,45 @@ def test_offline_wandb_stays_in_the_run_folder_and_keeps_its_id(folder: RunFolde
     assert [record["step"] for record in log.read(folder.path / "log.jsonl")] == [1, 2]
 
 
+@pytest.fixture
+def without_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No credentials anywhere, and whoever asks for them fails."""
+    import wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda *given: pytest.fail("asked for input"))
+    monkeypatch.setattr("getpass.getpass", lambda *given, **more: pytest.fail("asked for a key"))
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_wandb_online_without_a_key_is_one_error_and_no_question(folder: RunFolder, without_key: None) -> None:
+    with pytest.raises(FolderError) as told:
+        RunLog.open(folder, LogConfig(wandb="online"), {}, 0)
+    line = str(told.value)
+    assert "log.wandb = online: no API key is set" in line and "WANDB_API_KEY" in line and "\n" not in line
+
+
+def test_wandb_offline_asks_for_nothing_and_says_nothing(
+    folder: RunFolder, without_key: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog.open(folder, LogConfig(), {}, 0) as run:
+        assert run.wandb_run.settings.mode == "offline" and run.wandb_run.offline
+        run.write({"step": 1, "health/gap": 0.5, "health/warnings": "too high; lower it"})
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("wrong", ["../../etc", "a/b", "what?", "line\nbreak"])
+def test_names_for_wandb_lead_nowhere(wrong: str) -> None:
+    for name in ("project", "name"):
+        with pytest.raises(ValueError, match=f"^{name} must be printable and without /"):
+            LogConfig(**{name: wrong})
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

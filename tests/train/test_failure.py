@@ -1,0 +1,238 @@
+"""A failure in a network is one line of cause and remedy; its last batch is on the disk; no weight has moved."""
+
+import copy
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmd_dar import distill, flow
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.errors import DivergedError, UserError
+from dmd_dar.methods.dmd import DMD
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.sit import SiT
+from dmd_dar.train.checkpoint import CheckpointConfig
+from dmd_dar.train.failure import Calls, NetworkError
+from dmd_dar.train.log import RunLog
+from dmd_dar.train.loop import Loop, Phase
+from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.runtime import LaunchConfig, Runtime
+from tests.tiny import tiny_sit, tiny_teacher
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (3, 32, 32)
+
+
+class Rig:
+    """Three tiny networks in a loop of two phases."""
+
+    def __init__(self, out: Path):
+        self.teacher = tiny_sit().requires_grad_(False)
+        self.student, self.fake_score = copy.deepcopy(self.teacher), copy.deepcopy(self.teacher)
+        self.out, self.calls = out, Calls()
+        for network in (self.student, self.fake_score):
+            network.requires_grad_(True)
+            network.pos_embed.requires_grad_(False)
+
+    def run(self) -> None:
+        named = {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
+        watched = {name: self.calls.watch(name, velocity_of(network)) for name, network in named.items()}
+        rungs, law = (1.0, 0.5), flow.TimeLaw(low=0.02, high=0.98)
+        method = DMD(**watched, rungs=rungs, renoise=law, num_classes=7, shape=SHAPE)
+        losses = {"fake_score": method.fake_score_loss, "student": method.student_loss}
+        cycle = tuple(
+            Phase(name, named[name], Optimiser(OptimiserConfig(), named[name].backbone_parameters()), loss)
+            for name, loss in losses.items()
+        )
+        Loop(
+            cycle=cycle,
+            seed=0,
+            steps=3,
+            batch_size=4,
+            runtime=Runtime(LaunchConfig(cpu=True)),
+            folder=None,
+            identity={},
+            checkpoints=CheckpointConfig(),
+            log_every=1,
+            samples_every=100,
+            sample=lambda step: None,
+            calls=self.calls,
+            out_dir=self.out,
+        ).run(0, RunLog(None))
+
+
+@pytest.fixture
+def rig(tmp_path) -> Rig:
+    return Rig(tmp_path)
+
+
+def output_of(network: SiT, call: int, value: float) -> None:
+    """Let one value of the network's output be `value` from that call on."""
+    count = [0]
+
+    def poisoned(module, given, output):
+        count[0] += 1
+        if count[0] > call:
+            output = output.clone()
+            output[0, 0, 0, 0] = value
+        return output
+
+    network.register_forward_hook(poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "call", "phase", "said"),
+    [
+        ("student", 0, "fake_score", "the student's output is not finite"),
+        ("teacher", 0, "student", "the teacher's output is not finite"),
+        ("fake_score", 0, "fake_score", "the fake_score's output is not finite"),
+    ],
+)
+def test_a_number_that_is_not_finite_names_its_network(rig, name, call, phase, said, value):
+    output_of(getattr(rig, name), call, value)
+    before = copy.deepcopy(rig.student.state_dict())
+    with pytest.raises(DivergedError) as told:
+        rig.run()
+    line = str(told.value)
+    assert line.startswith(f"{phase}, optimiser step 0: ") and said in line and "\n" not in line
+    assert f"lower {phase}.lr or {phase}.clip" in line and f"{rig.out}/failure/rank0" in line
+    assert all(torch.equal(value, before[key]) for key, value in rig.student.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_and_names_the_parameter(rig):
+    rig.fake_score.blocks[1].mlp.fc1.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = copy.deepcopy(rig.fake_score.state_dict())
+    with pytest.raises(DivergedError, match=r"norm is nan \(gradients not finite in 1 of \d+ .*mlp.fc1.weight"):
+        rig.run()
+    assert all(torch.equal(value, before[key]) for key, value in rig.fake_score.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_is_refused_although_its_gradient_is(rig, monkeypatch):
+    original = DMD.student_loss
+
+    def loss(self, draws):
+        value, metrics = original(self, draws)
+        return value + math.inf, metrics  # the gradient of a constant is zero
+
+    monkeypatch.setattr(DMD, "student_loss", loss)
+    with pytest.raises(DivergedError, match="student, optimiser step 0: the loss is inf"):
+        rig.run()
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "fake_score"])
+def test_an_exception_in_a_network_names_it_and_keeps_its_cause(rig, name):
+    def broken(module, given, output):
+        raise RuntimeError("mat1 and mat2 shapes\ncannot be multiplied")
+
+    getattr(rig, name).register_forward_hook(broken)
+    with pytest.raises(NetworkError) as told:
+        rig.run()
+    line = str(told.value)
+    assert f"in a call of the {name} on x_t [4, 3, 32, 32]" in line and "\n" not in line
+    assert "optimiser step 0: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in line
+    assert isinstance(told.value.__cause__, RuntimeError)
+    assert "def broken" not in line and "in broken" in (rig.out / "failure" / "rank0.txt").read_text()
+
+
+def test_a_users_error_in_a_network_stays_what_it_is(rig, monkeypatch):
+    monkeypatch.setattr(DMD, "student_loss", lambda self, draws: (_ for _ in ()).throw(UserError("a.png is torn")))
+    with pytest.raises(UserError, match="^a.png is torn$"):
+        rig.run()
+
+
+def test_out_of_memory_has_its_own_remedy(rig):
+    def full(module, given, output):
+        raise torch.OutOfMemoryError("tried to allocate 9 GB")
+
+    rig.student.register_forward_hook(full)
+    with pytest.raises(NetworkError, match="raise launch.accumulation or lower batch_size"):
+        rig.run()
+
+
+def test_the_last_batch_is_on_the_disk_and_reproduces_the_call(rig):
+    output_of(rig.teacher, 0, math.nan)
+    with pytest.raises(DivergedError) as told:
+        rig.run()
+    tensors = load_file(rig.out / "failure" / "rank0.safetensors")
+    facts = json.loads((rig.out / "failure" / "rank0.json").read_text())
+    assert facts["error"] in str(told.value)
+    assert (facts["phase"], facts["optimiser_step"], facts["seed"]) == ("student", 0, 0)
+    v, x_t = facts["calls"]["teacher"]["v"], facts["calls"]["teacher"]["x_t"]
+    assert v["not_finite"] == 1 and v["shape"] == [4, 3, 32, 32] and math.isfinite(v["std"])
+    assert x_t["not_finite"] == 0 and x_t["std"] == pytest.approx(
+        tensors["teacher.x_t"].double().std().item(), rel=1e-3
+    )
+    call = [tensors[f"fake_score.{part}"] for part in ("x_t", "t", "cond")]
+    with torch.no_grad():
+        torch.testing.assert_close(velocity_of(rig.fake_score)(*call), tensors["fake_score.v"])
+    t = Draws(0, "student", 0, sample_range(0, 4)).uniform("score_t")
+    torch.testing.assert_close(tensors["teacher.t"], (0.02 + 0.96 * t).float())
+
+
+def test_a_disk_that_cannot_be_written_does_not_hide_the_cause(rig):
+    rig.out.joinpath("failure").write_text("a file in the way")
+    output_of(rig.teacher, 0, math.nan)
+    with pytest.raises(DivergedError, match="the teacher's output is not finite.*could not be written"):
+        rig.run()
+
+
+def test_a_failure_on_one_process_ends_both(tmp_path):
+    """Through the launcher: no process hangs in an exchange that its partner never reaches."""
+    tiny_teacher(tmp_path / "teacher")
+    script = tmp_path / "planted.py"
+    script.write_text(
+        "import os, sys\n"
+        "from dmd_dar import distill\n"
+        "from dmd_dar.methods.dmd import DMD\n"
+        "original = DMD.student_loss\n"
+        "def loss(self, draws):\n"
+        "    if os.environ['RANK'] == '1' and draws.step == 1:\n"
+        "        raise RuntimeError('planted')\n"
+        "    return original(self, draws)\n"
+        "DMD.student_loss = loss\n"
+        "distill.main(sys.argv[1:])\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+    ]
+    command += [
+        str(script),
+        f"config={ROOT}/configs/photos32/residual.yaml",
+        f"teacher.path={tmp_path}/teacher",
+        "steps=4",
+    ]
+    command += ["batch_size=4", "fake_score.updates=1", "regression.weight=0", "preflight=false", "launch.cpu=true"]
+    command += ["log.wandb=disabled", f"out_dir={tmp_path}/run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode != 0
+    assert "error: student, optimiser step 1: RuntimeError: planted" in ran.stderr
+    assert (tmp_path / "run" / "failure" / "rank1.json").is_file()
+
+
+def test_a_failing_run_exits_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(DMD, "student_loss", lambda self, draws: (_ for _ in ()).throw(KeyError("weights")))
+    argv = [f"config={ROOT}/configs/photos32/residual.yaml", f"teacher.path={tiny_teacher(tmp_path / 'teacher')}"]
+    argv += ["steps=2", "batch_size=2", "fake_score.updates=1", "regression.weight=0", "preflight=false"]
+    argv += ["log.wandb=disabled", "launch.cpu=true", f"out_dir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as stop:
+        distill.main(argv)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert last.startswith("error: student, optimiser step 0: KeyError: 'weights'; its weights are those of the last")
