@@ -49,7 +49,7 @@ def root(tmp_path_factory, crops) -> Path:
             *(f"teacher.path={root / 'teacher'}", "data.name=folder", f"data.path={root / 'images'}"),
             *(f"data.size={SIDE}", f"out_dir={root / 'dar'}", "steps=1", "batch_size=2", "rungs=[1.0,0.5]"),
             *("student.routing.query=timestep", "student.routing.chunk_size=2", "fake_score.updates=1"),
-            *("regression.weight=0", "log.wandb=disabled", "launch.cpu=true", "student.lr=1e-4"),
+            *("regression.weight=0", "log.wandb=disabled", "launch.cpu=true", "preflight=false", "student.lr=1e-4"),
         ]
     )
     return root

@@ -68,7 +68,13 @@ def test_two_processes_write_the_report_of_one(tmp_path, crops):
         [
             *(f"teacher.path={tiny_teacher(tmp_path / 'teacher')}", f"out_dir={tmp_path / 'dar'}", "steps=1"),
             *("batch_size=2", "student.routing.query=timestep", "student.routing.chunk_size=2", "rungs=[1.0,0.5]"),
-            *("fake_score.updates=1", "regression.weight=0", "log.wandb=disabled", "launch.cpu=true"),
+            *(
+                "fake_score.updates=1",
+                "regression.weight=0",
+                "log.wandb=disabled",
+                "launch.cpu=true",
+                "preflight=false",
+            ),
         ]
     )
     shared = [f"runs=[{tmp_path / 'dar'}]", f"images=[{tmp_path / 'more.npy'}]", "cpu=true", "n=65", "solver_steps=1"]
