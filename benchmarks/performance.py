@@ -188,6 +188,32 @@ def _step(result: dict[str, Any]) -> str:
     )
 
 
+def step(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
+    """The section of one device's distillation steps."""
+
+    def section(read: Callable[[str], dict[str, Any] | None]) -> str:
+        result = read(name)
+        if result is None:
+            return f"## {title}\n\n{OPEN}: run `python -m benchmarks.step` on such a machine.\n"
+        rounds = next(iter(result["seconds"].values()))["rounds"]
+        load = result["load_average"]
+        told = (
+            f"**One student update and {result['updates']} of the fake score**, {result['model']}, B {result['B']}, T"
+            f" {result['T']}; {rounds} rounds; load average {load['before']:.1f} before, {load['after']:.1f} after."
+            " Optimisers hold two moments of what is trained; the step's peak is gradients and activations.\n"
+        )
+        head = ["additions, weights", "ms", "over residual, full", "networks", "optimisers", "peak of a step"]
+        rows = []
+        for arm, seconds in result["seconds"].items():
+            parts = result["bytes"][arm]
+            sizes = [mega(parts[part]) for part in ("networks", "optimisers", "step")]
+            over = times(result["ratio"][arm])
+            rows.append([arm, milli(seconds), over, *sizes, times(result["bytes_ratio"][arm])])
+        return f"## {title}\n\n{stand(result)}\n{told}\n{table([*head, 'memory over residual, full'], rows)}"
+
+    return section
+
+
 def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
     """The section of the offline evaluation's time."""
     aim = "Aim: an offline evaluation of three models x 512 images at 32 px in under 60 s on 2 cores."
@@ -232,6 +258,8 @@ SECTIONS = [
         " 8.5x (backward) faster than `naive`, its forward at 80 % of the copy bandwidth, and not slower than published"
         " kernels up to 9 sources; a SiT-XL/2 step at most 1.15x the residual one.",
     ),
+    step("step_cpu", "A distillation step on a CPU"),
+    step("step_cuda", "A distillation step on a GPU"),
     evaluation,
     psd,
 ]

@@ -1,12 +1,12 @@
 """How much memory a network's forward and backward pass take, found by tracing them without computing or storing."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +52,29 @@ class Live(TorchDispatchMode):
 def without_data() -> contextlib.AbstractContextManager[Any]:
     """Tensors made within have shape and type and no memory; real parameters that come along are read as such."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def tensors(network: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers, also those that a view shares and does not call its own."""
+    for module in network.modules():
+        yield from (x for held in (module._parameters, module._buffers) for x in held.values() if x is not None)
+
+
+def emptied(*networks: nn.Module) -> None:
+    """Replace all tensors of networks on the meta device by tensors of `without_data`; what they share stays shared."""
+    made: dict[int, Tensor] = {}
+    for module in dict.fromkeys(module for network in networks for module in network.modules()):
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                    made[id(made[id(old)])] = made[id(old)]
+                held[name] = made[id(old)]  # type: ignore[assignment]
+        if getattr(module, "proof", None) is not None:
+            module.proof = None  # nothing is computed, so nothing can be compared
 
 
 def trace(call: Callable[[], Tensor], weights: Iterable[Tensor], bf16: bool) -> Footprint:

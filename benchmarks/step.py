@@ -1,0 +1,127 @@
+"""What one step of a distillation costs in time and memory: python -m benchmarks.step
+
+A step is `updates` updates of the fake score and one of the student, of random SiT-S/2, for plain residual additions
+and DAR, with weights of their own and over one frozen base. Times are of interleaved rounds in one process; memory is
+the peak of a second step in a fresh process, above what networks and optimisers hold.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.memory import alone, peak_above
+from benchmarks.record import interleaved, ratio, save, spread
+from dmd_dar import config, flow
+from dmd_dar.keys import key
+from dmd_dar.methods.dmd import DMD
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.footprint import nbytes, tensors
+from dmd_dar.models.sit import build_sit
+from dmd_dar.models.students import Memory, Weights, build_networks
+from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.train.ema import Ema
+from dmd_dar.train.loop import Phase, update
+from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.runtime import LaunchConfig, Runtime
+
+FORMS = {"residual": RoutingConfig(), "DAR": RoutingConfig("timestep", chunk_size=4)}
+WEIGHTS: tuple[Weights, ...] = ("full", "shared_lora")
+REFERENCE = "residual, full"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """python -m benchmarks.step"""
+
+    rounds: int = key(5, "interleaved rounds", least=1)
+    updates: int = key(2, "of the fake score for one of the student", least=1)
+    batch_size: int = key(0, "B; 0: 2 on a CPU, 64 on a GPU", least=0)
+    size: int = key(0, "side of the latents; 0: 16 on a CPU, 32 on a GPU", unit="latent cells", least=0)
+    cpu: bool = key(False, "measure on the CPU although a GPU is there")
+
+    @property
+    def cuda(self) -> bool:
+        return torch.cuda.is_available() and not self.cpu
+
+    def shape(self) -> tuple[int, int]:
+        """B and the latents' side."""
+        return self.batch_size or (64 if self.cuda else 2), self.size or (32 if self.cuda else 16)
+
+
+def distillation(bench: Bench, form: str, weights: Weights, runtime: Runtime) -> tuple[Callable[[], None], list[Any]]:
+    """A call that makes the next step, and the phases that it trains."""
+    batch, size = bench.shape()
+    torch.manual_seed(0)
+    teacher = build_sit("S/2", input_size=size)
+    with torch.no_grad():
+        for parameter in teacher.backbone_parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    teacher.to(runtime.device).requires_grad_(False)
+    networks = build_networks(teacher, FORMS[form], memory=Memory(weights))
+    velocities = {name: velocity_of(getattr(networks, name)) for name in ("student", "teacher", "fake_score")}
+    method = DMD(
+        **velocities,
+        rungs=flow.default_rungs(4),
+        renoise=flow.TimeLaw(low=0.02, high=0.98),
+        num_classes=1000,
+        shape=(4, size, size),
+    )
+    losses = {"fake_score": method.fake_score_loss, "student": method.student_loss}
+    phases = []
+    for name, loss in losses.items():
+        network = getattr(networks, name)
+        parameters = network.backbone_parameters(), network.router_parameters()
+        optimiser = Optimiser(OptimiserConfig(lr=1e-5), *parameters, router_lr=1e-4)
+        phases.append(Phase(name, network, optimiser, loss, Ema(network, 0.99) if name == "student" else None))
+    cycle = [phases[0]] * bench.updates + [phases[1]]
+
+    def run() -> None:
+        for phase in cycle:
+            update(phase, 0, batch, runtime)
+
+    return run, [networks.teacher, *phases]
+
+
+def peak(bench: Bench, form: str, weights: Weights) -> dict[str, int]:
+    """Bytes of networks and averages, of optimisers, and the peak of a step above both."""
+    runtime = Runtime(LaunchConfig(cpu=not bench.cuda))
+    run, (teacher, *phases) = distillation(bench, form, weights, runtime)
+    run()
+    held = {id(x): x for x in tensors(teacher)}
+    for phase in phases:
+        networks = [phase.network, *(phase.ema.modules.values() if phase.ema else ())]
+        held |= {id(x): x for network in networks for x in tensors(network)}
+    state = [x for phase in phases for entry in phase.optimiser.adamw.state.values() for x in entry.values()]
+    above = peak_above(run, runtime.device)
+    return {"networks": nbytes(held.values()), "optimisers": nbytes(state), "step": above}
+
+
+def measure(bench: Bench) -> None:
+    runtime = Runtime(LaunchConfig(cpu=not bench.cuda))
+    arms = {f"{form}, {weights}": (form, weights) for weights in WEIGHTS for form in FORMS}
+    load = os.getloadavg()[0]
+    memory = {name: alone(peak, bench, *arm) for name, arm in arms.items()}
+    runs = {name: distillation(bench, *arm, runtime)[0] for name, arm in arms.items()}
+    times = interleaved(runs, bench.rounds, runtime.device)
+    batch, size = bench.shape()
+    totals = {name: sum(parts.values()) for name, parts in memory.items()}
+    result = {
+        "model": "SiT-S/2",
+        "B": batch,
+        "T": (size // 2) ** 2,
+        "updates": bench.updates,
+        "load_average": {"before": load, "after": os.getloadavg()[0]},
+        "seconds": {name: spread(samples) for name, samples in times.items()},
+        "ratio": {name: ratio(times, name, REFERENCE) for name in arms},
+        "bytes": memory,
+        "bytes_ratio": {name: total / totals[REFERENCE] for name, total in totals.items()},
+    }
+    print({name: round(value, 3) for name, value in result["ratio"].items()})
+    print(save(f"step_{runtime.device.type}", runtime.device, result))
+
+
+if __name__ == "__main__":
+    config.run_job(Bench, measure, description=__doc__ or "")

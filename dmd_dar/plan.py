@@ -1,0 +1,186 @@
+"""What a distillation needs in memory, without weights: python -m dmd_dar.plan config=FILE.yaml [key=value ...]
+
+It takes the keys of distill.py. launch.processes counts as 1 where it is 0, launch.precision auto as bf16 unless
+launch.cpu is set.
+"""
+
+import copy
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dmd_dar import config
+from dmd_dar.distill import DistillConfig, memory_of
+from dmd_dar.errors import UserError
+from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
+from dmd_dar.models.frozen import block_layers
+from dmd_dar.models.shared_lora import Plain
+from dmd_dar.models.sit import build_sit
+from dmd_dar.models.students import Networks, build_networks
+from dmd_dar.models.teachers import TeacherConfig, load_teacher
+
+CARDS = (24, 40, 80, 141)  # GB of memory
+USABLE = 0.9  # of it; the rest is the driver's, the allocator's and the kernels' work space
+PUBLIC = re.compile(r"(?:sit|dit)[-_](s|b|l|xl)[-_](2|4|8)(?:[-_](\d+))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one process. `activations` include the routing history; `cpu` is what offload keeps off the device."""
+
+    batch: int  # samples of a micro-batch
+    parameters: dict[str, int]
+    trained: dict[str, int]
+    stored: dict[str, int]  # a shared tensor counts for the first network that has it
+    gradients: int
+    optimiser: int
+    activations: int
+    history: int
+    backward: int
+    cpu: int
+    parts: int  # processes among which weights, gradients and optimiser state are split
+
+    @property
+    def weights(self) -> int:
+        return sum(self.stored.values()) // self.parts - self.cpu
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimiser + self.activations + self.backward
+
+
+def plan_of(cfg: DistillConfig) -> Plan:
+    """The plan of a run. Raises UserError where nothing says what the teacher is, or the batch is uneven."""
+    launch = cfg.launch
+    processes = max(1, launch.processes)
+    batch, rest = divmod(cfg.batch_size, processes * launch.accumulation)
+    if rest:
+        raise UserError(
+            f"batch_size = {cfg.batch_size}: does not divide among {processes} processes with launch.accumulation"
+            f" {launch.accumulation}; make it a multiple of {processes * launch.accumulation}"
+        )
+    parts = (launch.shard_among or processes) if launch.sharding == "fsdp2" else 1
+    bf16 = launch.precision == "bf16" or (launch.precision == "auto" and not launch.cpu)
+    routing = cfg.student.routing
+    networks = build_networks(outline(cfg.teacher), routing.form(), routing.allow_change, memory_of(cfg))
+    averages = [copy.deepcopy(networks.student).requires_grad_(False) for _ in cfg.student.decays]
+    with without_data():
+        traced = [networks.student, networks.fake_score]
+        emptied(networks.teacher, *traced, *averages)
+        student, fake = (footprint(network, batch, bf16) for network in traced)
+    return _added_up(cfg, networks, averages, (student, fake), batch, parts)
+
+
+def _added_up(
+    cfg: DistillConfig,
+    networks: Networks,
+    averages: list[nn.Module],
+    footprints: tuple[Footprint, Footprint],
+    batch: int,
+    parts: int,
+) -> Plan:
+    student, fake = footprints
+    every: dict[str, nn.Module] = {"teacher": networks.teacher, "student": networks.student}
+    every |= {"fake_score": networks.fake_score}
+    every |= {
+        f"student average {decay:g}": network for decay, network in zip(cfg.student.decays, averages, strict=True)
+    }
+    updated = ["student", "fake_score"] if cfg.trains_fake_score else ["student"]
+    grown = {name: [p for p in every[name].parameters() if p.requires_grad] for name in updated}
+    seen: set[int] = set()
+    stored = {}
+    for name, network in every.items():
+        own = [tensor for tensor in (*network.parameters(), *network.buffers()) if id(tensor) not in seen]
+        seen |= {id(tensor) for tensor in own}
+        stored[name] = nbytes(own)
+    offloaded = [p for layer in block_layers(networks.teacher) for p in layer.parameters(recurse=False)]
+    calls = (cfg.matching.weight > 0 or cfg.gan.used) + cfg.regression.used  # whose graphs stand at the same time
+    of_student = calls * student.kept + cfg.gan.used * fake.kept
+    of_fake = fake.kept * (3 if cfg.gan.used and cfg.gan.feature_weight else 1)
+    history = max(0, student.kept - fake.kept) * calls
+    largest = max(nbytes(parameters) for parameters in grown.values())
+    return Plan(
+        batch=batch,
+        parameters={name: sum(p.numel() for p in network.parameters()) for name, network in every.items()},
+        trained={name: sum(p.numel() for p in parameters) for name, parameters in grown.items()},
+        stored=stored,
+        gradients=largest // parts,
+        optimiser=2 * sum(nbytes(parameters) for parameters in grown.values()) // parts,
+        activations=max(of_student, of_fake if cfg.trains_fake_score else 0),
+        history=history,
+        backward=max(0, student.peak - student.kept - nbytes(grown["student"])),
+        cpu=nbytes(offloaded) if cfg.launch.offload else 0,
+        parts=parts,
+    )
+
+
+def footprint(network: nn.Module, batch: int, bf16: bool) -> Footprint:
+    """Of one call of the network with gradient, on `batch` samples."""
+    shape = network.config  # type: ignore[attr-defined]
+    x = torch.zeros(batch, shape.in_channels, shape.input_size, shape.input_size)
+    t, cond = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
+
+    def call() -> Tensor:
+        return network(x, t, cond)
+
+    return trace(call, tensors(network), bf16)
+
+
+def outline(teacher: TeacherConfig) -> Plain:
+    """The teacher from its files or, where these are not here, by the name of a public one; on the meta device."""
+    place = Path(teacher.path)
+    if place.exists():
+        return load_teacher(teacher).network.to("meta")
+    named = PUBLIC.search(place.name)
+    if named is None:
+        raise UserError(
+            f"teacher.path = {teacher.path}: no such file or folder, and no name of a public SiT or DiT, such as"
+            " SiT-XL-2-256x256.pt, that says what it is"
+        )
+    size, patch, pixels = named.groups()
+    with torch.device("meta"):
+        return build_sit(f"{size.upper()}/{patch}", input_size=int(pixels or 256) // 8).requires_grad_(False)
+
+
+def table(plan: Plan) -> str:
+    """The plan as it is printed."""
+    lines = [f"{'network':22}{'parameters':>14}{'trained':>14}{'stored, MB':>14}"]
+    for name, count in plan.parameters.items():
+        row = (f"{count:,}", f"{plan.trained.get(name, 0):,}", _mb(plan.stored[name]))
+        lines.append(f"{name:22}" + "".join(f"{cell:>14}" for cell in row))
+    split = f", its part of {plan.parts}" if plan.parts > 1 else ""
+    lines += ["", f"one process, {plan.batch} samples at a time{split}:"]
+    parts = {
+        "weights": plan.weights,
+        "gradients": plan.gradients,
+        "optimiser state": plan.optimiser,
+        "activations": plan.activations,
+        "  of these, routing": plan.history,
+        "backward pass": plan.backward,
+        "total": plan.total,
+    }
+    lines += [f"{name:22}{_mb(count):>14} MB" for name, count in parts.items()]
+    if plan.cpu:
+        lines.append(f"{'in CPU memory':22}{_mb(plan.cpu):>14} MB")
+    fits = [f"{card} GB {'yes' if plan.total <= USABLE * card * 1e9 else 'no'}" for card in CARDS]
+    lines += ["", f"fits, with {1 - USABLE:.0%} left free: " + ", ".join(fits)]
+    lines.append("not counted: the codec, LPIPS, the GAN's heads, and what the libraries themselves take")
+    return "\n".join(lines)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    given = argv if any(argument.startswith("out_dir=") for argument in argv) else [*argv, "out_dir=unused"]
+    config.run_job(DistillConfig, lambda cfg: print(table(plan_of(cfg))), given, description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

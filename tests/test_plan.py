@@ -1,0 +1,139 @@
+"""What `dmd_dar.plan` says, against what training holds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmd_dar import config, distill, plan
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.models.footprint import nbytes, tensors
+from dmd_dar.models.sit import SiT
+from dmd_dar.models.students import build_networks
+from dmd_dar.models.teachers import TeacherConfig, load_teacher
+from dmd_dar.train.ema import Ema
+from dmd_dar.train.optimise import Optimiser
+from dmd_dar.train.runtime import Runtime
+from tests.models.tiny_pipelines import tiny_pipeline
+
+ROOT = Path(__file__).parents[1]
+BATCH = 4
+
+
+def load(recipe: str, *more: str) -> distill.DistillConfig:
+    given = [f"config={ROOT / 'configs' / recipe}.yaml", "out_dir=unused", "launch.cpu=true", *more]
+    return config.load(distill.DistillConfig, given)
+
+
+def photos(recipe: str, tmp_path: Path, *more: str) -> distill.DistillConfig:
+    cheap = [f"batch_size={BATCH}", "regression.count=2", "regression.solver_steps=4"]
+    paths = [f"teacher.path={ROOT / 'teachers' / 'photos32'}", f"regression.cache={tmp_path}"]
+    return load(f"photos32/{recipe}", *cheap, *paths, *more)
+
+
+def saved_bytes(loss, weights: set[int]) -> int:
+    """Distinct storages that autograd keeps for the backward pass of `loss()`, and the backward pass."""
+    found: dict[int, int] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        value = loss()
+    value.backward()
+    return sum(found.values())
+
+
+def measured(cfg: distill.DistillConfig) -> int:
+    """Bytes of parameters, gradients and optimiser state of all networks, and of the tensors saved in one step."""
+    teacher, runtime, routing = load_teacher(cfg.teacher), Runtime(cfg.launch), cfg.student.routing
+    networks = build_networks(teacher.network, routing.form(), memory=distill.memory_of(cfg))
+    recipe = distill.recipe_of(cfg, teacher.network, teacher.digest)
+    method = distill.build_method(cfg, recipe, teacher.prediction, networks, runtime)
+    every = [networks.teacher, networks.student, networks.fake_score, Ema(networks.student, *cfg.student.decays).module]
+    held = {x.untyped_storage().data_ptr(): x for network in every for x in tensors(network)}
+    saved, gradients, state = [], [], 0
+    for network, loss in ((networks.student, method.student_loss), (networks.fake_score, method.fake_score_loss)):
+        optimiser = Optimiser(cfg.student, network.backbone_parameters(), network.router_parameters(), 1e-3)
+        draws = Draws(0, "student", 0, sample_range(0, BATCH))
+        saved.append(saved_bytes(lambda loss=loss, draws=draws: loss(draws)[0], set(held)))
+        gradients.append(nbytes(p.grad for p in network.parameters() if p.grad is not None))
+        optimiser.adamw.step()
+        entries = [entry for kept in optimiser.adamw.state.values() for entry in kept.values()]
+        state += nbytes(entries)
+        network.zero_grad()
+    return nbytes(held.values()) + max(gradients) + state + max(saved)
+
+
+@pytest.mark.parametrize(
+    "recipe, more",
+    [("residual", ()), ("dar", ()), ("dar", ("weights=shared_lora",)), ("dar", ("matching.weight=0",))],
+    ids=["residual", "dar", "shared_lora", "regression"],
+)
+def test_the_plan_is_within_15_percent_of_what_a_step_holds(recipe, more, tmp_path):
+    cfg = photos(recipe, tmp_path, *more)
+    total = plan.plan_of(cfg).total
+    if cfg.matching.weight:
+        assert measured(cfg) == pytest.approx(total, rel=0.15)
+    else:  # the fake score stands there and is not trained
+        both = plan.plan_of(replace(cfg, matching=replace(cfg.matching, weight=1.0)))
+        assert total < 0.8 * both.total
+
+
+def test_processes_accumulation_sharding_and_checkpointing_take_their_parts(tmp_path):
+    whole = plan.plan_of(photos("dar", tmp_path, "batch_size=8"))
+    split = plan.plan_of(photos("dar", tmp_path, "batch_size=8", "launch.processes=2", "launch.accumulation=2"))
+    assert (whole.batch, split.batch) == (8, 2) and split.weights == whole.weights
+    assert split.activations < 0.4 * whole.activations and split.optimiser == whole.optimiser
+    sharded = plan.plan_of(photos("dar", tmp_path, "batch_size=8", "launch.processes=4", "launch.sharding=fsdp2"))
+    for part in ("weights", "gradients", "optimiser"):
+        assert getattr(sharded, part) == pytest.approx(getattr(whole, part) / 4, rel=1e-3)
+    less = plan.plan_of(photos("dar", tmp_path, "batch_size=8", "launch.checkpointing=true"))
+    assert less.activations < 0.2 * whole.activations
+
+
+def test_a_shared_frozen_base_counts_once_and_moves_to_the_cpu(tmp_path):
+    full = plan.plan_of(photos("dar", tmp_path))
+    shared = plan.plan_of(photos("dar", tmp_path, "weights=shared_lora"))
+    assert shared.stored["teacher"] == full.stored["teacher"] and shared.optimiser < 0.2 * full.optimiser
+    assert shared.stored["student"] == 4 * shared.parameters["student"] < 0.2 * full.stored["student"]
+    away = plan.plan_of(photos("dar", tmp_path, "weights=shared_lora", "launch.offload=true", "frozen_dtype=bfloat16"))
+    assert away.weights + away.cpu < shared.weights - 0.8 * away.cpu and away.cpu > 0.4 * full.stored["teacher"]
+
+
+def test_xl_is_planned_without_its_files_and_says_what_fits(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "footprint", lambda *given: plan.Footprint(kept=10**9, peak=10**9))
+    for recipe in ("sit_xl", "dit_xl"):
+        plan.main([f"config={ROOT / 'configs' / 'imagenet256' / recipe}.yaml", "launch.accumulation=32"])
+        said = capsys.readouterr().out
+        assert "675,129,632" in said and "24 GB no" in said and "40 GB yes" in said and "141 GB yes" in said
+
+
+def test_names_of_public_networks_say_their_shape():
+    network = plan.outline(TeacherConfig(path="nowhere/DiT-B-4-512x512.pt"))
+    assert isinstance(network, SiT) and next(network.parameters()).is_meta
+    shape = network.config
+    assert (shape.width, shape.depth, shape.patch, shape.input_size, shape.learn_sigma) == (768, 12, 4, 64, True)
+
+
+def test_a_diffusers_teacher_is_planned_without_computing(tmp_path):
+    pipeline = tiny_pipeline(tmp_path / "pipeline")
+    cfg = load("imagenet256/sit_xl", f"teacher.path={pipeline}", "teacher.prediction=auto", "teacher.codec=")
+    cfg = replace(cfg, batch_size=2)
+    found = plan.plan_of(cfg)
+    assert found.trained["student"] > found.trained["fake_score"] > 0 and found.activations > 0
+
+
+@pytest.mark.parametrize(
+    "wrong, said", [("teacher.path=nowhere", "teacher.path"), ("launch.accumulation=3", "batch_size")]
+)
+def test_mistakes_are_one_line(tmp_path, wrong, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.main([f"config={ROOT / 'configs' / 'photos32' / 'dar'}.yaml", wrong])
+    message = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(message) == 1 and said in message[0]
