@@ -122,7 +122,7 @@ def _chains(result: dict[str, Any]) -> list[str]:
                     backend,
                     milli(chain["training_s"][backend]),
                     times(chain["training_ratio"][backend]),
-                    times(chain["training_ratio_by_source"][backend]),
+                    times(by_source[backend]) if (by_source := chain.get("training_ratio_by_source")) else OPEN,
                     times(settled["training_ratio"][backend]) if settled else "",
                     milli(chain["sampling_s"][backend]),
                     times(chain["sampling_ratio"][backend]),
