@@ -24,6 +24,7 @@ FORKS.set_forkserver_preload(["tests.train.crash"])
 TINY = SiTConfig(input_size=32, in_channels=3, patch=16, width=16, depth=2, heads=2, num_classes=8)
 SHORT = ("steps=5", "checkpoint.every=2", "checkpoint.keep_last=1", "checkpoint.keep_every=4")
 LONG = ("steps=24", "checkpoint.every=3", "checkpoint.keep_last=2", "checkpoint.keep_every=12")
+LONG += ("log.health_every=2", "log.health_samples=4")
 
 
 class Runs:
@@ -67,8 +68,9 @@ class Runs:
             held[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else b""
         del held[".lock"]
         held["config.yaml"] = held["config.yaml"].replace(f"out_dir: {folder}".encode(), b"")
-        if card := held.get("student/README.md"):
-            held["student/README.md"] = card.replace(f"# {name}\n".encode(), b"")
+        for place in ("student/README.md", "student_best/README.md"):
+            if card := held.get(place):
+                held[place] = card.replace(f"# {name}\n".encode(), b"")
         records = [json.loads(line) for line in held["log.jsonl"].splitlines()]
         held["log.jsonl"] = [{**record, "steps_per_second": 0} for record in records]
         return held
