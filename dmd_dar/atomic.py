@@ -80,38 +80,88 @@ def replaced_folder(target: str | os.PathLike[str], own: tuple[str, ...] = ()) -
     """An empty folder to fill; when the block ends, it takes the place of `target` in one step, fully on the disk.
 
     An exception leaves `target` as it was. Of the old folder, entries that the new one lacks are kept, but for those
-    named in `own`. Where the file system cannot exchange two folders in one step (outside Linux, some network mounts),
-    a crash between two renames leaves the old folder as `.NAME.new` or `.NAME.old` beside an absent `target`.
+    named in `own`; at every moment they are in both or in the one that counts. Where the file system cannot exchange
+    two folders in one step (outside Linux, some network mounts), a crash between two renames leaves the old folder as
+    `.NAME.old` beside an absent `target`, until `recover_folder` or the next replacement.
     """
     target = Path(target).resolve()
-    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
+    recover_folder(target)
+    new, old = _beside(target)
     try:
         make_folder(new)
         yield new
         for path in (*new.rglob("*"), new):
             sync_folder(path)
-        if not target.is_dir() or not any(target.iterdir()):
+        if not _filled(target):
             os.replace(new, target)
-        elif _exchanged(new, target):
-            reached("folders exchanged")
-            _keep_foreign(new, target, own)
         else:
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-            os.replace(new, target)
-            _keep_foreign(old, target, own)
+            _keep_foreign(target, new, own)
+            if _exchanged(new, target):
+                reached("folders exchanged")
+            else:
+                os.replace(target, old)
+                reached("folder set aside")
+                os.replace(new, target)
+                reached("folder put in place")
+                os.replace(old, new)  # under that name nobody takes it for one that is needed
+            _keep_foreign(new, target, own)  # what was put there since
+        sync_folder(target.parent)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        recover_folder(target)
     reached("folder replaced")
-    sync_folder(target.parent)
 
 
-def _keep_foreign(old: Path, target: Path, own: tuple[str, ...]) -> None:
+def recover_folder(target: Path) -> None:
+    """Undo what a killed process left of replacing `target`, which nobody else may be doing; the old folder comes back
+    where the new one had not come. Raises OSError where the rest cannot be removed."""
+    new, old = _beside(target)
+    if old.is_dir() and not _filled(target):
+        os.replace(old, target)
+        sync_folder(target.parent)
+    for rest in (old, new):
+        if rest.is_dir():
+            shutil.rmtree(rest)
+
+
+def recover_folders(parent: Path, name: str) -> None:
+    """`recover_folder` of every folder in `parent` whose name starts with `name`."""
+    for path in {rest.with_name(rest.stem[1:]) for rest in parent.glob(f".{name}*") if rest.suffix in (".new", ".old")}:
+        recover_folder(path)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where the new folder is filled, and where the old one waits for it."""
+    return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _keep_foreign(old: Path, new: Path, own: tuple[str, ...]) -> None:
+    """Have the entries of `old` that `new` lacks in both, on the disk, but for those named in `own`."""
     for entry in old.iterdir():
-        if entry.name not in own and not (target / entry.name).exists():
-            os.replace(entry, target / entry.name)
-    shutil.rmtree(old, ignore_errors=True)
+        place = new / entry.name
+        if entry.name in own or os.path.lexists(place):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, place, symlinks=True, copy_function=_link)
+            for folder, _, _ in os.walk(place):
+                sync_folder(Path(folder))
+        else:
+            _link(entry, place)
+        reached("foreign entry kept")
+    sync_folder(new)
+
+
+def _link(source: str | Path, place: str | Path) -> None:
+    """One file of two names, a copy where the file system has no hard links."""
+    try:
+        os.link(source, place, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, place, follow_symlinks=False)
+        if not os.path.islink(place):
+            sync_folder(Path(place))
 
 
 def _exchanged(a: Path, b: Path) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from dmd_dar.atomic import sweep, write_atomic
+from dmd_dar.atomic import recover_folders, sweep, write_atomic
 from dmd_dar.errors import UserError
 
 MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir")
@@ -59,6 +59,7 @@ class RunFolder:
         lock = _lock(path)
         try:
             resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume)
+            recover_folders(path, "student")
             for name in ("checkpoints", "samples", "student"):
                 (path / name).mkdir(exist_ok=True)
             sweep(path)

@@ -137,10 +137,12 @@ def test_killed_while_it_resumes(runs, whole):
 
 
 def test_killed_while_a_finished_run_writes_its_student_again(runs, whole):
-    for _ in range(2):
-        ends_the_same(runs, "again", whole)
+    ends_the_same(runs, "again", whole)
+    (runs.root / "again" / "student" / "notes.txt").write_text("a user's own")
+    whole = {**whole, "student/notes.txt": b"a user's own"}
+    ends_the_same(runs, "again", whole)
     points = runs.points("again")
-    for point in ("folders exchanged", "folder replaced"):
+    for point in ("foreign entry kept", "folders exchanged", "folder replaced"):
         assert runs.run("again", SHORT, "kill", points.index(point) + 1) == -9
         ends_the_same(runs, "again", whole)
 
