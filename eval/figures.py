@@ -14,9 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-
-from eval.maps import mean_log_map
-from eval.sets import ImageSet
+from torch import Tensor
 
 REAL, TEACHER, RESIDUAL, DAR = "#000000", "#0072B2", "#D55E00", "#009E73"
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#B8A800")  # Okabe-Ito; grey and a darker yellow for white paper
@@ -59,11 +57,14 @@ def _own_colour(row: dict) -> str | None:
     return RESIDUAL if "residual" in words else DAR if "dar" in words else None
 
 
-def charts(result: dict[str, Any], sets: Sequence[ImageSet]) -> dict[str, bytes]:
-    """All charts of the report by name: gain, bands, psd, maps and, where there are several seeds, forest."""
+def charts(result: dict[str, Any], planes: dict[str, Tensor]) -> dict[str, bytes]:
+    """All charts of the report by name: gain, bands, psd, maps and, where there are several seeds, forest.
+
+    planes: each set's mean log power, (H, W) in dB, by name.
+    """
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         drawn = {"gain": gain_figure(result), "bands": band_figure(result), "psd": psd_figure(result)}
-        drawn["maps"] = map_figure(result, sets)
+        drawn["maps"] = map_figure(result, planes)
         if result.get("latent"):
             drawn["latent"] = latent_figure(result)
         if result.get("forest"):
@@ -187,9 +188,10 @@ def psd_figure(result: dict) -> bytes:
     return _finish(figure, axes)
 
 
-def map_figure(result: dict[str, Any], sets: Sequence[ImageSet]) -> bytes:
+def map_figure(result: dict[str, Any], means: dict[str, Tensor]) -> bytes:
     """Mean log power over the plane of frequencies of each set, and below the differences from the teacher's."""
-    planes = {one.name: mean_log_map(one.batches()).numpy() for one in sets if one.role != "null"}
+    nulls = [row["name"] for row in result["sets"] if row["role"] == "null"]
+    planes = {name: plane.numpy() for name, plane in means.items() if name not in nulls}
     base = planes[result["teacher"]]
     differences = {name: plane - base for name, plane in planes.items() if name != result["teacher"]}
     span = max([LEAST_MAP_SPAN_DB, *(float(np.quantile(np.abs(d), 0.995)) for d in differences.values())])

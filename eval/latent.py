@@ -5,6 +5,7 @@ Legend: N images of a set, C channels of h x w latent cells. Frequencies are in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from dmd_dar.spectrum import MIN_SIZE
 from eval.distances import Ledger
+from eval.processes import Processes, Rows, grouped, ungrouped
 from eval.sets import ImageSet
-from eval.spectrum import BAND_EDGES, BAND_NAMES, Spectrum, band_gains, gain_curve, labelled, spectrum_of
+from eval.spectrum import BAND_EDGES, BAND_NAMES, Channel, Spectrum, band_gains, gain_curve, labelled, spectrum_of
 from eval.stats import Interval
 from eval.targets import halved_lsd
 
@@ -29,17 +31,41 @@ class Latent:
     channels: list[Spectrum]
 
     @staticmethod
-    def of(one: ImageSet, latents: Tensor) -> "Latent":
-        channels = [spectrum_of(latents.split(BATCH), channel=c) for c in range(latents.shape[1])]
-        return Latent(one, spectrum_of(latents.split(BATCH), channel="all"), channels)
+    def of(one: ImageSet, size: tuple[int, int], rows: Rows) -> "Latent":
+        """From the `rows_of` its latents (h, w)."""
+        whole, *channels = (Spectrum.of(size, part) for part in ungrouped(rows).values())
+        return Latent(one, whole, channels)
+
+
+def read_latents(sets: Sequence[ImageSet], processes: Processes | None = None) -> dict[str, Rows]:
+    """The rows of the latents of every set that has large enough ones, shared out among the processes."""
+    processes, found = processes or Processes(), {}
+    for one in sets:
+        if one.latents is not None and min(one.latents.shape[-2:]) >= MIN_SIZE:
+            found[one.name] = processes.joined(one.count, partial(rows_of, one.latents))
+    return found
+
+
+def rows_of(latents: Tensor, rank: int = 0, world: int = 1) -> Rows:
+    """The mean over channels and every channel of latents (N, C, h, w): the share of process `rank` of `world`."""
+    start, stop = (len(latents) * r // world for r in (rank, rank + 1))
+    share = latents[start:stop].split(BATCH)
+    channels: tuple[Channel, ...] = ("all", *range(latents.shape[1]))
+    return grouped({str(c): spectrum_of(share, channel=c, first=start).rows for c in channels})
 
 
 def latent_spectra(
-    sets: Sequence[ImageSet], reference: ImageSet, real: ImageSet | None, seed: int, ledger: Ledger
+    sets: Sequence[ImageSet],
+    reference: ImageSet,
+    real: ImageSet | None,
+    seed: int,
+    ledger: Ledger,
+    read: dict[str, Rows] | None = None,
 ) -> dict[str, Any] | None:
     """Every set that has latents against those of `reference` ("teacher") and of `real`; None for models of pixels.
 
-    JSON-able but for intervals. Latents of fewer than 32 cells a side have no spectrum, which `ledger` then tells.
+    read: of `read_latents`, where they were read before. JSON-able but for intervals. Latents of fewer than 32 cells a
+    side have no spectrum, which `ledger` then tells.
     """
     if reference.latents is None:
         return None
@@ -48,7 +74,8 @@ def latent_spectra(
         fault = f"latents of {height} x {width} cells; a spectrum needs {MIN_SIZE} a side"
         ledger.add("latent spectrum", "", fault, requested=False)
         return None
-    measured = [Latent.of(one, one.latents) for one in sets if one.latents is not None]
+    read = read_latents(sets) if read is None else read
+    measured = [Latent.of(one, (height, width), read[one.name]) for one in sets if one.latents is not None]
     targets = {"teacher": reference.name, "real": real.name if real is not None and real.latents is not None else None}
     by_name = {one.source.name: one for one in measured}
     return {

@@ -12,9 +12,8 @@ import numpy as np
 
 from eval import distances, frechet, maps, structure
 from eval.distances import Ledger, Suite
-from eval.features import Features
 from eval.images import UnfitError
-from eval.measured import CHROMA, Measured, measure_one
+from eval.measured import CHROMA, Measured, Reading, measure_one, read_one
 from eval.sectors import sector_means
 from eval.sets import ImageSet, validate
 from eval.spectrum import (
@@ -45,23 +44,22 @@ def measure(
     class_names: dict[int, str] | None = None,
     suite: Suite | None = None,
     ledger: Ledger | None = None,
-    features: dict[str, dict[str, Features]] | None = None,
+    read: dict[str, Reading] | None = None,
 ) -> dict[str, Any]:
     """Compares every set with `reference` (the teacher's samples) and with `real` images, in every metric of eval/.
 
     colour_labels: the classes that have colour; chroma is measured over these only (None: all). seed: of the bootstrap.
-    suite: what reads features, fd_wavelet alone by default. features: by set and extractor, where they were read
-    before. Sets that do not fit are left out and told in `ledger`; UnfitError where `reference` or `real` does not fit.
+    suite: what reads features, fd_wavelet alone by default. read: by set, where they were read before. Sets that do not
+    fit are left out and told in `ledger`; UnfitError where `reference` or `real` does not fit.
     Returns JSON-able data of SCHEMA_VERSION.
     """
     suite, ledger = suite or Suite(), Ledger() if ledger is None else ledger
     names = class_names or {}
     everything = fitting(sets, reference, real, ledger)
     with one_thread(suite.small):
-        known = {one.name: (features or {}).get(one.name) for one in everything}
-        read = {one.name: known[one.name] or distances.features_of(one, suite, ledger) for one in everything}
+        known = {one.name: (read or {}).get(one.name) for one in everything}
         rows = _rows(
-            [measure_one(one, read[one.name]) for one in everything],
+            [measure_one(one, known[one.name] or read_one(one, suite, ledger)) for one in everything],
             reference,
             real,
             colour_labels,

@@ -3,18 +3,24 @@
 Legend: N images of a set, F radial bins.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eval import features, frechet, maps, sliced, structure
+from eval.distances import Ledger, Suite, features_of
 from eval.features import Features
-from eval.sets import ImageSet
+from eval.processes import Processes, Rows, grouped, ungrouped
+from eval.sets import BATCH, ImageSet
 from eval.spectrum import Spectrum, as_floats, spectrum_of
+from eval.threads import one_thread
 
-CHROMA = ("cb", "cr")
+LUMA, CHROMA = "y", ("cb", "cr")
 DIVERSITY_IMAGES = 256  # of a class, whose pairs are looked at
 SLICED_IMAGES = 512  # of a set, whose patches are sorted: their distances cost more than all else together
 
@@ -40,22 +46,70 @@ class Measured:
         return self.source.count
 
 
-def measure_one(one: ImageSet, found: dict[str, Features]) -> Measured:
-    """`found`: its features by extractor."""
-    wavelets = [structure.wavelet_statistics(as_floats(batch)) for batch in one.batches()]
-    energy, kurtosis = (np.concatenate(parts) for parts in zip(*wavelets, strict=True))
+@dataclass(frozen=True)
+class Reading:
+    """What is read from the images of one set, each by itself."""
+
+    features: dict[str, Features]  # by extractor
+    rows: Rows  # of `rows_of`
+
+
+def read_one(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes | None = None) -> Reading:
+    """Shared out among the processes, each of which gets all of it."""
+    processes = processes or Processes()
+    with one_thread(suite.small):
+        found = features_of(one, suite, ledger, processes)
+        rows = processes.joined(one.count, lambda rank, world: rows_of(one, rank, world))
+    return Reading(found, rows)
+
+
+def rows_of(one: ImageSet, rank: int = 0, world: int = 1) -> Rows:
+    """Spectra, structure, lines and wavelets of each image of the share of process `rank` of `world`, from one reading
+    of the stream; and `plane.total`, their log power summed, as a single row (1, H, K).
+    """
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    planes = []
+    for _, batch in one.stream.batches(BATCH, rank, world):
+        images = as_floats(batch)
+        planes.append(maps.map_sum(images))
+        for name, values in _rows(images).items():
+            parts[name].append(values)
+    rows = {name: torch.cat(values) for name, values in parts.items()}
+    return {**rows, "plane.total": reduce(add, planes).total[None]}
+
+
+def _rows(images: Tensor) -> Rows:
+    energy, kurtosis = (torch.from_numpy(values) for values in structure.wavelet_statistics(images))
+    return grouped(
+        {
+            **{channel: spectrum_of(images, channel=channel).rows for channel in (LUMA, *CHROMA)},
+            "structure": structure.structure_rows(images),
+            "wavelet": {"energy": energy, "kurtosis": kurtosis},
+            "grid": {"lines": torch.from_numpy(maps.grid_lines(images))},
+        }
+    )
+
+
+def mean_plane(one: ImageSet, rows: Rows) -> Tensor:
+    """Its mean log power over the plane of frequencies, (H, W) in dB, f = 0 at [H // 2, W // 2]."""
+    return maps.MapSum(one.count, one.stream.size[1], rows["plane.total"].sum(0)).mean
+
+
+def measure_one(one: ImageSet, read: Reading) -> Measured:
+    """From what was read, and of at most a few hundred images what needs them together: patches and diversity."""
     some, labels = _some(one)
+    group = ungrouped(read.rows)
     return Measured(
         source=one,
-        luma=spectrum_of(one.batches()),
-        chroma={channel: spectrum_of(one.batches(), channel=channel) for channel in CHROMA},
-        structure=structure.structure_of(one.batches()),
-        lines=np.concatenate([maps.grid_lines(batch) for batch in one.batches()]),
-        plane=maps.mean_log_map(one.batches()),
-        wavelet_energy=energy.mean(0),
-        wavelet_kurtosis=np.median(kurtosis, axis=0),
+        luma=Spectrum.of(one.stream.size, group[LUMA]),
+        chroma={channel: Spectrum.of(one.stream.size, group[channel]) for channel in CHROMA},
+        structure=structure.Structure.of(group["structure"]),
+        lines=group["grid"]["lines"].numpy(),
+        plane=mean_plane(one, read.rows),
+        wavelet_energy=group["wavelet"]["energy"].numpy().mean(0),
+        wavelet_kurtosis=np.median(group["wavelet"]["kurtosis"].numpy(), axis=0),
         patches=sliced.sliced_patches(one.first(SLICED_IMAGES)),
-        features=found,
+        features=read.features,
         spread={} if one.labels is None else frechet.class_diversity(some, labels),
         spread_of_all=_spread_of_all(one),
     )

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dmd_dar.atomic import make_folder, write_atomic
 from eval import panels
 from eval.columns import COLUMNS, HF_GAIN, STRUCTURE, Column, compared, fact
 from eval.figures import charts
 from eval.grids import Row, grids
+from eval.maps import mean_log_map
 from eval.measure import jsonable
 from eval.numbers import Number, as_csv, numbers
 from eval.panels import NOTHING, folded, minus, number, span, table, text, the
@@ -22,18 +25,26 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(
-    result: dict, sets: Sequence[ImageSet], out_dir: str | Path, title: str, provenance: dict[str, Any]
+    result: dict,
+    sets: Sequence[ImageSet],
+    out_dir: str | Path,
+    title: str,
+    provenance: dict[str, Any],
+    planes: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes report.html, report.json, report.csv and one PNG per figure into `out_dir`, each atomically.
 
-    sets: those to show in the grids, in this order. provenance: JSON-able facts about the run, printed last.
+    sets: those to show in the grids, in this order. provenance: JSON-able facts about the run, printed last. planes:
+    `measured.mean_plane` of each set by name, where it is known.
     """
     out_dir = make_folder(out_dir)
     whole = {**result, "title": title, "provenance": jsonable(provenance)}
     measured = {row["name"] for row in result["sets"]}
     sets = [one for one in sets if one.name in measured]
     drawn, rows = grids(whole, sets)
-    drawn |= charts(whole, sets)
+    if planes is None:
+        planes = {one.name: mean_log_map(one.batches()) for one in sets}
+    drawn |= charts(whole, {one.name: planes[one.name] for one in sets})
     for name, png in drawn.items():
         write_atomic(out_dir / f"{name}.png", png)
     write_atomic(out_dir / "report.json", json.dumps(whole, indent=1, allow_nan=False))

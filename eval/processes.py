@@ -17,6 +17,20 @@ from eval.images import UnfitError
 Rows = dict[str, Tensor]  # each (n, ...), of the same n images
 
 
+def grouped(groups: dict[str, Rows]) -> Rows:
+    """{a: {b: rows}} -> {"a.b": rows}."""
+    return {f"{group}.{name}": part for group, rows in groups.items() for name, part in rows.items()}
+
+
+def ungrouped(rows: Rows) -> dict[str, Rows]:
+    """The other way, groups in their order."""
+    groups: dict[str, Rows] = {}
+    for key, part in rows.items():
+        group, _, name = key.partition(".")
+        groups.setdefault(group, {})[name] = part
+    return groups
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of this evaluation, or, without a runtime, this one alone."""
@@ -32,7 +46,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that measures, writes and prints."""
+        """Whether this process is the one that compares, writes and prints."""
         return self.runtime is None or self.runtime.is_main
 
     def device(self, cpu: bool) -> torch.device:

@@ -19,12 +19,12 @@ from dmd_dar.keys import key
 from eval import arms, forest
 from eval.bench import Bench, with_costs
 from eval.columns import terminal_table
-from eval.distances import Ledger, Metric, Sources, Suite, features_of, prepare
-from eval.features import Features
-from eval.latent import latent_spectra
+from eval.distances import Ledger, Metric, Sources, Suite, prepare
+from eval.latent import latent_spectra, read_latents
 from eval.measure import fitting, jsonable, measure
+from eval.measured import Reading, mean_plane, read_one
 from eval.page import write_report
-from eval.processes import Processes
+from eval.processes import Processes, Rows
 from eval.provenance import git_state, provenance
 from eval.real import open_fitting, read_real
 from eval.sets import ImageSet, read_set
@@ -290,7 +290,7 @@ def conclude(result: dict[str, Any], inputs: Inputs) -> None:
 def report(cfg: ReportConfig) -> None:
     """Sample or read every set, measure, write the report, print its table. UserError for a skip where strict.
 
-    Of several processes, each samples its share and reads features of its share; the first one does the rest.
+    Of several processes, each samples its share and reads its share of every set; the first one does the rest.
     """
     began = time.monotonic()
     processes, ledger = Processes.of(cfg.cpu), Ledger()
@@ -303,9 +303,10 @@ def report(cfg: ReportConfig) -> None:
     sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device)
     suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt, cfg.statistics)
     chosen = fitting(inputs.sets, inputs.reference, inputs.real, ledger)
-    features = {one.name: features_of(one, suite, ledger, processes) for one in chosen}
+    read = {one.name: read_one(one, suite, ledger, processes) for one in chosen}
+    cells = read_latents(inputs.everything, processes)
     if processes.main:
-        publish(cfg, with_network_costs(inputs), suite, features, ledger, device, began)
+        publish(cfg, with_network_costs(inputs), suite, read, cells, ledger, device, began)
 
 
 def with_network_costs(inputs: Inputs) -> Inputs:
@@ -319,21 +320,24 @@ def publish(
     cfg: ReportConfig,
     inputs: Inputs,
     suite: Suite,
-    features: dict[str, dict[str, Features]],
+    read: dict[str, Reading],
+    cells: dict[str, Rows],
     ledger: Ledger,
     device: torch.device,
     began: float,
 ) -> None:
-    """What remains once images and features are there."""
-    common = (inputs.colour_labels, cfg.seed, inputs.class_names, suite, ledger, features)
-    result = measure(inputs.sets, inputs.reference, inputs.real, *common)
-    result["latent"] = jsonable(latent_spectra(inputs.everything, inputs.reference, inputs.real, cfg.seed, ledger))
+    """What remains once all images, and latents as `cells`, are read."""
+    fixed = (inputs.reference, inputs.real)
+    common = (inputs.colour_labels, cfg.seed, inputs.class_names, suite, ledger, read)
+    result = measure(inputs.sets, *fixed, *common)
+    result["latent"] = jsonable(latent_spectra(inputs.everything, *fixed, cfg.seed, ledger, cells))
     result["forest"] = jsonable(seed_by_seed(cfg, inputs, ledger))
     result["skipped"] = jsonable(ledger.skipped)
     conclude(result, inputs)
     facts = provenance(device, time.monotonic() - began, **origin(cfg, inputs))
     out = make_folder(cfg.out)
-    write_report(result, inputs.everything, out, cfg.title, facts)
+    planes = {one.name: mean_plane(one, read[one.name].rows) for one in inputs.everything if one.name in read}
+    write_report(result, inputs.everything, out, cfg.title, facts, planes)
     print(terminal_table(result))
     print(*result["conclusions"], sep="\n")
     print_skipped(ledger)

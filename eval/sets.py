@@ -22,7 +22,7 @@ Role = Literal["real", "teacher", "undistilled", "student", "images", "null"]
 
 FEWEST = 4  # images of a set
 BATCH = 256
-IN_MEMORY = 1 << 30  # bytes; a larger folder is read anew for every metric
+IN_MEMORY = 1 << 30  # bytes; a larger folder is read in batches, from disk each time
 
 
 @dataclass(frozen=True)

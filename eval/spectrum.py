@@ -73,6 +73,17 @@ class Spectrum:
     energies: np.ndarray  # (N, 6)
     parts: Tensor  # (N, 2) energy at f > 1/4 and at 0 < f <= 1/4, corners included
 
+    @staticmethod
+    def of(size: tuple[int, int], rows: dict[str, Tensor], window: Window = "hann") -> "Spectrum":
+        """Of images whose `rows` were joined."""
+        frequencies, counts = radial_frequencies(*size, window=window)
+        return Spectrum(size, frequencies, counts, rows["per_image"], rows["energies"].numpy(), rows["parts"])
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """What is said of each image by itself: rows of several sets join to those of all their images."""
+        return {"per_image": self.per_image, "energies": torch.from_numpy(self.energies), "parts": self.parts}
+
     @property
     def power(self) -> Tensor:
         return self.per_image.mean(0)
@@ -98,12 +109,15 @@ def as_floats(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def spectrum_of(images: Tensor | Iterable[Tensor], *, window: Window = "hann", channel: Channel = "y") -> Spectrum:
+def spectrum_of(
+    images: Tensor | Iterable[Tensor], *, window: Window = "hann", channel: Channel = "y", first: int = 0
+) -> Spectrum:
     """Measures images (N, C, H, W) once, for any number of comparisons: uint8, floats in [0, 1], or batches of them.
 
     Powers are held above POWER_FLOOR, so that a set without any detail reads a large loss and not minus infinity.
     A band without a mode (B0 of a 32-px image) has the energy NaN and so no gain.
-    UnfitError naming the first image that holds a number that is not finite, and for batches of several sizes or none.
+    UnfitError naming the first image that holds a number that is not finite, counted from `first`, and for batches of
+    several sizes or none.
     """
     batches = [images] if isinstance(images, Tensor) else images
     parts = [_measure(as_floats(batch), window, channel) for batch in batches]
@@ -111,18 +125,12 @@ def spectrum_of(images: Tensor | Iterable[Tensor], *, window: Window = "hann", c
         raise UnfitError("expected at least one batch of images, got none")
     for part in parts[1:]:
         same_size(part, parts[0], "a batch", "the first")
-    whole = Spectrum(
-        parts[0].size,
-        parts[0].frequencies,
-        parts[0].counts,
-        torch.cat([part.per_image for part in parts]),
-        np.concatenate([part.energies for part in parts]),
-        torch.cat([part.parts for part in parts]),
-    )
+    rows = [part.rows for part in parts]
+    whole = Spectrum.of(parts[0].size, {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, window)
     bad = ~torch.isfinite(whole.parts).all(1)
     if bad.any():
-        first = int(bad.nonzero()[0])
-        raise UnfitError(f"image {first}: holds NaN or infinity, as do {int(bad.sum()) - 1} others; remove them")
+        place = first + int(bad.nonzero()[0])
+        raise UnfitError(f"image {place}: holds NaN or infinity, as do {int(bad.sum()) - 1} others; remove them")
     return whole
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pywt
+import torch
 from torch import Tensor
 
 from dmd_dar.spectrum import QUANTISATION_POWER, to_channel
@@ -159,18 +160,29 @@ class Structure:
     parent_child: np.ndarray  # (N,)
     flat: np.ndarray  # (N, 2)
 
+    @staticmethod
+    def of(rows: dict[str, Tensor]) -> "Structure":
+        """Of all images of a set, whose `structure_rows` were joined: which patches are flat is a matter of the set."""
+        values = {name: part.numpy() for name, part in rows.items()}
+        flat = flat_energy(values.pop("coarse"), values.pop("fine"))
+        return Structure(**values, flat=flat)
+
+
+def structure_rows(images: Tensor) -> dict[str, Tensor]:
+    """What is said of each image (N, 3, H, W), uint8 or floats in [0, 1], by itself: float64, (N,), patches (N, P)."""
+    parts = []
+    for chunk in images.split(max(1, PIXELS_PER_CHUNK // (images.shape[-1] * images.shape[-2]))):
+        chunk = as_floats(chunk)
+        parts.append((hf_kurtosis(chunk), gradient_kurtosis(chunk), parent_child_corr(chunk), *patch_energies(chunk)))
+    names = ("kurtosis", "gradient_kurtosis", "parent_child", "coarse", "fine")
+    joined = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return dict(zip(names, joined, strict=True))
+
 
 def structure_of(images: Tensor | Iterable[Tensor]) -> Structure:
     """Measures images (N, 3, H, W) once: uint8, floats in [0, 1], or batches of them; the split changes nothing."""
-    batches = [images] if isinstance(images, Tensor) else images
-    rows = []
-    for batch in batches:
-        for chunk in batch.split(max(1, PIXELS_PER_CHUNK // (batch.shape[-1] * batch.shape[-2]))):
-            chunk = as_floats(chunk)
-            values = hf_kurtosis(chunk), gradient_kurtosis(chunk), parent_child_corr(chunk)
-            rows.append((*values, *patch_energies(chunk)))
-    kurtosis, gradient, parent_child, coarse, fine = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    return Structure(kurtosis, gradient, parent_child, flat_energy(coarse, fine))
+    rows = [structure_rows(batch) for batch in ([images] if isinstance(images, Tensor) else images)]
+    return Structure.of({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
 
 def verdict(
