@@ -14,7 +14,7 @@ from dmd_dar.errors import UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.methods.generate import decoded, few_step_generator, generate
 from dmd_dar.models.adapters import CARD as ADAPTER
-from dmd_dar.models.adapters import load_adapter
+from dmd_dar.models.adapters import base_config, load_adapter
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
@@ -137,9 +137,11 @@ def load_pipeline(
     if is_adapter != bool(base):
         fault = "an adapter; name the teacher that it belongs to, base=PATH"
         raise UserError(f"{path}: {fault if is_adapter else 'no adapter; leave base out'}")
-    student = load_teacher(TeacherConfig(base if is_adapter else str(path), revision, prompts=prompts), device)
     if is_adapter:
-        student = load_adapter(Path(path), student)
+        teacher = load_teacher(base_config(Path(path), base, revision, prompts), device)
+        student = load_adapter(Path(path), teacher)
+    else:
+        student = load_teacher(TeacherConfig(str(path), revision, prompts=prompts), device)
     if not student.rungs:
         raise UserError(f"{path}: a many-step network, no few-step student; distil it")
     return StudentPipeline(student, codec_of(student, device), torch.device(device))

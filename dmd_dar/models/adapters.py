@@ -21,7 +21,7 @@ from dmd_dar.models.diffusers_denoiser import read_json, routed_copy
 from dmd_dar.models.saved import ModelCard, card_from_dict
 from dmd_dar.models.shared_lora import Lora, LoraConfig, LoraDenoiser, merged
 from dmd_dar.models.sit import SiT, with_routing
-from dmd_dar.models.teachers import Teacher
+from dmd_dar.models.teachers import Teacher, TeacherConfig
 from dmd_dar.routing.layout import RoutingConfig
 
 FORMAT, CARD = 1, "adapter.json"
@@ -43,6 +43,19 @@ def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: 
         write_atomic(folder / ROUTERS, _bytes(routers))
     said = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
     write_atomic(folder / CARD, json.dumps({**said, "routing": asdict(student.config.routing)}, indent=1))
+
+
+def base_config(folder: Path, path: str, revision: str = "", prompts: str = "") -> TeacherConfig:
+    """How the base at `path` is loaded: with the fixed inputs of the adapter's own card, where it was trained with any.
+
+    Raises MissingWeightsError or DamagedFileError naming the file.
+    """
+    try:
+        origin = read_json(folder / CARD)["card"]["origin"]
+        size, guidance = int(origin.get("input_size", 0)), float(origin.get("embedded_guidance", 0))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
+    return TeacherConfig(path, revision, prompts=prompts, input_size=size, embedded_guidance=guidance)
 
 
 def load_adapter(folder: Path, base: Teacher) -> Teacher:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd_dar.errors import DamagedFileError, MissingWeightsError
+from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.models.diffusers_denoiser import read_json
 from dmd_dar.models.hub import VAE_FILES, resolve
 
+CLASSES = ("AutoencoderKL", "AutoencoderDC")
 CHUNK = 8  # images at a time through the VAE, whose activations are far larger than a denoiser's
 ADVICE = ("sample_size", "force_upcast")  # in a VAE's config, but without effect on what it computes here
 
@@ -40,7 +42,8 @@ class Codec(nn.Module):
     @property
     def factor(self) -> int:
         """Pixels for each latent cell, along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        levels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
+        return 2 ** (len(levels) - 1)
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that decides its values: weights, scale, shift and form, but no file's name."""
@@ -51,10 +54,16 @@ class Codec(nn.Module):
         return total.hexdigest()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, std), each (B, C, h, w), of the latents' normal distribution; scale and shift are in them."""
+        """(mean, std), each (B, C, h, w), of the latents' normal distribution; scale and shift are in them.
+
+        The std of an AutoencoderDC, whose latents are no distribution, is 0.
+        """
         with torch.autocast(images.device.type, enabled=False):
-            parts = [self.vae.encode(part.float()).latent_dist for part in images.split(CHUNK)]
-        mean, std = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std"))
+            parts = [self.vae.encode(part.float()) for part in images.split(CHUNK)]
+        if hasattr(parts[0], "latent"):
+            mean = torch.cat([part.latent for part in parts])
+            return (mean - self.shift) * self.scale, torch.zeros_like(mean)
+        mean, std = (torch.cat([getattr(part.latent_dist, name) for part in parts]) for name in ("mean", "std"))
         return (mean - self.shift) * self.scale, std * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -83,9 +92,9 @@ def scale_and_shift(config: Any) -> tuple[Tensor, Tensor]:
 
 
 def load_codec(path: str, revision: str = "") -> Codec:
-    """The AutoencoderKL of a folder, of a pipeline folder's vae/, or of a hub id that is either.
+    """The AutoencoderKL or AutoencoderDC of a folder, of a pipeline folder's vae/, or of a hub id that is either.
 
-    Raises MissingWeightsError or DamagedFileError naming what is missing or does not fit.
+    Raises MissingWeightsError or DamagedFileError naming what is missing or does not fit, UserError for another class.
     """
     import diffusers
 
@@ -94,10 +103,13 @@ def load_codec(path: str, revision: str = "") -> Codec:
         folder = folder / "vae"
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(
-            f"{folder} holds no AutoencoderKL in safetensors: name the folder of one, or a hub id"
+            f"{folder} holds no {' or '.join(CLASSES)} in safetensors: name the folder of one, or a hub id"
         )
+    name = read_json(folder / "config.json").get("_class_name")
+    if name not in (None, *CLASSES):
+        raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(CLASSES)}")
     try:
-        vae, info = diffusers.AutoencoderKL.from_pretrained(
+        vae, info = getattr(diffusers, name or CLASSES[0]).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
         faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
@@ -105,7 +117,7 @@ def load_codec(path: str, revision: str = "") -> Codec:
             raise ValueError(f"the weights do not fit config.json: {faults}")
         return Codec(vae)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise DamagedFileError(f"{folder} is no AutoencoderKL that can be used: {error}") from error
+        raise DamagedFileError(f"{folder} is no {name or CLASSES[0]} that can be used: {error}") from error
 
 
 def vae_of(folder: Path) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.flow import Schedule
 from dmd_dar.models.denoiser import Meaning
+from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.routing.attach import attach, load_routed
 from dmd_dar.routing.folder import FORM
@@ -21,11 +22,6 @@ from dmd_dar.routing.hooks import DarBank
 from dmd_dar.routing.layout import RoutingConfig
 
 LABELLED = ("DiTTransformer2DModel",)  # conditioned on class labels and t alone
-PROMPTED = {  # conditioned on prompts and t: the config key of the embeddings' width, and the other tensors they need
-    "PixArtTransformer2DModel": ("caption_channels", "mask"),
-    "SD3Transformer2DModel": ("joint_attention_dim", "pooled"),
-}
-PIXELS = 8  # for each latent cell of a PixArt along one side
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,16 @@ class Shape:
 
 
 class DiffusersDenoiser(nn.Module):
-    """(x (B, C, S, S), t (B,) in the transformer's own units, cond (B,)) -> (B, C or 2 C, S, S).
+    """(x (B, C, S, S), t (B,) in timesteps of the transformer's chain, cond (B,)) -> (B, C or 2 C, S, S).
 
     cond are labels or, for a transformer that reads prompts, rows of the table `prompts`, which its state leaves out.
+    `fixed` is the same at every call.
     """
 
-    def __init__(self, transformer: Any, prompts: Prompts | None = None):
+    def __init__(self, transformer: Any, prompts: Prompts | None = None, fixed: FixedInputs | None = None):
         super().__init__()
-        self.transformer, self.prompts = transformer, prompts
+        self.transformer, self.prompts, self.fixed = transformer, prompts, fixed or FixedInputs()
+        self.family = PROMPTED.get(type(transformer).__name__)
         for module in transformer.modules():
             if type(module).__name__ == "LabelEmbedding":
                 module.dropout_prob = 0.0  # in train mode, each block would drop other labels, by torch's own generator
@@ -56,11 +54,12 @@ class DiffusersDenoiser(nn.Module):
     @property
     def config(self) -> Shape:
         given, bank = self.transformer.config, self.dar
+        channels, size = latent_shape(self.transformer, self.fixed)
         return Shape(
-            input_size=given.sample_size,
-            in_channels=given.in_channels,
+            input_size=size,
+            in_channels=channels,
             num_classes=given.num_embeds_ada_norm if self.prompts is None else self.prompts.count,
-            learn_sigma=self.transformer.out_channels == 2 * given.in_channels,
+            learn_sigma=given.out_channels == 2 * given.in_channels,
             routing=RoutingConfig() if bank is None else bank.config,
             prompted=self.prompts is not None,
         )
@@ -71,19 +70,10 @@ class DiffusersDenoiser(nn.Module):
         return getattr(self.transformer, "dar", None)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, observe: Observer | None = None) -> Tensor:
-        given = {"class_labels": cond} if self.prompts is None else self._prompted(self.prompts.rows(cond), x)
         with self._observed(observe):
-            return self.transformer(x, timestep=t, **given, return_dict=False)[0]
-
-    def _prompted(self, rows: dict[str, Tensor], x: Tensor) -> dict[str, Any]:
-        """The transformer's own arguments, as diffusers' pipelines make them for square images."""
-        embedding = {"encoder_hidden_states": rows["embedding"].to(x.dtype)}
-        if "pooled" in rows:
-            return {**embedding, "pooled_projections": rows["pooled"].to(x.dtype)}
-        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.transformer.use_additional_conditions:
-            added = {"resolution": x.new_full((len(x), 2), PIXELS * x.shape[-1]), "aspect_ratio": x.new_ones(len(x), 1)}
-        return {**embedding, "encoder_attention_mask": rows["mask"], "added_cond_kwargs": added}
+            if self.family is None or self.prompts is None:
+                return self.transformer(x, timestep=t, class_labels=cond, return_dict=False)[0]
+            return self.family.ask(self.transformer, x, t, self.prompts.rows(cond), self.fixed)
 
     @contextlib.contextmanager
     def _observed(self, observe: Observer | None) -> Iterator[None]:
@@ -116,7 +106,8 @@ class DiffusersDenoiser(nn.Module):
 
         DiT asks the first block's embedder once more at its end, when that block's weights would be gone again.
         """
-        return list(self.transformer.transformer_blocks)[1:]
+        joint = getattr(self.transformer, "single_transformer_blocks", [])  # a FLUX's, behind the others
+        return [*list(self.transformer.transformer_blocks)[1:], *joint]
 
 
 def routed_copy(
@@ -141,12 +132,14 @@ def routed_copy(
     return twin
 
 
-def load_transformer(folder: Path, prompts: Prompts | None = None) -> DiffusersDenoiser:
+def load_transformer(
+    folder: Path, prompts: Prompts | None = None, fixed: FixedInputs | None = None
+) -> DiffusersDenoiser:
     """The transformer of a diffusers folder, plain or routed, frozen, in evaluation mode, in float32.
 
     Raises MissingWeightsError without safetensors, DamagedFileError where they do not fit config.json, UserError for a
-    class that needs other conditions than labels or prompts, for prompts that are missing, not wanted or of another
-    form.
+    class that needs other conditions than labels or prompts, for prompts and `fixed` inputs that are missing, not
+    wanted or of another form.
     """
     if (folder / FORM).is_file():
         transformer = load_routed(folder)
@@ -155,7 +148,8 @@ def load_transformer(folder: Path, prompts: Prompts | None = None) -> DiffusersD
         transformer = _load_plain(folder, prompts)
     if prompts is not None:
         _check_prompts(folder, transformer, prompts)
-    return DiffusersDenoiser(transformer.float(), prompts).eval().requires_grad_(False)
+    fixed = fixed_inputs(folder, transformer, fixed or FixedInputs())
+    return DiffusersDenoiser(transformer.float(), prompts, fixed).eval().requires_grad_(False)
 
 
 def _load_plain(folder: Path, prompts: Prompts | None) -> Any:
@@ -201,11 +195,12 @@ def _check_class(folder: Path, name: str, prompts: Prompts | None) -> None:
 def _check_prompts(folder: Path, transformer: Any, prompts: Prompts) -> None:
     if type(transformer).__name__ in LABELLED:
         raise UserError(f"{folder} reads class labels: leave prompts out")
-    width, more = PROMPTED[type(transformer).__name__]
-    if set(prompts.names) != {"embedding", more} or transformer.config[width] != prompts.width:
+    family = PROMPTED[type(transformer).__name__]
+    width, more = transformer.config[family.width], family.beside
+    if set(prompts.names) != {"embedding", more} or width != prompts.width:
         raise UserError(
             f"{prompts.folder} holds prompts of another pipeline ({', '.join(prompts.names)}, width {prompts.width})"
-            f" than {folder}, which needs embedding, {more}, width {transformer.config[width]}: encode them with its"
+            f" than {folder}, which needs embedding, {more}, width {width}: encode them with its"
             " own text encoder"
         )
 

@@ -26,6 +26,7 @@ from dmd_dar.flow import Sampler
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer, meaning_from_dict, read_json
+from dmd_dar.models.families import FixedInputs
 from dmd_dar.models.hub import files_hash
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.schedulers import scheduler_config
@@ -91,21 +92,21 @@ def write_network(folder: Path, network: Denoiser, card: ModelCard, codec: Codec
         codec.vae.save_pretrained(folder / "vae")
     scheduler = scheduler_config(meaning_of(card.prediction), card.rungs, card.sampler)
     _write_json(make_folder(folder / "scheduler") / "scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", _index(network, card, scheduler["_class_name"], codec is not None))
+    _write_json(folder / "model_index.json", _index(network, card, scheduler["_class_name"], codec))
     digest = _hash(folder, card)
     _write_json(folder / CARD, {"format": FORMAT, **asdict(card), "vae": codec is not None, "network": digest})
     return digest
 
 
-def _index(network: Denoiser, card: ModelCard, scheduler: str, latent: bool) -> dict[str, Any]:
+def _index(network: Denoiser, card: ModelCard, scheduler: str, codec: Codec | None) -> dict[str, Any]:
     """model_index.json: DiTPipeline where that class can use all parts, else a class that diffusers does not have."""
     ours, residual = isinstance(network, SiT), network.config.routing.query == "residual"
     kind = ["dmd_dar", SIT_CLASS] if ours else ["diffusers", type(network.transformer).__name__]
     chain = meaning_of(card.prediction).schedule is not None
-    theirs = kind[1] == "DiTTransformer2DModel" and residual and latent and chain
+    theirs = kind[1] == "DiTTransformer2DModel" and residual and codec is not None and chain
     index: dict[str, Any] = {"_class_name": "DiTPipeline" if theirs else "StudentPipeline"}
     index |= {"transformer": kind, "scheduler": ["diffusers", scheduler]}
-    index |= {"vae": ["diffusers", "AutoencoderKL"]} if latent else {}
+    index |= {"vae": ["diffusers", type(codec.vae).__name__]} if codec is not None else {}
     return {**index, "id2label": dict(enumerate(card.label_names))} if card.label_names else index
 
 
@@ -122,13 +123,13 @@ def _is_old(folder: Path) -> bool:
     return (folder / OLD_CARD).is_file() and not (folder / CARD).is_file()
 
 
-def read_network(folder: Path, prompts: Prompts | None = None) -> Denoiser:
+def read_network(folder: Path, prompts: Prompts | None = None, fixed: FixedInputs | None = None) -> Denoiser:
     """The network of a folder whose card was read: on the CPU, in evaluation mode, frozen.
 
     Raises MissingWeightsError naming the missing file, DamagedFileError naming the file that does not fit the others.
     """
     sit = _sit_files(folder)
-    return load_transformer(folder / "transformer", prompts) if sit is None else _load_sit(*sit)
+    return load_transformer(folder / "transformer", prompts, fixed) if sit is None else _load_sit(*sit)
 
 
 def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:
@@ -212,11 +213,17 @@ def _hash(folder: Path, card: ModelCard) -> str:
     return hashlib.sha256(weights.read_bytes() + meaning.encode()).hexdigest()
 
 
-def transformer_hash(transformer: Path, prediction: Prediction | Meaning, prompts: Prompts | None = None) -> str:
-    """The hash of a diffusers transformer's folder, and of its prompts: no path, no version of diffusers is in it."""
+def transformer_hash(
+    transformer: Path,
+    prediction: Prediction | Meaning,
+    prompts: Prompts | None = None,
+    fixed: FixedInputs | None = None,
+) -> str:
+    """The hash of a diffusers transformer's folder and of what it is given: no path, no version of diffusers in it."""
     shape = {name: value for name, value in read_json(transformer / "config.json").items() if not name.startswith("_")}
     files = sorted([*transformer.glob("*.safetensors"), *transformer.glob(FORM)])
     more = [] if prompts is None else [prompts.hash]
+    more += [] if fixed in (None, FixedInputs()) else [json.dumps(asdict(fixed), sort_keys=True)]
     return files_hash(files, json.dumps([asdict(meaning_of(prediction)), shape], sort_keys=True), *more)
 
 

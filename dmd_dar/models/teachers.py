@@ -6,7 +6,7 @@ Nothing is unpickled, and no code that comes with weights is run.
 import math
 import re
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from dmd_dar.guidance import Velocity, guided
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, load_codec, vae_of
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of, velocity_of
-from dmd_dar.models.diffusers_denoiser import load_transformer, meaning_of_scheduler, read_json
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer, meaning_of_scheduler, read_json
+from dmd_dar.models.families import FixedInputs
 from dmd_dar.models.hub import files_hash, resolve
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import CARD, Denoiser, holds_network, read_card, read_network, transformer_hash
@@ -44,6 +45,8 @@ class TeacherConfig:
     codec: str = key("", "VAE of a latent teacher, folder or hub id; empty: the pipeline's own, or pixels")
     codec_revision: str = key("", "as revision, of the codec")
     prompts: str = key("", "folder of encoded prompts, for a teacher that reads prompts; see dmd_dar.encode", path=True)
+    input_size: int = key(0, "latent cells on a side, of a FLUX, which knows no size; 0: 128, 1024 pixels", least=0)
+    embedded_guidance: float = key(0.0, "input of a FLUX with guidance_embeds, in diffusers 3.5; 0: none", least=0)
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,23 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
     elif (place / "transformer").is_dir():
         teacher = _pipeline(place, config)
     elif (place / "config.json").is_file():
-        network, prediction = load_transformer(place, _prompts(config)), _stated(config, None, place / "config.json")
-        teacher = Teacher(network, prediction, transformer_hash(place, prediction, network.prompts), **_codec(config))
+        teacher = _transformer(place, config)
     else:
         raise UserError(f"{place} holds no teacher: no {CARD}, no transformer folder, no config.json")
     if config.prompts and not getattr(teacher.network.config, "prompted", False):
         raise UserError(f"{place} reads class labels: leave prompts out")
+    if (config.input_size or config.embedded_guidance) and not isinstance(teacher.network, DiffusersDenoiser):
+        raise UserError(f"{place} is no FLUX: leave input_size and embedded_guidance out")
     teacher.network.to(device)
     return teacher
 
 
 def _saved(place: Path, config: TeacherConfig) -> Teacher:
     said = read_card(place)
-    card, network = said.card, read_network(place, _prompts(config, said.card.origin))
-    prediction, prompts = _stated(config, card.prediction, place), getattr(network, "prompts", None)
-    digest = said.digest if prompts is None else transformer_hash(place / "transformer", prediction, prompts)
+    card, prediction = said.card, _stated(config, said.card.prediction, place)
+    network = read_network(place, _prompts(config, card.origin), _fixed(config, card.origin))
+    prompted = getattr(network.config, "prompted", False)
+    digest = _digest(place / "transformer", prediction, network) if prompted else said.digest  # type: ignore[arg-type]
     facts = {**_codec(config, said.codec), "origin": card.origin, "sampler": card.sampler}
     return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
 
@@ -115,10 +120,29 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
         except (TypeError, ValueError) as error:
             raise DamagedFileError(f"{file}: {error}") from error
     prediction = _stated(config, meaning, file)
-    network = load_transformer(place / "transformer", _prompts(config))
-    digest = transformer_hash(place / "transformer", prediction, network.prompts)
+    network = load_transformer(place / "transformer", _prompts(config), _fixed(config))
+    digest = _digest(place / "transformer", prediction, network)
     codec = _codec(config, {"codec": vae_of(place)})
     return Teacher(network, prediction, digest, _label_names(place, network), **codec)
+
+
+def _transformer(place: Path, config: TeacherConfig) -> Teacher:
+    """Of a transformer's folder alone, whose chain is unknown; those that read prompts count flow's t to 1000."""
+    network = load_transformer(place, _prompts(config), _fixed(config))
+    prediction = _stated(config, None, place / "config.json")
+    if network.config.prompted and prediction == "flow":
+        prediction = Meaning("flow", time_scale=1000.0)
+    return Teacher(network, prediction, _digest(place, prediction, network), **_codec(config))
+
+
+def _digest(transformer: Path, prediction: Prediction | Meaning, network: DiffusersDenoiser) -> str:
+    return transformer_hash(transformer, prediction, network.prompts, network.fixed)
+
+
+def _fixed(config: TeacherConfig, said: dict[str, Any] | None = None) -> FixedInputs:
+    """What the configuration sets, else what the folder says."""
+    size, guidance = ((said or {}).get(name, 0) for name in ("input_size", "embedded_guidance"))
+    return FixedInputs(config.input_size or int(size), config.embedded_guidance or float(guidance))
 
 
 def _codec(config: TeacherConfig, said: dict[str, Any] | None = None) -> dict[str, str]:
@@ -146,13 +170,14 @@ def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | No
     return codec.to(device)
 
 
-def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, str]:
-    """What a student's card says of its codec and prompts, for `load_teacher` to find them again."""
-    origin = {}
+def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:
+    """What a student's card says of its codec, prompts and fixed inputs, for `load_teacher` to find them again."""
+    origin: dict[str, Any] = {}
     if codec is not None:
         origin |= {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
     if (prompts := getattr(teacher.network, "prompts", None)) is not None:
         origin |= {"prompts": prompts.folder, "prompts_hash": prompts.hash, "prompts_encoder": prompts.encoder}
+        origin |= {name: value for name, value in asdict(teacher.network.fixed).items() if value}  # type: ignore[union-attr]
     return origin
 
 

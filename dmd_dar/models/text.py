@@ -3,8 +3,11 @@
 B prompts, T tokens, D width.
 """
 
+import inspect
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,10 +19,17 @@ from dmd_dar.models.diffusers_denoiser import read_json
 from dmd_dar.models.hub import TEXT_FILES, files_hash, resolve
 
 # The pipelines whose prompts are known, and the most tokens that they read where nothing else is asked for.
-PIPELINES = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "StableDiffusion3Pipeline": 256}
+PIPELINES = {
+    "PixArtAlphaPipeline": 120,
+    "PixArtSigmaPipeline": 300,
+    "SanaPipeline": 300,
+    "StableDiffusion3Pipeline": 256,
+    "FluxPipeline": 512,
+}
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PARTS = ("tokenizer", "tokenizer_2", "tokenizer_3", *ENCODERS)
-CLASSES = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast", "CLIPTextModelWithProjection", "CLIPTokenizer")
+CLASSES = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast", "CLIPTextModelWithProjection", "CLIPTextModel")
+CLASSES += ("CLIPTokenizer", "Gemma2Model", "GemmaTokenizer", "GemmaTokenizerFast")
 LOADING = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError)  # what a faulty folder raises
 
 
@@ -36,14 +46,36 @@ class TextEncoder:
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """embedding (B, T, D) and, as the pipeline has it, mask (B, T) int64 or pooled (B, P); as the pipeline encodes.
 
-        A prompt of too many tokens is cut, and diffusers warns.
+        A prompt of too many tokens is cut, and diffusers warns. The empty prompt is what the pipeline guides away from.
         """
+        if self.name == "SanaPipeline":
+            return self._sana(prompts)
+        if self.name == "FluxPipeline":
+            embedding, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.tokens)
+            return {"embedding": embedding, "pooled": pooled}
         given = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
         if self.name == "StableDiffusion3Pipeline":
             embedding, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, **given)
             return {"embedding": embedding, "pooled": pooled}
         embedding, mask, _, _ = self.pipeline.encode_prompt(prompts, **given)
         return {"embedding": embedding, "mask": mask.long()}
+
+    def _sana(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Each prompt behind the pipeline's own instruction to its language model; the empty one stands alone."""
+        given = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
+        parts = []
+        for text, group in itertools.groupby(prompts, bool):
+            told = sana_instruction() if text else None
+            embedding, mask, _, _ = self.pipeline.encode_prompt([*group], complex_human_instruction=told, **given)
+            parts.append({"embedding": embedding, "mask": mask.long()})
+        return {name: torch.cat([part[name] for part in parts]) for name in ("embedding", "mask")}
+
+
+def sana_instruction() -> list[str]:
+    """What SanaPipeline puts before a prompt unless it is told otherwise."""
+    import diffusers
+
+    return inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
 def load_text_encoder(
@@ -65,16 +97,21 @@ def load_text_encoder(
     for part in parts:
         if index[part][0] != "transformers" or index[part][1] not in CLASSES:
             raise UserError(f"{folder / 'model_index.json'}: {part} is {index[part]}, none of {', '.join(CLASSES)}")
-    if name == "StableDiffusion3Pipeline" and "text_encoder_3" not in parts:
-        raise UserError(f"{folder} comes without its third text encoder, which its prompts need: name a whole one")
-    given = dict.fromkeys(("transformer", "vae", "scheduler"))
+    left_out = [part for part in PARTS if part in index and part not in parts]
+    given = dict.fromkeys(("transformer", "vae", "scheduler", *left_out))
     given |= {part: _load_encoder(folder / part, index[part][1], dtype) for part in parts if part in ENCODERS}
     try:
         pipeline = getattr(diffusers, name).from_pretrained(folder, **given, local_files_only=True)
     except LOADING as error:
         raise DamagedFileError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     files = [file for part in parts for file in sorted((folder / part).iterdir()) if file.is_file()]
-    return TextEncoder(pipeline.to(device), name, tokens or PIPELINES[name], files_hash(files, name))
+    pipeline = pipeline.to(device)
+    if name == "StableDiffusion3Pipeline" and "text_encoder_3" not in parts:
+        # zeros take the third one's place; only the transformer's configuration says how wide they are
+        shape = read_json(folder / "transformer" / "config.json")
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**shape))
+    more = sana_instruction() if name == "SanaPipeline" else []
+    return TextEncoder(pipeline, name, tokens or PIPELINES[name], files_hash(files, name, *more))
 
 
 def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:

@@ -238,7 +238,11 @@ def test_what_does_not_fit_is_said_with_the_remedy(folders, tmp_path):
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
-        (lambda index: index.update(_class_name="FluxPipeline"), UserError, "FluxPipeline: prompts can be encoded for"),
+        (
+            lambda index: index.update(_class_name="Lumina2Pipeline"),
+            UserError,
+            "Lumina2Pipeline: prompts can be encoded for",
+        ),
         (lambda index: index.update(_class_name=["own_code", "Pipeline"]), UserError, "own_code"),
         (lambda index: index.update(text_encoder=["own_code", "T5EncoderModel"]), UserError, "own_code"),
         (lambda index: index.update(tokenizer=["transformers", "AutoTokenizer"]), UserError, "AutoTokenizer"),

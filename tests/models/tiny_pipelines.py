@@ -94,18 +94,73 @@ def tiny_pixart(folder: Path, **changes) -> Path:
     return folder
 
 
-def tiny_sd3(folder: Path) -> Path:
-    """A StableDiffusion3Pipeline of flow matching with its three text encoders, saved by diffusers."""
+def tiny_sd3(folder: Path, third: bool = True) -> Path:
+    """A StableDiffusion3Pipeline of flow matching with its three text encoders, or two, saved by diffusers."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(3)
     fields = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2)
     fields |= dict(sample_size=8, patch_size=2, joint_attention_dim=16, pooled_projection_dim=16)
     transformer = shaken(SD3Transformer2DModel(**fields, caption_projection_dim=16, pos_embed_max_size=8))
-    (one, clip), (two, clip_2), (three, t5) = tiny_clip(), tiny_clip(1), tiny_t5()
+    (one, clip), (two, clip_2), (three, t5) = tiny_clip(), tiny_clip(1), tiny_t5() if third else (None, None)
     StableDiffusion3Pipeline(
         transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), clip, one, clip_2, two, t5, three
     ).save_pretrained(folder)
+    return folder
+
+
+def tiny_gemma() -> tuple[Any, Any]:
+    """A tokenizer of letters and a Gemma2Model of width 16."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
+    torch.manual_seed(4)
+    shape = dict(vocab_size=len(pieces), hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8)
+    shape |= dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048)
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    return tokenizer, Gemma2Model(Gemma2Config(**shape)).eval()
+
+
+def tiny_dc() -> Any:
+    """An AutoencoderDC from 3 x 32 x 32 images to 4 x 8 x 8 latents."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(5)
+    fields: dict[str, Any] = dict(latent_channels=4, attention_head_dim=2, scaling_factor=0.41407)
+    for part in ("encoder", "decoder"):
+        fields |= {f"{part}_block_out_channels": (8, 8, 8), f"{part}_layers_per_block": (1, 1, 1)}
+        fields |= {f"{part}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock")}
+        fields |= {f"{part}_qkv_multiscales": ((), (), (5,))}
+    return AutoencoderDC(**fields).eval()
+
+
+def tiny_sana(folder: Path, **changes) -> Path:
+    """A SanaPipeline with the flow scheduler of the public folders and AutoencoderDC, saved by diffusers."""
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    torch.manual_seed(6)
+    fields = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2)
+    fields |= dict(num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16)
+    fields |= dict(caption_channels=16, sample_size=8, timestep_scale=0.5)
+    transformer = shaken(SanaTransformer2DModel(**{**fields, **changes}))
+    chain = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    SanaPipeline(*tiny_gemma(), tiny_dc(), transformer, chain).save_pretrained(folder)
+    return folder
+
+
+def tiny_flux(folder: Path, **changes) -> Path:
+    """A FluxPipeline of 4 x 8 x 8 latents with guidance as an input, saved by diffusers."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(7)
+    fields = dict(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2)
+    fields |= dict(joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), guidance_embeds=True)
+    transformer = shaken(FluxTransformer2DModel(**{**fields, **changes}))
+    (one, projected), (two, t5) = tiny_clip(), tiny_t5()
+    clip = CLIPTextModel(projected.config).eval()
+    vae, chain = tiny_vae(shift_factor=0.1159, scaling_factor=0.3611), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    FluxPipeline(chain, vae, clip, one, t5, two, transformer).save_pretrained(folder)
     return folder
 
 
