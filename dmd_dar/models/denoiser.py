@@ -5,7 +5,7 @@ Time direction, sign, time unit, schedule and learned sigma of public checkpoint
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ MEANINGS: dict[str, Meaning] = {
 def meaning_of(prediction: Prediction | Meaning) -> Meaning:
     """What a name stands for; a Meaning as it is."""
     return MEANINGS[prediction] if isinstance(prediction, str) else prediction
+
+
+def meaning_from_dict(values: dict[str, Any]) -> Meaning:
+    """The inverse of dataclasses.asdict(meaning)."""
+    schedule = values["schedule"]
+    return Meaning(**{**values, "schedule": None if schedule is None else flow.Schedule(**schedule)})
 
 
 def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Velocity:

@@ -4,15 +4,13 @@ import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.flow import Schedule
-from dmd_dar.models.denoiser import Meaning
 from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.routing.attach import attach, load_routed
@@ -203,30 +201,6 @@ def _check_prompts(folder: Path, transformer: Any, prompts: Prompts) -> None:
             f" than {folder}, which needs embedding, {more}, width {width}: encode them with its"
             " own text encoder"
         )
-
-
-def meaning_of_scheduler(scheduler: dict[str, Any]) -> Meaning:
-    """How the network is asked, by diffusers' scheduler_config.json. Raises ValueError for what is not known here."""
-    name, steps = str(scheduler.get("_class_name", "")), int(scheduler.get("num_train_timesteps", 1000))
-    if name.startswith("FlowMatch"):
-        return Meaning("flow", time_scale=float(steps))
-    predicted = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-    betas = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-    kind, shape = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
-    if kind == "flow_prediction":
-        return Meaning("flow", time_scale=float(steps))
-    if kind not in predicted or shape not in betas:
-        raise ValueError(f"prediction_type {kind!r} with beta_schedule {shape!r} is not known")
-    if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError("trained_betas and rescale_betas_zero_snr are not known")
-    start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
-    return Meaning(predicted[kind], Schedule(betas[shape], steps, float(start), float(end)))  # type: ignore[arg-type]
-
-
-def meaning_from_dict(values: dict[str, Any]) -> Meaning:
-    """The inverse of dataclasses.asdict(meaning)."""
-    schedule = values["schedule"]
-    return replace(Meaning(**{**values, "schedule": None}), schedule=None if schedule is None else Schedule(**schedule))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from dmd_dar.atomic import make_folder, replaced_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.models.codecs import Codec
-from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of
-from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer, meaning_from_dict, read_json
+from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_from_dict, meaning_of
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer, read_json
 from dmd_dar.models.families import FixedInputs
 from dmd_dar.models.hub import files_hash
 from dmd_dar.models.prompts import Prompts

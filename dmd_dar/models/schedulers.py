@@ -1,4 +1,4 @@
-"""The scheduler beside a saved network, for diffusers' eyes: its chain and a student's rungs.
+"""The scheduler beside a network, in diffusers' words: its chain and a student's rungs, written and read.
 
 No class of diffusers keeps a list of timesteps in its configuration. So the rungs stand under names of their own,
 which diffusers hands through as `scheduler.config.rungs` and `.rung_timesteps`, for `set_timesteps(sigmas=...)` and
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from dmd_dar.flow import Schedule
 from dmd_dar.models.denoiser import Meaning
 
 PREDICTED = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
@@ -38,3 +39,18 @@ def scheduler_config(
     timesteps = chain.timestep(torch.tensor(rungs, dtype=torch.float64)).round().long().tolist()
     few = {"original_inference_steps": 1, "rungs": list(rungs), "rung_timesteps": timesteps}
     return {"_class_name": "LCMScheduler", **shape, **few}
+
+
+def meaning_of_scheduler(scheduler: dict[str, Any]) -> Meaning:
+    """How the network is asked, by diffusers' scheduler_config.json. Raises ValueError for what is not known here."""
+    name, steps = str(scheduler.get("_class_name", "")), int(scheduler.get("num_train_timesteps", 1000))
+    kind, shape = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
+    if name.startswith("FlowMatch") or kind == PREDICTED["flow"]:
+        return Meaning("flow", time_scale=float(steps))
+    predicted, betas = ({theirs: ours for ours, theirs in words.items()} for words in (PREDICTED, BETAS))
+    if kind not in predicted or shape not in betas:
+        raise ValueError(f"prediction_type {kind!r} with beta_schedule {shape!r} is not known")
+    if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError("trained_betas and rescale_betas_zero_snr are not known")
+    start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
+    return Meaning(predicted[kind], Schedule(betas[shape], steps, float(start), float(end)))  # type: ignore[arg-type]

@@ -11,9 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.models.denoiser import MEANINGS
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
-from dmd_dar.models.schedulers import scheduler_config
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
 
@@ -243,15 +241,3 @@ def test_an_export_that_dies_leaves_the_old_student(tmp_path, monkeypatch, stop_
         save_network(tmp_path / "student", network("timestep"), CARD)
     assert load_network(tmp_path / "student")[0].dar is None
     assert [file.name for file in tmp_path.iterdir()] == ["student"]
-
-
-def test_the_schedulers_of_flow_and_chain():
-    flowing = scheduler_config(MEANINGS["flow"], (1.0, 0.5))
-    assert flowing["_class_name"] == "FlowMatchEulerDiscreteScheduler" and flowing["stochastic_sampling"] is True
-    assert scheduler_config(MEANINGS["flow"], (1.0, 0.5), "deterministic")["stochastic_sampling"] is False
-    assert "rungs" not in scheduler_config(MEANINGS["flow"])
-    chain = scheduler_config(MEANINGS["dit"], (1.0, 0.5))
-    assert chain["_class_name"] == "LCMScheduler" and chain["rung_timesteps"][0] == 999
-    level = MEANINGS["dit"].schedule.level(torch.tensor([float(chain["rung_timesteps"][1])]))
-    assert abs(level.item() - 0.5) < 2e-3  # half of a step of the chain
-    assert scheduler_config(MEANINGS["dit"])["_class_name"] == "DDIMScheduler"

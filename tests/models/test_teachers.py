@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from dmd_dar import flow
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.codecs import load_codec
-from dmd_dar.models.denoiser import MEANINGS, Meaning, velocity_of
-from dmd_dar.models.diffusers_denoiser import meaning_from_dict, meaning_of_scheduler, routed_copy
+from dmd_dar.models.denoiser import MEANINGS, velocity_of
+from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.hub import resolve
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, build_sit
@@ -283,35 +283,6 @@ def test_pickled_weights_and_other_conditions_are_refused(tmp_path):
         load(tmp_path, prediction="flow")
     with pytest.raises(UserError, match="holds no teacher"):
         load(tmp_path.parent)
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "meaning"),
-    [
-        ({"beta_start": 1e-4, "beta_end": 0.02}, MEANINGS["dit"]),
-        (
-            {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
-            Meaning("v", flow.Schedule("cosine")),
-        ),
-        ({"prediction_type": "sample", "num_train_timesteps": 50}, Meaning("x0", flow.Schedule(steps=50))),
-        (
-            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-            Meaning("eps", flow.Schedule("scaled_linear", 1000, 0.00085, 0.012)),
-        ),
-        (FLOWING, Meaning("flow", time_scale=1000.0)),
-    ],
-)
-def test_a_scheduler_says_how_its_network_is_asked(scheduler, meaning):
-    assert meaning_of_scheduler(scheduler) == meaning
-    assert meaning_from_dict(json.loads(json.dumps(dataclasses.asdict(meaning)))) == meaning
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"prediction_type": "score"}, {"beta_schedule": "exp"}, {"rescale_betas_zero_snr": True}]
-)
-def test_an_unknown_scheduler_is_refused_with_its_file(pipeline, tmp_path, wrong):
-    with pytest.raises(ValueError, match="not known"):
-        meaning_of_scheduler(wrong)
 
 
 def test_a_flow_matching_pipeline_is_asked_at_a_thousand_t(tmp_path):
