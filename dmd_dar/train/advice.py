@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-REPEAT = 10  # records after which a warning that has not gone is said again
+CALM = 10  # records without a warning after which it is news again
 
 SATURATED = 0.03  # share of values beyond [-1, 1], above the teacher's
 COLLAPSED = 0.7  # diversity, of the teacher's
@@ -26,15 +26,16 @@ class Told:
 
 @dataclass
 class Advice:
-    """Remembers what was said: a warning is said when it appears, and again every REPEAT records while it stays."""
+    """Remembers what was said: a warning is said when it appears, not while it stays or comes and goes."""
 
-    said: dict[str, int] = field(default_factory=dict)  # records since it was said, of the warnings that stand
+    said: dict[str, int] = field(default_factory=dict)  # records without it, of the warnings that are no news
 
     def on(self, found: dict[str, float], best: tuple[float, int] | None) -> Told:
         lines = warnings_of(found, best)
-        due = [name for name in lines if self.said.get(name, REPEAT) >= REPEAT]
-        self.said = {name: 1 if name in due else self.said[name] + 1 for name in lines}
-        return Told(list(lines.values()), [lines[name] for name in due])
+        due = [line for name, line in lines.items() if name not in self.said]
+        away = {name: count + 1 for name, count in self.said.items() if name not in lines and count + 1 < CALM}
+        self.said = {**away, **dict.fromkeys(lines, 0)}
+        return Told(list(lines.values()), due)
 
     def state(self) -> dict[str, Any]:
         return {"said": self.said}

@@ -93,8 +93,8 @@ def signals(student: Samples, teacher: Samples) -> dict[str, float]:
         found["log_spectral_distance"] = distance.item()
         found["score"] = abs(found["hf_gain"]) + found["log_spectral_distance"]
     if student.lines is not None and teacher.lines is not None:
-        above = (student.lines - teacher.lines).nan_to_num(-math.inf)  # lines that this size has not
-        found["grid_peak"] = above.max().item()
+        held = ~teacher.lines.isnan()  # this size has not every line
+        found["grid_peak"] = torch.where(held, student.lines - teacher.lines, -math.inf).max().item()
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 

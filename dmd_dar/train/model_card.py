@@ -96,7 +96,7 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
         name=_plain(run.resolve().name),
         what=f"{what}, made by dmd_dar.",
         facts="\n".join(f"- **{name}**: {fact}" for name, fact in facts.items() if fact is not None),
-        measured=_measured(run, digest),
+        measured=_measured(run, digest, origin.get("steps")),
         configuration=_table(("key", "value"), _flat(config)) or "No configuration is recorded.",
     )
 
@@ -131,13 +131,13 @@ def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
 
 
-def _measured(run: Path, digest: str) -> str:
-    """The last record of the log, and what a report beside the run says of this very network."""
+def _measured(run: Path, digest: str, steps: int | None) -> str:
+    """The log's record of the network's step, and what a report beside the run says of this very network."""
     parts = []
-    if records := log.read(run / "log.jsonl"):
+    if records := [r for r in log.read(run / "log.jsonl") if steps is None or r.get("step", 0) <= steps]:
         last = {name: value for name, value in records[-1].items() if name != "steps_per_second"}
         rows = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in last.items()]
-        parts += ["The last record of the training log:", _table(("name", "value"), rows)]
+        parts += ["The training log at this step, or the last before it:", _table(("name", "value"), rows)]
     for file in (run / "report.json", run / "report" / "report.json", run.parent / "report" / "report.json"):
         if rows := _report(file, digest):
             parts += [f"Against the teacher, from `{_plain(file.name)}`:", _table(("name", "value"), rows)]

@@ -12,7 +12,7 @@ from dmd_dar import distill
 from dmd_dar.draws import Draws
 from dmd_dar.models.saved import load_network
 from dmd_dar.train import checkpoint, log
-from dmd_dar.train.advice import REPEAT, Advice, warnings_of
+from dmd_dar.train.advice import CALM, Advice, warnings_of
 from dmd_dar.train.health import Health, Samples, diversity, samples_of, signals
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
@@ -200,12 +200,20 @@ def test_the_same_noise_and_labels_every_time():
     assert seen[0][0].tolist() == COND.tolist()
 
 
-def test_a_warning_is_said_once_and_again_while_it_stays(capsys):
-    advice, loud = Advice(), {"hf_gain": 4.0}
-    said = [bool(advice.on(loud, None).due) for _ in range(2 * REPEAT)]
-    assert said == [True] + [False] * (REPEAT - 1) + [True] + [False] * (REPEAT - 1)
-    assert advice.on({}, None).all == []
-    assert len(advice.on(loud, None).due) == 1  # it was gone in between
+def test_a_warning_is_said_once_per_onset(capsys):
+    advice, clipped = Advice(), {"clipped_student": 1.0}
+
+    def said(found: dict[str, float], records: int) -> int:
+        return sum(len(advice.on(found, None).due) for _ in range(records))
+
+    assert [len(advice.on(clipped, None).due) for _ in range(3 * CALM)] == [1] + [0] * (3 * CALM - 1)
+    assert len(advice.on(clipped, None).all) == 1 and advice.on({}, None).all == []
+    assert sum(said(found, 1) for found in [clipped, {}] * CALM) == 0  # about its limit
+    assert said({}, CALM - 2) == 0 and said(clipped, 1) == 0
+    assert said({}, CALM) == 0 and said(clipped, 2) == 1
+    other = Advice()
+    other.restore(json.loads(json.dumps(advice.state())))
+    assert other.on(clipped | {"hf_gain": 4.0}, None).due == advice.on({"hf_gain": 4.0}, None).due
     health = health_of(fields() * 3, every=1)
     health(1, step_of(1.0), scored=False)
     health(2, step_of(1.0), scored=False)
@@ -246,3 +254,6 @@ def test_a_run_records_its_health_and_keeps_the_best_student(tmp_path, capsys):
     assert card.origin["steps"] == best and load_network(out / "student")[1].origin["steps"] == 4
     (weights,) = state.values()
     assert all(torch.equal(weights[name], value) for name, value in kept.items())
+    measured = (out / "student_best" / "README.md").read_text().split("## Measured")[1].split("## Configuration")[0]
+    score = next(record["health/score"] for record in records if record["step"] == best)
+    assert f"| step | {best} |" in measured and f"| health/score | {score:.6g} |" in measured

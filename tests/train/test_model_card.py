@@ -58,6 +58,13 @@ def test_front_matter_and_text_say_what_the_run_says(run):
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
+@pytest.mark.parametrize(("steps", "value"), [(6, "0.5"), (7, "0.25"), (8, "0.25")])
+def test_the_record_is_that_of_the_networks_own_step(run, steps, value):
+    measured = card_in(run, origin={"steps": steps})[1].split("## Measured")[1].split("## Configuration")[0]
+    assert f"| step | {min(steps, 7)} |" in measured and f"| student/dm | {value} |" in measured
+    assert measured.count("student/dm") == 1
+
+
 def test_hostile_names_stay_text(run):
     _, body = card_in(run)
     line = next(line for line in body.splitlines() if line.startswith("- **Labels**"))
