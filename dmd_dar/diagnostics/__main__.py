@@ -29,6 +29,7 @@ from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import sample_latents
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.sit import SiT
 from dmd_dar.models.teachers import Denoiser, Teacher, TeacherConfig, codec_of, load_teacher
 from dmd_dar.routing.history import Observer
 
@@ -81,7 +82,9 @@ def data_of(cfg: DiagnosticsConfig) -> DataConfig:
 
 def name_of(run: str, network: Denoiser) -> str:
     routing = network.config.routing
-    kind = "residual" if network.dar is None else f"DAR {routing.query}, S = {routing.chunk_size}, {routing.scale}"
+    whole = not isinstance(network, SiT) and network.dar is not None and network.dar.plan.granularity == "block"
+    form = f"DAR{' of whole blocks' if whole else ''} {routing.query}, S = {routing.chunk_size}, {routing.scale}"
+    kind = "residual" if network.dar is None else form
     return f"{'/'.join(Path(run).parts[-2:])} ({kind})"
 
 

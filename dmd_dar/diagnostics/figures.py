@@ -83,7 +83,7 @@ def mixing_figure(result: Facts) -> Figure:
                 axes.plot(*clear_gates(routers, index), "o", color="black", mec="white", ms=4, mew=0.6)
             axes.set_facecolor(NO_SOURCE)
             axes.set_title(f"{name}\n{time_in_words(result['times'][index])}", loc="left")
-            axes.set_xlabel("source: output of sublayer i (0: the input)")
+            axes.set_xlabel(f"source: output of {unit_of(model['mixing'])} i (0: the input)")
             axes.set_ylabel("router l")
             _whole_numbers(axes)
         told = r"$n\,\alpha$" if alpha else r"$n$ x share of |$\partial$ loss / $\partial$ gate|"
@@ -108,7 +108,7 @@ def clear_gates(routers: Sequence[Facts], time_index: int) -> tuple[list[int], l
 def weight_map(routers: Sequence[Facts], time_index: int) -> np.ndarray:
     """(L, L + 1): row l - 2, column i holds n times the weight of v_i in router l of n sources, NaN without.
 
-    A summary fills the columns of all the sublayers that it stands for.
+    A summary fills the columns of all the sublayers, or blocks, that it stands for.
     """
     found = np.full((len(routers), max(last for row in routers for _, last in row["sources"]) + 1), np.nan)
     for place, row in enumerate(routers):
@@ -121,10 +121,11 @@ def routers_figure(result: Facts) -> Figure:
     """Lines are means over t, bands run from the least to the most over t."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     grid = figure.subplots(2, 2)
+    unit = " or ".join(dict.fromkeys(unit_of(model["mixing"]) for model in result["models"]))
     panels = (
         ("effective_sources", "Sources that a router uses (dotted: all it has)", "effective number, exp(entropy)"),
         ("share_v0", "Share of the embedded input", r"weight on $v_0$"),
-        ("distance_back", "How far back a router reaches", r"mean distance $l - i$ (sublayers)"),
+        ("distance_back", "How far back a router reaches", f"mean distance $l - i$ ({unit}s)"),
     )
     for model, look in zip(result["models"], looks(result["models"]), strict=True):
         routers = model["mixing"]["routers"]
@@ -149,13 +150,18 @@ def routers_figure(result: Facts) -> Figure:
         axes.set_xlabel("router l; the last one feeds the head")
         axes.grid(axis="y", color="0.9")
         _whole_numbers(axes)
-    grid[1, 1].set_xlabel("state l, the input of sublayer l or of the head")
+    grid[1, 1].set_xlabel(f"state l, the input of {unit} l or of the head")
     return _with_legend(figure, grid[0, 0])
 
 
 def shown_times(times: Sequence[float]) -> list[int]:
     """Indices of the first, the middle and the last of `times`, or of as many as there are."""
     return sorted({0, len(times) // 2, len(times) - 1})
+
+
+def unit_of(mixing: Facts) -> str:
+    """What sources and routers count: "block" where the routers read whole blocks."""
+    return mixing.get("unit", "sublayer")  # a diagnostics.json of before knows sublayers alone
 
 
 def time_in_words(time: float) -> str:

@@ -32,9 +32,9 @@ def measure(
     """The symptoms and the source mixing at each of `times` (t = 0 data, t = 1 noise), on x0 (N, C, S, S), cond (N,).
 
     `observed(observe)` is the network's velocity that shows its alpha to `observe`; a residual one gets None.
-    `symptoms`: see SymptomSums.facts, each fact a list over `times`. `mixing`: its `kind`, "alpha" or "gate", and of
-    every router its `sources`, each as [first, last] sublayer, and the facts of AlphaSums or GateSums as lists over
-    `times`. `tick` is called after each batch.
+    `symptoms`: see SymptomSums.facts, each fact a list over `times`. `mixing`: its `kind`, "alpha" or "gate"; its
+    `unit`, "sublayer" or "block"; and of every router its `sources`, each as [first, last] of these, and the facts of
+    AlphaSums or GateSums as lists over `times`. `tick` is called after each batch.
     """
     eps = draws.normal("eps", *x0.shape[1:])
     spans = source_spans(routing, len(places.consumers) - 1)
@@ -56,7 +56,8 @@ def measure(
         {"router": router, "sources": [list(span) for span in read], **_listed([row[router] for row in mixing])}
         for router, read in spans.items()
     ]
-    return {"symptoms": _listed(symptoms), "mixing": {"kind": "gate" if residual else "alpha", "routers": routers}}
+    mixed = {"kind": "gate" if residual else "alpha", "unit": places.unit, "routers": routers}
+    return {"symptoms": _listed(symptoms), "mixing": mixed}
 
 
 def _listed(rows: Sequence[Facts]) -> Facts:

@@ -1,12 +1,13 @@
 """The states h_l of a network's forward pass and the loss's gradients in them, read by hooks that change no value.
 
-B batch, T tokens, d width, L sublayers. h_l is what sublayer l reads, h_{L+1} what the prediction head reads; z_k, the
-output of block k, is the state handed to block k + 1, or to the head.
+B batch, T tokens, d width, L sublayers, or L blocks where the routers read whole blocks. h_l is what sublayer l reads,
+h_{L+1} what the prediction head reads; z_k, the output of block k, is the state handed to block k + 1, or to the head.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +17,46 @@ from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.models.sit import SiT
 from dmd_dar.models.teachers import Denoiser
-from dmd_dar.routing.consumers import plan_of
+from dmd_dar.routing.consumers import SUBLAYERS, plan_of, stream_argument
 
 
 @dataclass(frozen=True)
 class Places:
-    """`consumers`: the L + 1 modules whose first argument is h_1 .. h_{L+1}; `block_ends`: the l with z_k = h_l."""
+    """`consumers`: the L + 1 modules whose first argument is h_1 .. h_{L+1}; `block_ends`: the l with z_k = h_l.
+
+    `unit`: what L counts. A block adds h_l to its output by itself, and its router takes h_l off again.
+    """
 
     consumers: tuple[nn.Module, ...]
     block_ends: tuple[int, ...]
+    unit: Literal["sublayer", "block"] = "sublayer"
 
 
 def places_of(network: Denoiser) -> Places:
     """Of a SiT both norms of every block, then the head's; of a diffusers transformer the modules that its routers act
-    on, or would, along the image tokens.
+    on, or would, along the image tokens: its blocks themselves where the routers read whole blocks.
 
-    Raises UserError for routers that read whole blocks, and ValueError for a transformer that has no sublayers to read.
+    Raises UserError for routers of several lists of blocks, and ValueError for a transformer without sublayers to read.
     """
     if isinstance(network, SiT):
         norms = [norm for block in network.blocks for norm in (block.norm1, block.norm2)]
         return _places([*norms, network.final_layer.norm_final], len(network.blocks))
-    plan = plan_of(network.transformer, "sublayer") if network.dar is None else network.dar.plan
-    if plan.granularity != "sublayer":
-        raise UserError("its routers read whole blocks; the diagnostics read sublayers: route them per sublayer")
+    transformer = network.transformer
+    plan = plan_of(transformer, "sublayer") if network.dar is None else network.dar.plan
+    if plan.granularity == "block":
+        if len(plan.streams) > 1:
+            raise UserError(f"its routers read {len(plan.streams)} lists of blocks; the diagnostics read one")
+        head = SUBLAYERS[type(transformer).__name__].head
+        modules = [transformer.get_submodule(path) for path in (*plan.blocks, head)]
+        return _places(modules, len(plan.blocks), "block")
     paths = {tap.router: tap.path for tap in reversed(plan.taps) if tap.stream != "text"}
-    return _places([network.transformer.get_submodule(paths[router]) for router in sorted(paths)], len(plan.blocks))
+    return _places([transformer.get_submodule(paths[router]) for router in sorted(paths)], len(plan.blocks))
 
 
-def _places(consumers: Sequence[nn.Module], blocks: int) -> Places:
+def _places(consumers: Sequence[nn.Module], blocks: int, unit: Literal["sublayer", "block"] = "sublayer") -> Places:
     """`consumers` with the head's, of blocks of equally many sublayers."""
     each = (len(consumers) - 1) // blocks
-    return Places(tuple(consumers), tuple(each * k + 1 for k in range(1, blocks + 1)))
+    return Places(tuple(consumers), tuple(each * k + 1 for k in range(1, blocks + 1)), unit)
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,14 @@ def recording(consumers: Sequence[nn.Module]) -> Iterator[States]:
     """The States of the one forward pass that runs inside; its values stay bit for bit what they are."""
     states = States()
 
-    def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        h, *others = inputs
+    def read(consumer: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        name = stream_argument(consumer)
+        h = inputs[0] if inputs else named[name]
         states.arrived.append(h)
         states.read.append(h.view_as(h))
-        return (states.read[-1], *others)
+        return ((states.read[-1], *inputs[1:]), named) if inputs else (inputs, {**named, name: states.read[-1]})
 
-    hooks = [consumer.register_forward_pre_hook(read) for consumer in consumers]
+    hooks = [consumer.register_forward_pre_hook(read, with_kwargs=True) for consumer in consumers]
     try:
         yield states
     finally:
@@ -98,7 +109,9 @@ def trace(velocity: Velocity, places: Places, x0: Tensor, eps: Tensor, time: flo
     x_t = flow.interpolate(x0, eps, t).requires_grad_()  # a frozen network still builds its graph
     with torch.enable_grad(), recording(places.consumers) as states:
         loss = losses.flow_matching_loss(velocity(x_t, t, cond), x0, eps)
-    gradients = torch.autograd.grad(loss * len(x0), [*states.arrived, *states.read])
-    count = len(states.arrived)
-    detached = [h.detach() for h in states.arrived]
+    count, detached = len(states.arrived), [h.detach() for h in states.arrived]
+    if places.unit == "block":  # what the router takes off is h_l as it arrived: only all paths together are v_l's
+        gradients = torch.autograd.grad(loss * len(x0), states.arrived) * 2
+    else:
+        gradients = torch.autograd.grad(loss * len(x0), [*states.arrived, *states.read])
     return Traced(detached, list(gradients[:count]), list(gradients[count:]), loss.detach())

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dmd_dar.diagnostics.figures import clear_gates, time_in_words
+from dmd_dar.diagnostics.figures import clear_gates, time_in_words, unit_of
 
 Facts = dict[str, Any]
 
@@ -49,7 +49,7 @@ def _mixing(mixing: Facts, times: int) -> str:
     counts = sum(len(row["sources"]) for row in routers) / len(routers)
     told = (
         f"effective sources {mean('effective_sources'):.2f} of {counts:.2f}, share of v_0 {mean('share_v0'):.3f},"
-        f" reach {mean('distance_back'):.2f} sublayers"
+        f" reach {mean('distance_back'):.2f} {unit_of(mixing)}s"
     )
     if mixing["kind"] == "alpha":
         return f"by alpha: {told}, deviation from equal weights {mean('deviation'):.3f}"
