@@ -307,10 +307,10 @@ def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Cod
         raise config.ConfigError(f"{made}, not data.size {cfg.data.size}; set data.size, or name another teacher")
     if codec is not None and channels != codec.channels:
         raise config.ConfigError(f"{made}, but latents of teacher.codec {teacher.codec} have {codec.channels} channels")
-    if cfg.needs_data and getattr(teacher.network.config, "prompted", False):
+    if cfg.needs_data and not teacher.knows(open_data(cfg.data).label_names):
         raise config.ConfigError(
-            f"data.name = {cfg.data.name}: its classes are no prompts, which teacher.path {cfg.teacher.path} reads: set"
-            " gan.weight=0 and student_input=simulate"
+            f"data.name = {cfg.data.name}: its classes are no prompts: encode their names, in order, or one description"
+            " each with teacher.prompts_are_classes=true; or set gan.weight=0 and student_input=simulate"
         )
     if cfg.data.name == "latents":
         size = teacher.network.config.input_size

@@ -4,8 +4,6 @@ or encoded prompts: python -m dmd_dar.encode prompts=FILE.txt pipeline=DIR out=D
 The same command continues what was stopped, and several of them share the work of one folder.
 """
 
-import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +116,7 @@ def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
     texts = read_prompts(cfg.prompts)
     encoder = load_text_encoder(cfg.pipeline, cfg.pipeline_revision, cfg.tokens, getattr(torch, cfg.dtype), device)
     row = {name: value[0] for name, value in encoder.encode([""]).items()}
-    told = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    content = {"prompts": told, "pipeline": encoder.name, "encoder": encoder.digest}
+    content = {"prompts": prompts.texts_hash(texts), "pipeline": encoder.name, "encoder": encoder.digest}
     content |= {"tokens": encoder.tokens, "dtype": cfg.dtype}
     layout = prompts.layout_of(content, len(texts), row, cfg.shard_size or PROMPTS_PER_SHARD)
 

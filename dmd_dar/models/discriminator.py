@@ -25,9 +25,10 @@ def block_readers(network: Any) -> list[nn.Module]:
     try:
         if hasattr(network, "transformer"):
             blocks, last = network.transformer.transformer_blocks, network.transformer.norm_out
+            joint = getattr(network.transformer, "single_transformer_blocks", [])  # a FLUX's, of text and image tokens
         else:
-            blocks, last = network.blocks, network.final_layer.norm_final
-        return [*(block.norm1 for block in list(blocks)[1:]), last]
+            blocks, last, joint = network.blocks, network.final_layer.norm_final, []
+        return [*(block.norm1 for block in list(blocks)[1:]), *(block.norm for block in joint), last]
     except AttributeError as error:
         raise ValueError(f"the blocks of a {type(network).__name__} are not known here: {error}") from error
 

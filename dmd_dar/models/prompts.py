@@ -3,6 +3,8 @@
 Row i is prompt i, the last row the empty prompt, which is the unconditional one. N prompts, T tokens, D width.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +28,11 @@ def layout_of(content: dict[str, Any], count: int, row: dict[str, Tensor], size:
     return Layout({"kind": KIND, **content}, count + 1, size, tensors)
 
 
+def texts_hash(texts: list[str]) -> str:
+    """SHA-256, hexadecimal, of the prompts themselves, without the empty one; "prompts" in a folder's content."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 class Prompts:
     """The prompts in `folder`, as `python -m dmd_dar.encode prompts=FILE` wrote them; copies share one table.
 
@@ -41,7 +48,7 @@ class Prompts:
         if "embedding" not in layout.tensors or not isinstance(content.get("encoder"), str) or len(self.shards) < 2:
             raise DamagedFileError(f"{Path(folder) / MANIFEST} describes no prompts; make them anew")
         self.encoder: str = content["encoder"]
-        self.count = len(self.shards) - 1
+        self.texts_hash, self.count = content.get("prompts"), len(self.shards) - 1
         self.names = tuple(layout.tensors)
         self.width = layout.tensors["embedding"].shape[-1]
         self.small = sum(map(layout.bytes, range(layout.shards))) <= IN_MEMORY
@@ -49,6 +56,10 @@ class Prompts:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+    def are(self, texts: tuple[str, ...]) -> bool:
+        """Whether these are the prompts, in that order."""
+        return self.texts_hash == texts_hash(list(texts))
 
     def rows(self, cond: Tensor) -> dict[str, Tensor]:
         """The tensors of the prompts cond (B,) in 0 .. N, where N is the empty one; each (B, ...), on cond's device."""

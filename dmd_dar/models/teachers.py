@@ -6,7 +6,7 @@ Nothing is unpickled, and no code that comes with weights is run.
 import math
 import re
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class TeacherConfig:
     codec: str = key("", "VAE of a latent teacher, folder or hub id; empty: the pipeline's own, or pixels")
     codec_revision: str = key("", "as revision, of the codec")
     prompts: str = key("", "folder of encoded prompts, for a teacher that reads prompts; see dmd_dar.encode", path=True)
+    prompts_are_classes: bool = key(False, "prompt i describes class i of data; no need to say so if it is its name")
     input_size: int = key(0, "latent cells on a side, of a FLUX, which knows no size; 0: 128, 1024 pixels", least=0)
     embedded_guidance: float = key(0.0, "input of a FLUX with guidance_embeds, in diffusers 3.5; 0: none", least=0)
 
@@ -64,6 +65,12 @@ class Teacher:
     codec_digest: str = ""  # of the codec that it was trained with, where its folder says so
     origin: dict[str, Any] = field(default_factory=dict)  # what a run of this project says of where it comes from
     sampler: Sampler = "stochastic"  # that a few-step student was trained with
+    prompts_are_classes: bool = False  # as TeacherConfig's
+
+    def knows(self, label_names: tuple[str, ...]) -> bool:
+        """Whether data of those classes has its conditions: labels always, prompts if they are the classes' names."""
+        prompts = getattr(self.network, "prompts", None)
+        return prompts is None or self.prompts_are_classes or prompts.are(label_names)
 
 
 def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
@@ -94,12 +101,13 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
         teacher = _transformer(place, config)
     else:
         raise UserError(f"{place} holds no teacher: no {CARD}, no transformer folder, no config.json")
-    if config.prompts and not getattr(teacher.network.config, "prompted", False):
+    prompted = getattr(teacher.network.config, "prompted", False)
+    if (config.prompts or config.prompts_are_classes) and not prompted:
         raise UserError(f"{place} reads class labels: leave prompts out")
     if (config.input_size or config.embedded_guidance) and not isinstance(teacher.network, DiffusersDenoiser):
         raise UserError(f"{place} is no FLUX: leave input_size and embedded_guidance out")
     teacher.network.to(device)
-    return teacher
+    return replace(teacher, prompts_are_classes=config.prompts_are_classes)
 
 
 def _saved(place: Path, config: TeacherConfig) -> Teacher:

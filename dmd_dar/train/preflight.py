@@ -98,6 +98,8 @@ def check_teacher(teacher: Teacher, data: Source, codec: Codec | None = None, se
     if data.num_classes != network.config.num_classes:
         classes = f"{data.num_classes} classes, and the teacher's have {network.config.num_classes}"
         return f"preflight left out: data has {classes}: it is not what the teacher was trained on"
+    if not teacher.knows(data.label_names):
+        return "preflight left out: the data's classes are not the teacher's prompts"
     eps = Draws(seed, "preflight", 0, sample_range(0, SAMPLES, x0.device)).normal("eps", *shape)
     fit = fit_of(network, meaning, x0, labels, eps)
     if not fit.plain:

@@ -17,6 +17,7 @@ from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import UserError
 from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.discriminator import block_readers, features_of, width_of
 from dmd_dar.models.families import packed, unpacked
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from tests.models.tiny_pipelines import tiny_flux, tiny_sana, tiny_sd3
@@ -144,6 +145,23 @@ def test_students_are_routed_and_drawn_from_in_a_fresh_process(root, tmp_path):
         assert any(not torch.equal(moved[key], value) for key, value in start.state_dict().items())
         assert any(value.any() for key, value in moved.items() if ".dar." in key and key.endswith("query"))
     assert json.loads((students["sana"] / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderDC"]
+
+
+@torch.no_grad()
+def test_the_discriminator_reads_every_block_of_a_flux_and_of_a_sana(root):
+    """Single blocks of a FLUX read text tokens, then image tokens; the head image tokens alone."""
+    x, t, cond = torch.randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 0.9]), torch.arange(3)
+    for name, tokens in (("flux", [16, 512 + 16, 512 + 16, 16]), ("sana", [64, 64])):
+        teacher, outputs = load(root / name, **OPEN.get(name, {})), []
+        network, transformer = teacher.network, teacher.network.transformer
+        for block in [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]:
+            block.register_forward_hook(lambda module, given, out, seen=outputs: seen.append(out))
+        layers = tuple(range(1, len(block_readers(network)) + 1))
+        features = features_of(network, velocity_of(network, teacher.prediction), layers)(x, t, cond)
+        assert [h.shape for h in features] == [(3, n, 16) for n in tokens] and width_of(network) == 16
+        for h, out in zip(features, outputs, strict=True):  # (text, image) of a FLUX's blocks
+            image = out if name == "sana" else out[1]
+            assert torch.equal(h[:, -image.shape[1] :], image)
 
 
 def test_an_adapter_of_a_flux_brings_what_its_base_leaves_open(root, tmp_path):

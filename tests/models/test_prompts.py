@@ -209,6 +209,8 @@ def test_real_data_has_no_prompts(folders, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         distilled(folders["sd3"], tmp_path / "run", "gan.weight=0.1")
     assert stop.value.code == 2 and "its classes are no prompts" in capsys.readouterr().err
+    with pytest.raises(UserError, match="reads class labels"):
+        load_teacher(TeacherConfig(str(ROOT / "teachers" / "photos32"), prompts_are_classes=True))
 
 
 def test_pairs_of_a_prompted_teacher(folders, tmp_path):

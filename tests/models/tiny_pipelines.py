@@ -94,14 +94,15 @@ def tiny_pixart(folder: Path, **changes) -> Path:
     return folder
 
 
-def tiny_sd3(folder: Path, third: bool = True) -> Path:
+def tiny_sd3(folder: Path, third: bool = True, **changes) -> Path:
     """A StableDiffusion3Pipeline of flow matching with its three text encoders, or two, saved by diffusers."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(3)
     fields = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2)
     fields |= dict(sample_size=8, patch_size=2, joint_attention_dim=16, pooled_projection_dim=16)
-    transformer = shaken(SD3Transformer2DModel(**fields, caption_projection_dim=16, pos_embed_max_size=8))
+    fields |= dict(caption_projection_dim=16, pos_embed_max_size=8)
+    transformer = shaken(SD3Transformer2DModel(**{**fields, **changes}))
     (one, clip), (two, clip_2), (three, t5) = tiny_clip(), tiny_clip(1), tiny_t5() if third else (None, None)
     StableDiffusion3Pipeline(
         transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), clip, one, clip_2, two, t5, three

@@ -33,6 +33,7 @@ class Planes:
     """Images of one colour each, N(0, 1/4) in every channel."""
 
     shape, num_classes, device = (3, SIZE, SIZE), 7, torch.device("cpu")
+    label_names = tuple("abcdefg")
 
     def batch(self, draws):
         colours = 0.5 * draws.normal("colour", 3)
