@@ -369,11 +369,10 @@ def distill(cfg: DistillConfig) -> None:
             identity["pairs"] = method.trajectories.shards.hash
         origin = {**identity, "guidance_scale": cfg.guidance_scale, **origin_of(teacher, codec)}
         card = ModelCard(teacher.prediction, cfg.rungs, teacher.label_names, origin, cfg.sampler)
-        averaged = few_step_generator(velocity_of(ema.module, teacher.prediction), cfg.rungs, cfg.sampler)
+        velocity = calls.watch("averaged_student", velocity_of(ema.module, teacher.prediction))
+        averaged = few_step_generator(velocity, cfg.rungs, cfg.sampler)
         cycle = (*cycle, student_phase)
-        others = {
-            f"student_ema_{decay}": network for decay, network in ema.modules.items() if network is not ema.module
-        }
+        others = {f"student_ema_{decay}": other for decay, other in ema.modules.items() if other is not ema.module}
         run_cycle(
             cfg,
             runtime,

@@ -152,6 +152,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         identity["codec"] = codec.digest()
         origin |= {"codec": cfg.codec, "codec_revision": cfg.codec_revision, "codec_digest": codec.digest()}
     card = ModelCard(label_names=data.label_names, origin=origin)
+    averaged = calls.watch("averaged_network", velocity_of(ema.module))
     with open_run(cfg, runtime) as folder:
         if folder is not None:
             show(data, codec, cfg.seed, folder)
@@ -161,7 +162,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             folder,
             (phase,),
             identity=identity,
-            generator=decoded(ode_generator(velocity_of(ema.module), GRID_STEPS), codec and codec.decode),
+            generator=decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode),
             shape=data.shape,
             num_classes=data.num_classes,
             calls=calls,

@@ -20,11 +20,16 @@ from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.guidance import Velocity
 
 FOLDER = "failure"
+ASIDE = {  # what else calls networks, and how to do without it
+    "health": "log.health_every=0 leaves the health signals out",
+    "pictures": "a larger log.samples_every puts the pictures off",
+}
 OUTPUT = "v"
 
 
 class NetworkError(UserError):
-    """An exception in a network's step; the message names the network and the step, `__cause__` is the exception."""
+    """An exception in a step, a measurement or a picture; the message names it and any network whose call failed,
+    `__cause__` is the exception."""
 
 
 class Calls:
@@ -59,10 +64,10 @@ class Calls:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the run a phase failed."""
+    """Where in the run a phase, or one of ASIDE, failed."""
 
     phase: str
-    optimiser_step: int
+    optimiser_step: int  # made before by the phase's network, or by the run's main one
     seed: int
     rank: int
 
@@ -71,15 +76,17 @@ def finite(x: Tensor) -> bool:
     return not x.is_floating_point() or bool(torch.isfinite(x).all())
 
 
-def failed(error: Exception, place: Place, network: nn.Module, calls: Calls, out_dir: Path | None) -> UserError:
+def failed(error: Exception, place: Place, network: nn.Module | None, calls: Calls, out_dir: Path | None) -> UserError:
     """The error to raise in the place of `error`: one line of cause and remedy; the last batch lies in `out_dir`.
+
+    `network` is the one in training, if any was.
 
     A DivergedError for a number that is not finite, a NetworkError for any other exception.
     """
     diverged = isinstance(error, FloatingPointError)
     told = " ".join(str(error).split()) or type(error).__name__
     cause = told if diverged else f"{type(error).__name__}: {told}"
-    where = "; ".join(part for part in (calls.culprit(), _gradients(network) if diverged else "") if part)
+    where = "; ".join(part for part in (calls.culprit(), _gradients(network) if network and diverged else "") if part)
     line = f"{place.phase}, optimiser step {place.optimiser_step}: {cause}{f' ({where})' if where else ''}"
     remedy = _remedy(error, place.phase)
     left = "" if out_dir is None else f"; {_dump(error, line, place, calls, out_dir)}"
@@ -89,6 +96,8 @@ def failed(error: Exception, place: Place, network: nn.Module, calls: Calls, out
 def _remedy(error: Exception, phase: str) -> str:
     if "closed by peer" in str(error).lower():  # gloo, where the other end of an exchange is gone
         return "another process has ended; its own message says why"
+    if phase in ASIDE:
+        return f"{ASIDE[phase]}; the same command with it continues from the last checkpoint"
     if isinstance(error, torch.OutOfMemoryError):
         return "raise launch.accumulation or lower batch_size"
     if not isinstance(error, FloatingPointError):

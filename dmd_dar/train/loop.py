@@ -1,6 +1,7 @@
 """The training loop: cycles of optimiser steps, checkpoints, logs, a clean stop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar.draws import Draws
-from dmd_dar.errors import UserError
+from dmd_dar.errors import UserError, users_line
 from dmd_dar.train import checkpoint, replicas
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.failure import Calls, Place, failed
@@ -140,13 +141,18 @@ class Loop:
 
     def update(self, phase: Phase) -> dict[str, Tensor]:
         """`update`; raises DivergedError or NetworkError naming the network, the step, the cause and the remedy."""
-        try:
+        with self._explained(phase.name, phase.steps, phase.network):
             return update(phase, self.seed, self.batch_size, self.runtime)
-        except UserError:
-            raise
+
+    @contextmanager
+    def _explained(self, name: str, steps: int, network: nn.Module | None = None) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
-            place = Place(phase.name, phase.steps, self.seed, self.runtime.rank)
-            raise failed(error, place, phase.network, self.calls, self.out_dir) from error
+            if users_line(error) is not None:
+                raise
+            place = Place(name, steps, self.seed, self.runtime.rank)
+            raise failed(error, place, network, self.calls, self.out_dir) from error
 
     def _load(self, root: Path, step: int) -> dict[str, Any]:
         identity = checkpoint.read_manifest(root, step, hashed=not self.runtime.is_main)["identity"]
@@ -194,11 +200,13 @@ class Loop:
                     record = self.runtime.average({name: value.item() for name, value in metrics.items()})
                     record["steps_per_second"] = progress.rate
                 if self.health is not None:
-                    record |= self.health(step, metrics, scored=regular)
+                    with self._explained("health", step):
+                        record |= self.health(step, metrics, scored=regular)
                 if record:
                     log.write({"step": step, **record})
                 if last or step % self.samples_every == 0:
-                    self.sample(step)
+                    with self._explained("pictures", step):
+                        self.sample(step)
                 stopping = self.runtime.any(self.stop.asked)
                 saving = regular or stopping
                 if saving or step % self.runtime.check_every == 0:

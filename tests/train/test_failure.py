@@ -1,6 +1,8 @@
 """A failure in a network is one line of cause and remedy; its last batch is on the disk; no weight has moved."""
 
 import copy
+import dataclasses
+import errno
 import json
 import math
 import os
@@ -15,11 +17,12 @@ from safetensors.torch import load_file
 
 from dmd_dar import distill, flow
 from dmd_dar.draws import Draws, sample_range
-from dmd_dar.errors import DivergedError, UserError
+from dmd_dar.errors import DivergedError, UserError, users_line
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.sit import SiT
 from dmd_dar.train.checkpoint import CheckpointConfig
+from dmd_dar.train.ema import Ema
 from dmd_dar.train.failure import Calls, NetworkError
 from dmd_dar.train.log import RunLog
 from dmd_dar.train.loop import Loop, Phase
@@ -42,7 +45,7 @@ class Rig:
             network.requires_grad_(True)
             network.pos_embed.requires_grad_(False)
 
-    def run(self) -> None:
+    def run(self, **changes) -> None:
         named = {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
         watched = {name: self.calls.watch(name, velocity_of(network)) for name, network in named.items()}
         rungs, law = (1.0, 0.5), flow.TimeLaw(low=0.02, high=0.98)
@@ -52,7 +55,7 @@ class Rig:
             Phase(name, named[name], Optimiser(OptimiserConfig(), named[name].backbone_parameters()), loss)
             for name, loss in losses.items()
         )
-        Loop(
+        loop = Loop(
             cycle=cycle,
             seed=0,
             steps=3,
@@ -66,7 +69,8 @@ class Rig:
             sample=lambda step: None,
             calls=self.calls,
             out_dir=self.out,
-        ).run(0, RunLog(None))
+        )
+        dataclasses.replace(loop, **changes).run(0, RunLog(None))
 
 
 @pytest.fixture
@@ -236,3 +240,57 @@ def test_a_failing_run_exits_with_one_line(tmp_path, capsys, monkeypatch):
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
     assert last.startswith("error: student, optimiser step 0: KeyError: 'weights'; its weights are those of the last")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["log.health_every=1"], "health, optimiser step 1: {}; log.health_every=0 leaves the health signals out"),
+        (
+            ["log.health_every=0", "log.samples_every=1"],
+            "pictures, optimiser step 1: {}; a larger log.samples_every puts the pictures off",
+        ),
+    ],
+)
+def test_a_failure_while_samples_are_drawn_names_them_their_network_and_how_to_do_without(
+    tmp_path, capsys, monkeypatch, keys, said
+):
+    def broken(module, given, output):
+        raise RuntimeError("shapes\ncannot be multiplied")
+
+    def average(*given):
+        ema = Ema(*given)
+        ema.module.register_forward_hook(broken)
+        return ema
+
+    monkeypatch.setattr(distill, "Ema", average)
+    run = tmp_path / "run"
+    argv = [f"config={ROOT}/configs/photos32/residual.yaml", f"teacher.path={tiny_teacher(tmp_path / 'teacher')}"]
+    argv += ["steps=2", "batch_size=2", "fake_score.updates=1", "regression.weight=0", "preflight=false"]
+    argv += ["log.wandb=disabled", "log.health_samples=4", "launch.cpu=true", f"out_dir={run}"]
+    with pytest.raises(SystemExit) as stop:
+        distill.main([*argv, *keys])
+    last = capsys.readouterr().err.splitlines()[-1]
+    count = 4 if "health" in said[:6] else 49
+    cause = (
+        rf"RuntimeError: shapes cannot be multiplied (in a call of the averaged_student on x_t [{count}, 3, 32, 32])"
+    )
+    assert stop.value.code == 2 and last.startswith(f"error: {said.format(cause)}")
+    assert last.endswith(
+        f"continues from the last checkpoint; the last batch and the traceback are in {run}/failure/rank0.*"
+    )
+    tensors = load_file(run / "failure" / "rank0.safetensors")
+    assert tensors["averaged_student.x_t"].shape == (count, 3, 32, 32) and "averaged_student.v" not in tensors
+    assert "in broken" in (run / "failure" / "rank0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "code, said", [(errno.ENOSPC, "free some space"), (errno.EACCES, "pictures, optimiser step 1")]
+)
+def test_a_full_disk_under_a_picture_stays_what_it_is(rig, code, said):
+    def full(step):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(OSError if code == errno.ENOSPC else NetworkError) as told:
+        rig.run(sample=full, samples_every=1)
+    assert said in users_line(told.value)
