@@ -22,7 +22,10 @@ from torch import Tensor
 Channel = Literal["y", "cb", "cr", "all"] | int
 Window = Literal["hann"] | None
 
-MIN_SIZE = 32
+MIN_SIZE = 32  # of an image's shorter side
+LEAST_CELLS = (
+    16  # of latents': B2 and above hold modes, in radial bins that the window does not spoil; B0 and B1 do not
+)
 BAND_NAMES = ("B0", "B1", "B2", "B3", "B4", "HF")
 BAND_EDGES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)  # upper edges of B0..B4; B0 starts at 1.5 / S; HF = B3 + B4
 HF_EDGE = 1 / 4
@@ -56,10 +59,10 @@ class Modes:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is kept must serve a later backward pass as well
 def modes(height: int, width: int, device: torch.device | str = "cpu") -> Modes:
-    """Frequencies, multiplicities, radial bins and bands of an (H, W) image. ValueError when S < 32."""
+    """Frequencies, multiplicities, radial bins and bands of an (H, W) plane. ValueError when S < 16."""
     size = min(height, width)
-    if size < MIN_SIZE:
-        raise ValueError(f"a spectrum needs images of at least {MIN_SIZE} px, got {height}x{width}")
+    if size < LEAST_CELLS:
+        raise ValueError(f"a spectrum needs at least {LEAST_CELLS} px or latent cells a side, got {height}x{width}")
     rows = torch.fft.fftfreq(height, 1 / height, dtype=torch.float64, device=device)[:, None]  # integers
     columns = torch.arange(width // 2 + 1, dtype=torch.float64, device=device)[None, :]
     # Integer arithmetic under the root keeps modes that lie on a band edge exactly on it.
@@ -146,6 +149,14 @@ def power_spectrum(images: Tensor, *, window: Window = "hann", channel: Channel 
     return power.mean(1, dtype=torch.float64) / norm
 
 
+def _modes_of(images: Tensor, channel: Channel) -> Modes:
+    """ValueError where a side is too small: below MIN_SIZE for colours, below LEAST_CELLS for planes as they are."""
+    height, width = images.shape[-2:]
+    if channel in COLOURS and min(height, width) < MIN_SIZE:
+        raise ValueError(f"a spectrum needs images of at least {MIN_SIZE} px, got {height}x{width}")
+    return modes(height, width, images.device)
+
+
 def _chunks(images: Tensor) -> Iterator[Tensor]:
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"expected at least one image of shape (N, C, H, W), got {tuple(images.shape)}")
@@ -163,7 +174,7 @@ class Energies:
 
 def energies(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> Energies:
     """Everything radial about each image (N, C, H, W). Differentiable. Arguments and errors as for `radial_psd`."""
-    grid = modes(*images.shape[-2:], images.device)
+    grid = _modes_of(images, channel)
     groups = ((grid.radial_bin, grid.size // 2 + 1), (grid.band, 5), (grid.part, 2))
     chunks = []
     for chunk in _chunks(images):
@@ -222,7 +233,7 @@ class PowerSum:
 
 def power_sum(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> PowerSum:
     """The radial power of one batch, ready to be added to that of others. Arguments and errors as for `radial_psd`."""
-    grid = modes(*images.shape[-2:], images.device)
+    grid = _modes_of(images, channel)
     frequencies, counts = radial_frequencies(*images.shape[-2:], window=window)
     low, high = _bin_range(grid.size, window)
     parts = []
@@ -241,7 +252,7 @@ def radial_psd(
 
     images: float (N, 3, H, W), RGB, usually in [0, 1], or batches of them; S = min(H, W) >= 32, else ValueError
     naming the size. window: None keeps the bin 1 / S, which Hann drops. channel: "y", "cb" or "cr" (BT.601) of RGB;
-    an index or "all" (the mean over channels) of any number of channels.
+    an index or "all" (the mean over channels) of any number of channels, as of latents, where S >= 16 will do.
     Returns frequencies (F,) in cycles per pixel and power (F,) in squared image units, both float64. Differentiable.
     """
     batches = [images] if isinstance(images, Tensor) else images

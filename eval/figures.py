@@ -295,6 +295,8 @@ def _shade_bands(axes: Axes, result: dict) -> None:
     edges = result["bands"]["edges"]
     logarithmic = axes.get_xscale() == "log"
     for b, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        if low == high:  # latents too small for this band
+            continue
         if b % 2 == 0:
             axes.axvspan(low, high, color=BAND_GREY, lw=0, zorder=0)
         axes.annotate(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dmd_dar.spectrum import MIN_SIZE
+from dmd_dar.spectrum import LEAST_CELLS
 from eval.distances import Ledger
 from eval.processes import Processes, Rows, grouped, ungrouped
 from eval.sets import ImageSet
@@ -41,7 +41,7 @@ def read_latents(sets: Sequence[ImageSet], processes: Processes | None = None) -
     """The rows of the latents of every set that has large enough ones, shared out among the processes."""
     processes, found = processes or Processes(), {}
     for one in sets:
-        if one.latents is not None and min(one.latents.shape[-2:]) >= MIN_SIZE:
+        if one.latents is not None and min(one.latents.shape[-2:]) >= LEAST_CELLS:
             found[one.name] = processes.joined(one.count, partial(rows_of, one.latents))
     return found
 
@@ -64,14 +64,14 @@ def latent_spectra(
 ) -> dict[str, Any] | None:
     """Every set that has latents against those of `reference` ("teacher") and of `real`; None for models of pixels.
 
-    read: of `read_latents`, where they were read before. JSON-able but for intervals. Latents of fewer than 32 cells a
+    read: of `read_latents`, where they were read before. JSON-able but for intervals. Latents of fewer than 16 cells a
     side have no spectrum, which `ledger` then tells.
     """
     if reference.latents is None:
         return None
     height, width = reference.latents.shape[-2:]
-    if min(height, width) < MIN_SIZE:
-        fault = f"latents of {height} x {width} cells; a spectrum needs {MIN_SIZE} a side"
+    if min(height, width) < LEAST_CELLS:
+        fault = f"latents of {height} x {width} cells; a spectrum needs {LEAST_CELLS} a side"
         ledger.add("latent spectrum", "", fault, requested=False)
         return None
     read = read_latents(sets) if read is None else read
@@ -81,7 +81,7 @@ def latent_spectra(
     return {
         "channels": reference.latents.shape[1],
         "size": [height, width],
-        "bands": {"names": BAND_NAMES, "edges": [1.5 / min(height, width), *BAND_EDGES]},
+        "bands": {"names": BAND_NAMES, "edges": [max(1.5 / min(height, width), edge) for edge in (0, *BAND_EDGES)]},
         **targets,
         "sets": [
             {

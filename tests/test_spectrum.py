@@ -36,6 +36,29 @@ def test_white_noise_is_flat_at_its_variance():
     assert bare.sub(0.09).abs().max() < 0.05 * 0.09
 
 
+def test_planes_of_16_cells_are_flat_for_white_noise_and_keep_the_bands_from_b2_on():
+    _, power = radial_psd(0.3 * noise(2000, 16, 16, dtype=torch.float32)[:, None], channel="all")
+    assert len(power) == 7 and power.sub(0.09).abs().max() < 0.05 * 0.09
+    assert [int((modes(16, 16).band == b).sum()) for b in range(5)] == [0, 0, 20, 34, 46]
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2])
+def test_planes_of_16_cells_show_a_blur_as_larger_ones_do(exponent):
+    """Crops of a 1/f^a field and of its blur: the gains of B2 to B4 are those of the whole fields within 0.6 dB."""
+    grid = modes(128, 128)
+    amplitude = torch.where(grid.radius > 0, grid.radius, torch.inf) ** (-exponent / 2)
+    fields = filtered(noise(96, 128, 128, seed=exponent), amplitude)
+    blurred = filtered(fields, torch.exp(-2 * math.pi**2 * 0.25 * grid.radius.square()))
+    crops = [one.unfold(1, 16, 32).unfold(2, 16, 32).reshape(-1, 1, 16, 16) for one in (fields, blurred)]
+
+    def gains(plain, spoiled, window):
+        energies = [band_energies(one, window=window, channel="all").mean(0)[2:] for one in (plain, spoiled)]
+        return 10 * torch.log10(energies[1] / energies[0])
+
+    expected = gains(fields[:, None], blurred[:, None], None)
+    assert (gains(*crops, "hann") - expected).abs().max() < 0.6 and expected[0] < -1 and expected[2] < -7.5
+
+
 @pytest.mark.parametrize("shape", [(96, 64), (33, 48), (40, 35)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_parseval(shape, dtype, tolerance):
@@ -260,6 +283,8 @@ def test_chroma_is_blind_to_grey_and_luma_to_equal_luma_colours():
 
 
 def test_what_is_refused():
+    with pytest.raises(ValueError, match="at least 16 px or latent cells a side, got 15x64"):
+        radial_psd(torch.zeros(1, 4, 15, 64), channel="all")
     with pytest.raises(ValueError, match="31x64"):
         radial_psd(torch.rand(1, 3, 31, 64))
     with pytest.raises(TypeError, match="uint8"):

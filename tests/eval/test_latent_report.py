@@ -22,7 +22,7 @@ from eval.report import ReportConfig
 from eval.sets import ImageSet
 from tests.models import tiny_pipelines
 
-SIDE = 64  # pixels; 32 x 32 latent cells, the fewest that have a spectrum
+SIDE = 64  # pixels; 32 x 32 latent cells
 
 
 @pytest.fixture(autouse=True)
@@ -114,15 +114,18 @@ def made(name: str, latents: torch.Tensor, paired: bool = True) -> ImageSet:
     return ImageSet(name, images, torch.zeros(len(latents)), role, paired, latents=latents)
 
 
-def test_a_channel_that_loses_detail_is_found_in_latent_space():
-    noise = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("side", [16, 32])
+def test_a_channel_that_loses_detail_is_found_in_latent_space(side):
+    noise = torch.randn(40, 3, side, side, generator=torch.Generator().manual_seed(0))
     other = noise.clone()
     other[:, 1] *= 0.5  # -6.02 dB in one channel of three of equal power
     found = latent_spectra([made("teacher", noise), made("x", other)], made("teacher", noise), None, 0, Ledger())
     gains = row(found["sets"], "x")["against"]["teacher"]
     by_channel = [gain.value for gain in gains["hf_gain_db_by_channel"]]
     assert by_channel == pytest.approx([0, 20 * np.log10(0.5), 0], abs=1e-5)
-    assert gains["gain_db"]["HF"].value == pytest.approx(10 * np.log10(2.25 / 3), abs=0.05)
+    assert gains["gain_db"]["HF"].value == pytest.approx(10 * np.log10(2.25 / 3), abs=0.05 * 32 / side)
+    assert [np.isnan(gains["gain_db"][band].value) for band in ("B0", "B1", "B2")] == [True, side == 16, False]
+    assert found["bands"]["edges"] == sorted(found["bands"]["edges"])
     assert row(found["sets"], "teacher")["against"] == {"teacher": None, "real": None}
 
 
