@@ -21,7 +21,6 @@ def block_readers(network: Any) -> list[nn.Module]:
     Raises ValueError for a transformer that has no such norms.
     """
     network = getattr(network, "network", network)  # what a LoraDenoiser adapts
-    network = getattr(network, "network", network)  # of a view with adapters
     try:
         if hasattr(network, "transformer"):
             blocks, last = network.transformer.transformer_blocks, network.transformer.norm_out

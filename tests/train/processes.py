@@ -20,7 +20,9 @@ from dmd_dar.methods.trajectories import Trajectories
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, routed_copy
 from dmd_dar.models.discriminator import Heads, features_of, width_of
+from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.sit import SiTConfig, with_routing
+from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
@@ -50,6 +52,13 @@ def dits(dtype: torch.dtype) -> list[nn.Module]:
     """The same of a diffusers transformer."""
     teacher = DiffusersDenoiser(tiny_dit(in_channels=2, out_channels=2, num_layers=3, num_embeds_ada_norm=3)).to(dtype)
     return [teacher, routed_copy(teacher, ROUTING), copy.deepcopy(teacher)]
+
+
+def loras(dtype: torch.dtype) -> list[nn.Module]:
+    """The same over one frozen base."""
+    torch.manual_seed(2)
+    networks = build_networks(tiny_sit(SHAPE).to(dtype), ROUTING, memory=Memory("shared_lora", LoraConfig(rank=2)))
+    return [networks.teacher, networks.student, networks.fake_score]
 
 
 def cycle_of(
@@ -172,6 +181,7 @@ def by_two(folder: Path) -> dict[str, Any]:
         found[f"{sharding} resumed"] = trained(config(sharding, 2), 2, CYCLES[2] // 2, halfway, checkpointing=True)
         found[f"{sharding} gradients"] = single_gradients(config(sharding))
     found["dit"] = trained(config("fsdp2"), 1, 2, made=dits, checkpointing=True)
+    found["loras"] = trained(config("none", 2), 2, 3, made=loras, checkpointing=True)
     found["bf16"] = single_gradients(config("fsdp2", precision="bf16"))
     found["replicas"] = [
         divergence("none", nudge),

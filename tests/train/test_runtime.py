@@ -12,7 +12,7 @@ from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.train import replicas, runtime
 from dmd_dar.train.runtime import LaunchConfig, Runtime
-from tests.train.processes import CYCLES, config, dits, single_gradients, trained
+from tests.train.processes import CYCLES, config, dits, loras, single_gradients, trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +82,13 @@ def test_a_sharded_diffusers_transformer_trains_as_a_whole_one(two):
     assert furthest(two["dit"], trained(config("none"), 1, 2, made=dits)) < 1e-12
 
 
+def test_two_processes_with_adapters_over_one_base_equal_one(two):
+    expected = trained(config("none"), 2, 3, made=loras)
+    assert furthest(two["loras"], expected) < 1e-12
+    assert all(".lora." in name or ".dar." in name for name in expected["student"]["network"])
+    assert expected["fake_score"]["network"] and all(".lora." in name for name in expected["fake_score"]["network"])
+
+
 def test_bfloat16_is_the_same_choice_sharded_or_not(two):
     exact, expected = single_gradients(config("none")), single_gradients(config("none", precision="bf16"))
 
@@ -104,7 +111,7 @@ def test_float32_gradients_of_two_processes_equal_those_of_one(two, sharding):
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_a_checkpoint_resumes_on_another_number_of_processes(alone, two, sharding, tmp_path):
-    assert furthest(two[f"{sharding} resumed"], alone[2]) < 1e-12  # from one to two
+    assert furthest(two[f"{sharding} resumed"], alone[2]) < 1e-12  # from one to two, which compute activations again
     torch.save(two[f"{sharding} halfway"], tmp_path / "halfway.pt")
     found = trained(config("none"), 2, CYCLES[2] // 2, tmp_path / "halfway.pt")  # from two to one
     assert found["student"]["steps"] == 6 and furthest(found, alone[2]) < 1e-12
