@@ -159,7 +159,7 @@ class DistillConfig:
     launch: LaunchConfig = key(factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        flow.check_rungs(self.rungs)
+        flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
         if not (self.matching.weight or self.regression.used or self.gan.used):
             raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
         if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:

@@ -193,12 +193,18 @@ def default_rungs(k: int, shift: float = 3.0) -> tuple[float, ...]:
     return tuple(round(shift_time(torch.tensor(1 - j / k, dtype=torch.float64), shift).item(), 6) for j in range(k))
 
 
-def check_rungs(rungs: tuple[float, ...]) -> None:
-    """Rungs start at exactly 1 and fall strictly to a last value above 0; raises ValueError otherwise."""
+def check_rungs(rungs: tuple[float, ...], solver_steps: int | None = None) -> None:
+    """Rungs start at exactly 1, fall strictly to a last value above 0, and are no more than the steps of a solver that
+    passes through them; raises ValueError otherwise.
+    """
     if not rungs or rungs[0] != 1.0:
         raise ValueError(f"rungs must start at 1.0 (pure noise), got {list(rungs)}")
     if not (all(a > b for a, b in pairwise(rungs)) and rungs[-1] > 0):  # NaN fails both
         raise ValueError(f"rungs must fall strictly and stay above 0, got {list(rungs)}")
+    if solver_steps is not None and solver_steps < len(rungs):
+        raise ValueError(
+            f"solver_steps must be at least {len(rungs)}, to pass through as many rungs, got {solver_steps}"
+        )
 
 
 def time_grid(rungs: tuple[float, ...], steps: int) -> tuple[list[float], list[int]]:

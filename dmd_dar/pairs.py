@@ -69,9 +69,7 @@ class PairsConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("out is empty: name the folder to write to, out=FOLDER")
-        flow.check_rungs(self.rungs)
-        if self.solver_steps < len(self.rungs):
-            raise ValueError(f"solver_steps must be at least {len(self.rungs)}, to pass through as many rungs")
+        flow.check_rungs(self.rungs, self.solver_steps)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,10 @@ def outline(teacher: TeacherConfig) -> Plain:
     """The teacher from its files or, where these are not here, by the name of a public one; on the meta device."""
     place = Path(teacher.path)
     if place.exists():
-        return load_teacher(teacher).network.to("meta")
+        network = load_teacher(teacher).network
+        if (prompts := getattr(network, "prompts", None)) is not None:
+            prompts.blank()
+        return network.to("meta")
     named = PUBLIC.search(place.name)
     if named is None:
         raise UserError(
@@ -168,7 +171,9 @@ def table(plan: Plan) -> str:
         lines.append(f"{'in CPU memory':22}{_mb(plan.cpu):>14} MB")
     fits = [f"{card} GB {'yes' if plan.total <= USABLE * card * 1e9 else 'no'}" for card in CARDS]
     lines += ["", f"fits, with {1 - USABLE:.0%} left free: " + ", ".join(fits)]
-    lines.append("not counted: the codec, LPIPS, the GAN's heads, and what the libraries themselves take")
+    lines.append(
+        "not counted: codec, LPIPS, the GAN's heads, prompts (2 GB at most), what the libraries themselves take"
+    )
     return "\n".join(lines)
 
 

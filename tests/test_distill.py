@@ -249,6 +249,7 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
     [
         ("student.lr=0", "student.lr"),
         ("rungs=[0.9,0.5]", "rungs"),
+        ("regression.solver_steps=3", "solver_steps must be at least 4"),
         ("student.routing.scale=convex", "allow_change"),
         ("student.routing.chunksize=4", "chunk_size"),
         ("studnt.lr=1e-4", "nearest valid key: student.lr"),

@@ -61,6 +61,15 @@ class Prompts:
         """Whether these are the prompts, in that order."""
         return self.texts_hash == texts_hash(list(texts))
 
+    def blank(self, device: torch.device | str = "cpu") -> None:
+        """From now on, zeros of the prompts' form on `device`, without memory: enough to trace a network."""
+        forms = self.shards.layout.tensors
+        row = {name: self.shards.rows(name, torch.tensor([0])) for name in forms}
+        self.small = True
+        self.held[torch.device(device)] = {
+            name: torch.zeros_like(value).expand(self.count + 1, *value.shape[1:]) for name, value in row.items()
+        }
+
     def rows(self, cond: Tensor) -> dict[str, Tensor]:
         """The tensors of the prompts cond (B,) in 0 .. N, where N is the empty one; each (B, ...), on cond's device."""
         if not self.small:

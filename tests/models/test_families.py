@@ -1,5 +1,6 @@
 """Sana, Flux and an SD3 of two text encoders: asked as diffusers' own pipelines ask them, distilled, drawn from."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,13 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dmd_dar import config, distill, load_pipeline
+from dmd_dar.distill import DistillConfig
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import UserError
 from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.discriminator import block_readers, features_of, width_of
 from dmd_dar.models.families import packed, unpacked
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
+from dmd_dar.plan import plan_of
+from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import tiny_flux, tiny_sana, tiny_sd3
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +167,34 @@ def test_the_discriminator_reads_every_block_of_a_flux_and_of_a_sana(root):
         for h, out in zip(features, outputs, strict=True):  # (text, image) of a FLUX's blocks
             image = out if name == "sana" else out[1]
             assert torch.equal(h[:, -image.shape[1] :], image)
+
+
+@pytest.mark.parametrize("name", ["sana", "flux"])
+def test_blocks_computed_again_give_the_same_values_and_gradients(root, name):
+    network = load(root / name, **OPEN.get(name, {})).network.requires_grad_()
+    plain = routed_copy(network, RoutingConfig(query="timestep", chunk_size=2)).double()
+    for parameter in plain.router_parameters():
+        torch.nn.init.normal_(parameter)
+    again = copy.deepcopy(plain)
+    again.checkpoint_activations()
+    x, t, cond = torch.randn(2, 4, 8, 8).double(), torch.tensor([300.0, 800.0]).double(), torch.tensor([0, 2])
+    outputs = [one.train()(x, t, cond) for one in (plain, again)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        (output.sin() * x).sum().backward()
+    for ours, theirs in zip(again.parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_run_is_planned_without_computing(root, name):
+    given = [f"teacher.{key}={value}" for key, value in OPEN.get(name, {}).items()]
+    given += [f"teacher.path={root / name}", f"teacher.prompts={root / name}_prompts", "out_dir=unused", *SMALL.split()]
+    plan = plan_of(config.load(DistillConfig, given))
+    count = sum(p.numel() for p in load(root / name, **OPEN.get(name, {})).network.parameters())
+    assert plan.parameters["teacher"] == count == plan.trained["fake_score"] < plan.trained["student"]
+    assert plan.activations > plan.history > 0
 
 
 def test_an_adapter_of_a_flux_brings_what_its_base_leaves_open(root, tmp_path):
