@@ -22,6 +22,7 @@ PEAK_RATE = 1e-2
 HELD_OUT = 0.2
 CHUNK = 256
 NULL_SPLITS = 32
+LEAST_SHARE = 0.05  # of the typical spread over a reference: some units hardly fire there, or never
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,13 @@ class Classifier:
     def extractor(self) -> Extractor:
         """fd_classifier: the D features before the logits, in units of the reference's spread."""
         body = self.network[:-1]
-        return Extractor("fd_classifier", lambda x: body(_prepared(x)), standardised=True, facts=self.facts)
+        return Extractor(
+            "fd_classifier",
+            lambda x: body(_prepared(x)),
+            standardised=True,
+            least_share=LEAST_SHARE,
+            facts=self.facts,
+        )
 
 
 def _prepared(images: Tensor) -> Tensor:

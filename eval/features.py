@@ -25,13 +25,14 @@ class Extractor:
     """`extract` maps uint8 (n, 3, H, W) to (n, D), each row by itself.
 
     least_size: the smallest side it takes; native_size: below it images are enlarged and the result says so;
-    standardised: distances are taken in units of the reference's spread.
+    standardised: distances are taken in units of the reference's spread, held above `least_share` of the typical one.
     """
 
     name: str
     extract: Callable[[Tensor], Tensor] = field(repr=False)
     comparable_to_published: bool = False
     standardised: bool = False
+    least_share: float = 0.0
     least_size: int = 1
     native_size: int = 1
     facts: dict[str, Any] = field(default_factory=dict)  # JSON-able: weights, preprocessing
@@ -146,7 +147,9 @@ def scaled(features: Features, reference: Features) -> Tensor:
         fault = f"features of {features.extractor.name}, but {reference.extractor.name} in {reference.name}"
         raise UnfitError(f"{features.name}: {fault}")
     values, others = features.values.double(), reference.values.double()
-    return standardise(values, others) if features.extractor.standardised else values
+    if not features.extractor.standardised:
+        return values
+    return standardise(values, others, features.extractor.least_share)
 
 
 def wavelet() -> Extractor:

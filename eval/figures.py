@@ -222,7 +222,9 @@ def _planes(part: Any, planes: dict[str, np.ndarray], label: str, **options: Any
 
 
 def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """Cut in the middle: runs of one arm differ at the end of their names."""
+    kept = most - 1
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}…{text[-(kept // 2) :]}"
 
 
 def forest_figure(forest: dict[str, Any]) -> bytes:
@@ -254,12 +256,17 @@ def forest_figure(forest: dict[str, Any]) -> bytes:
 def forest_lines(one: dict[str, Any]) -> list[dict[str, Any]]:
     """A line for each seed of a comparison and one for all of them."""
     lines = [
-        {"title": f"seed {seed['seed']}", "gain_db": seed["gain_db"], **seed["difference_db"], "all": False}
+        {
+            "title": f"{one['baseline']}, seed {seed['seed']}",
+            "gain_db": seed["gain_db"],
+            **seed["difference_db"],
+            "all": False,
+        }
         for seed in one["per_seed"]
     ]
     return [
         *lines,
-        {"title": f"all, {one['baseline']}", "gain_db": one["gain_db"], **one["difference_db"], "all": True},
+        {"title": f"{one['baseline']}, all seeds", "gain_db": one["gain_db"], **one["difference_db"], "all": True},
     ]
 
 

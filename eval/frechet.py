@@ -137,10 +137,14 @@ def wavelet_features(images: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(columns, axis=1))
 
 
-def standardise(features: Tensor, reference: Tensor) -> Tensor:
-    """(f - mean) / std of each feature over the reference set: no scale or unit dominates a distance."""
-    std = reference.std(0).clamp(min=LEAST_SPREAD)
-    return (features - reference.mean(0)) / std
+def standardise(features: Tensor, reference: Tensor, least_share: float = 0.0) -> Tensor:
+    """(f - mean) / std of each feature over the reference set: no scale or unit dominates a distance.
+
+    least_share: of features that share a unit, a std below this share of the root mean square of all counts as that.
+    """
+    std = reference.std(0)
+    least = (least_share * std.square().mean().sqrt()).clamp(min=LEAST_SPREAD)
+    return (features - reference.mean(0)) / std.maximum(least)
 
 
 def fd_wavelet(features: Tensor, reference: Tensor, null: float, names: tuple[str, str]) -> Distance:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -131,9 +131,9 @@ def grid(result: dict[str, Any], sets: Sequence[ImageSet], rows: Sequence[Row], 
     draw = ImageDraw.Draw(canvas)
     for column, one in enumerate(sets):
         left = ROW_LABEL + column * (width + GAP)
-        for line, part in enumerate(one.name.split(", ", 1)):
+        for line, part in enumerate(header_lines(one.name, width)):
             place = (left, 4 + line * (HEADER_FONT + 4))
-            draw.text(place, fitted(part, width, HEADER_FONT), fill="black", font=_font(HEADER_FONT))
+            draw.text(place, part, fill="black", font=_font(HEADER_FONT))
         filled = [(i, row.images[one.name]) for i, row in enumerate(rows) if row.images[one.name] is not None]
         pictures = tiles(one.rows([image for _, image in filled])) if filled else []
         for (i, _), picture in zip(filled, pictures, strict=True):
@@ -157,12 +157,27 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-def fitted(text: str, width: int, size: int) -> str:
+def header_lines(name: str, width: int) -> list[str]:
+    """A set's name over its column, on two lines where it has a comma, or is too long and has a place to break."""
+    whole = " ".join(name.split())
+    if ", " in whole:
+        lines = whole.split(", ", 1)
+    elif _font(HEADER_FONT).getlength(whole) <= width:
+        lines = [whole]
+    else:
+        breaks = [i + 1 for i, letter in enumerate(whole[:-1]) if letter in " _-/"]
+        fits = [i for i in breaks if _font(HEADER_FONT).getlength(whole[:i].rstrip()) <= width]
+        lines = [whole[: fits[-1]], whole[fits[-1] :]] if fits else [whole]
+    first, *rest = lines
+    return [fitted(first, width, HEADER_FONT), *(fitted(line, width, HEADER_FONT, keep="end") for line in rest)]
+
+
+def fitted(text: str, width: int, size: int, keep: Literal["start", "end"] = "start") -> str:
     """The text on one line, cut with an ellipsis to `width` pixels."""
     text = " ".join(text.split())
     font = _font(size)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+        text = text[:-1] if keep == "start" else text[1:]
+    return text + "…" if keep == "start" else "…" + text

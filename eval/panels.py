@@ -194,8 +194,8 @@ def _interval(interval: dict) -> str:
 def forest(result: dict[str, Any], png: bytes) -> str:
     told = result["forest"]
     caption = (
-        "Left, the signed HF gain of both arms for every training seed. Right, by how much DAR is nearer to the"
-        " reference, with 95 % intervals: over images for a seed, over seeds and images for all. From"
+        "Left, the signed HF gain of DAR and of the arm that is named, for every training seed. Right, by how much DAR"
+        " is nearer to the reference, with 95 % intervals: over images for a seed, over seeds and images for all. From"
         f" {told['source']}." + (f" {told['label'].capitalize()}." if told["label"] else "")
     )
     rows = []

@@ -50,7 +50,7 @@ th, td { padding: .4rem 0 .4rem 1.1rem; text-align: right; border-bottom: 1px so
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; color: var(--ink); padding-left: 0; font-weight: 400;
   position: sticky; left: 0; background: var(--paper); padding-right: .4rem; max-width: 14rem; white-space: normal;
-  vertical-align: top; overflow-wrap: anywhere; min-width: 6.5rem; }
+  vertical-align: top; overflow-wrap: anywhere; min-width: 8rem; }
 thead th:first-child { vertical-align: bottom; }
 .texts :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 .verdicts :is(th, td):nth-child(2) { text-align: left; }
@@ -73,9 +73,10 @@ code { font-size: .92em; overflow-wrap: anywhere; }
 dt { font-weight: 600; overflow-wrap: anywhere; }
 dd { margin: 0 0 .6rem; max-width: 46rem; color: var(--soft); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
-  th:first-child, td:first-child { max-width: 7.5rem; min-width: 5.5rem; }
+  th:first-child, td:first-child { max-width: 8.4rem; }
   th, td { padding-left: .8rem; }
 }
+@media (max-width: 37rem) { .chart figcaption::after { content: " Wider than this screen: scroll it sideways."; } }
 @media print { .wide { overflow: visible; } }
 """
 )

@@ -6,7 +6,8 @@ import torch
 
 from eval import frechet
 from eval.classifier import fit_classifier, modes
-from eval.features import Extractor, compare, extract, extract_moments, fit_pca, wavelet
+from eval.features import Extractor, Features, compare, extract, extract_moments, fit_pca, wavelet
+from eval.frechet import feature_distance, standardise
 from eval.images import UnfitError, open_images
 from eval.moments import Gaussian, merged
 
@@ -160,3 +161,17 @@ def test_a_classifier_of_too_few_images_says_so(real):
         fit_classifier(real[0][0][:64], real[0][1][:64])
     with pytest.raises(UnfitError, match=r"\{0: 64, 1: 2\}"):
         fit_classifier(real[0][0][:66], real[0][1][:66])
+
+
+def test_a_unit_that_the_reference_leaves_dead_does_not_rule_the_distance(real):
+    """It counts on a twentieth of the typical spread: shifted by v, it adds (v / (0.05 rms))^2 and no more."""
+    reference = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference[:, 3] = 0
+    shifted = reference + torch.tensor([0, 0, 0, 0.1])
+    rms = reference.std(0).square().mean().sqrt()
+    pair = standardise(shifted, reference, 0.05), standardise(reference, reference, 0.05)
+    expected = pytest.approx((0.1 / (0.05 * rms.item())) ** 2, rel=1e-6)
+    assert feature_distance(*pair, ("a", "b")) == expected
+    assert torch.equal(pair[1][:, :3], ((reference - reference.mean(0)) / reference.std(0))[:, :3])
+    classifier = fit_classifier(*real[0], steps=1).extractor()
+    assert compare(*(Features("x", values, classifier, False) for values in (shifted, reference)))["value"] == expected

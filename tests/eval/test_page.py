@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from eval import grids, style
-from eval.figures import DAR, REAL, RESIDUAL, TEACHER, styles
+from eval.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
 from eval.forest import from_file
 from eval.images import UnfitError
 from eval.measure import ImageSet, measure
@@ -263,3 +263,14 @@ def test_the_page_is_shown(page, tmp_path, width):
     picture = np.asarray(Image.open(shot).convert("RGB"))[:, :width]
     assert picture.shape == (900, width, 3)
     assert picture.std((1, 2)).astype(bool).mean() > 0.3  # lines with something on them
+
+
+def test_runs_of_one_arm_are_told_apart_over_their_columns():
+    assert grids.header_lines("teacher", 128) == ["teacher"]
+    assert grids.header_lines("undistilled, re-noised", 128) == ["undistilled", "re-noised"]
+    assert grids.header_lines("residual_seed0", 128) == ["residual_", "seed0"]
+    longer = [grids.header_lines(f"residual_with_a_long_name_seed{seed}", 128) for seed in (0, 1)]
+    assert longer[0] != longer[1] and all(len(lines) == 2 and lines[1].startswith("…") for lines in longer)
+    assert [len(grids.header_lines(name, 128)) for name in ("x" * 90, "_", "a" * 40 + "_b", "")] == [1, 1, 1, 1]
+    shortened = [_shortened(f"residual_with_a_long_name_seed{seed}", 24) for seed in (0, 1)]
+    assert [len(one) for one in shortened] == [24, 24] and [one[-5:] for one in shortened] == ["seed0", "seed1"]
