@@ -15,6 +15,7 @@ from eval.maps import PEAK_DB
 from eval.sectors import DIRECTIONS
 
 NOTHING = "–"
+JOINT = re.compile(r"(?<=_)(?![^<]*>)|(?<=\.)(?=[A-Za-z])(?![^<]*>)")  # where a name may break, outside of tags
 
 
 def text(value: Any) -> str:
@@ -47,10 +48,13 @@ def span(interval: dict, digits: int = 2, signed: bool = False) -> str:
 
 
 def table(label: str, headings: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table that scrolls by itself; the first cell of a row heads it."""
+    """A table that scrolls by itself; the first cell of a row heads it, and may break within a long name."""
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+        f'<tr><th scope="row">{JOINT.sub("<wbr>", row[0])}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
     )
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{text(label)}"><table class="{kind}">'

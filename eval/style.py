@@ -73,7 +73,7 @@ code { font-size: .92em; overflow-wrap: anywhere; }
 dt { font-weight: 600; overflow-wrap: anywhere; }
 dd { margin: 0 0 .6rem; max-width: 46rem; color: var(--soft); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
-  th:first-child, td:first-child { max-width: 8.4rem; }
+  th:first-child, td:first-child { max-width: 7.5rem; min-width: 6rem; }
   th, td { padding-left: .8rem; }
 }
 @media (max-width: 37rem) { .chart figcaption::after { content: " Wider than this screen: scroll it sideways."; } }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import grids, style
+from eval import grids, panels, style
 from eval.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
 from eval.forest import from_file
 from eval.images import UnfitError
@@ -274,3 +274,9 @@ def test_runs_of_one_arm_are_told_apart_over_their_columns():
     assert [len(grids.header_lines(name, 128)) for name in ("x" * 90, "_", "a" * 40 + "_b", "")] == [1, 1, 1, 1]
     shortened = [_shortened(f"residual_with_a_long_name_seed{seed}", 24) for seed in (0, 1)]
     assert [len(one) for one in shortened] == [24, 24] and [one[-5:] for one in shortened] == ["seed0", "seed1"]
+
+
+def test_a_name_may_break_at_its_joints_and_a_tag_may_not():
+    cells = [["<b class='a_b.c'>x_y.least, 0.5</b>", "c_d"]]
+    expected = "<th scope=\"row\"><b class='a_b.c'>x_<wbr>y.<wbr>least, 0.5</b></th><td>c_d</td></tr>"
+    assert expected in panels.table("", ["h", "h"], cells)
