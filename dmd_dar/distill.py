@@ -18,12 +18,13 @@ from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.gan import GAN, Batch
 from dmd_dar.methods.generate import Generator, decoded, few_step_generator, ode_generator
+from dmd_dar.methods.rollout import Condition, rung_condition, same_condition
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, Pool, block_readers, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.models.shared_lora import LoraConfig
+from dmd_dar.models.shared_lora import LoraConfig, Plain
 from dmd_dar.models.students import Memory, Networks, Weights, build_networks
 from dmd_dar.models.teachers import (
     Denoiser,
@@ -85,6 +86,7 @@ class FakeScoreConfig(OptimiserConfig):
     """The online score of the student's own samples; starts as the teacher."""
 
     updates: int = key(5, "optimiser steps for every one of the student", unit="steps", least=1)
+    per_rung: bool = key(True, "it is told which rung made a sample; off: samples of all rungs are one distribution")
     space: Literal["flow", "x0"] = key("flow", "where its error is squared; x0: times t^2, so low noise counts less")
 
 
@@ -180,10 +182,12 @@ class DistillConfig:
         return self.student_input == "data" or self.gan.used
 
 
-def memory_of(cfg: DistillConfig) -> Memory:
-    """What the configuration says of the networks' weights and activations."""
+def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:
+    """The three networks in the form that the configuration says; `teacher` may be stored otherwise afterwards."""
     frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
-    return Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
+    memory = Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
+    rungs = len(cfg.rungs) if cfg.fake_score.per_rung else 1
+    return build_networks(teacher, cfg.student.routing.form(), cfg.student.routing.allow_change, memory, rungs)
 
 
 def recipe_of(cfg: DistillConfig, teacher: Denoiser, digest: str) -> Recipe:
@@ -217,6 +221,10 @@ def build_method(
     calls = calls or Calls()
     teacher_velocity = guided_velocity(networks.teacher, prediction, cfg.guidance_scale)
     real = real_batches(cfg, recipe, runtime.device) if cfg.needs_data else None
+    asked = rung_condition(cfg.rungs, recipe.num_classes) if cfg.fake_score.per_rung else same_condition
+    gan = None
+    if real is not None and cfg.gan.used:
+        gan = build_gan(cfg, prediction, networks, real, runtime.device, asked)
     pairs = None
     if cfg.regression.used:
         with runtime.main_first():
@@ -237,8 +245,9 @@ def build_method(
         regression_weight=cfg.regression,
         distance=distance_of(cfg.regression, runtime.device, codec),
         trajectories=pairs,
-        gan=build_gan(cfg, prediction, networks, real, runtime.device) if real is not None and cfg.gan.used else None,
+        gan=gan,
         x0_space=cfg.fake_score.space == "x0",
+        fake_condition=asked,
     )
 
 
@@ -255,7 +264,12 @@ def real_batches(cfg: DistillConfig, recipe: Recipe, device: torch.device) -> Ba
 
 
 def build_gan(
-    cfg: DistillConfig, prediction: Prediction | Meaning, networks: Networks, real: Batch, device: torch.device
+    cfg: DistillConfig,
+    prediction: Prediction | Meaning,
+    networks: Networks,
+    real: Batch,
+    device: torch.device,
+    fake_condition: Condition = same_condition,
 ) -> GAN:
     """The game and its fresh heads, which are the same for every student of a seed."""
     network = networks.fake_score if cfg.gan.features == "fake_score" else networks.teacher
@@ -273,6 +287,7 @@ def build_gan(
         time=cfg.gan.time,
         weight=cfg.gan,
         feature_weight=cfg.gan.feature_weight,
+        condition=fake_condition if cfg.gan.features == "fake_score" else same_condition,
         r1_weight=cfg.gan.r1_weight,
         r1_sigma=cfg.gan.r1_sigma,
     )
@@ -343,8 +358,7 @@ def distill(cfg: DistillConfig) -> None:
     teacher, codec = open_teacher(cfg, runtime.device)
     if cfg.preflight:
         preflight(runtime, teacher, open_data(cfg.data, runtime.device), codec, cfg.seed)
-    routing = cfg.student.routing
-    networks = build_networks(teacher.network, routing.form(), routing.allow_change, memory_of(cfg))
+    networks = networks_of(cfg, teacher.network)
     student, fake_score = networks.student, networks.fake_score
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
     calls = Calls()
@@ -352,7 +366,7 @@ def distill(cfg: DistillConfig) -> None:
         method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls)
         ema = Ema(student, *cfg.student.decays)
         runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
-        routers, router_lr = student.router_parameters(), routing.lr
+        routers, router_lr = student.router_parameters(), cfg.student.routing.lr
         optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr)
         student_phase = Phase("student", student, optimiser, method.student_loss, ema)
         fakes, routers = fake_score.backbone_parameters(), fake_score.router_parameters()

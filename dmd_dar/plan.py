@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar import config
-from dmd_dar.distill import DistillConfig, memory_of
+from dmd_dar.distill import DistillConfig, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
 from dmd_dar.models.frozen import block_layers
 from dmd_dar.models.shared_lora import Plain
 from dmd_dar.models.sit import build_sit
-from dmd_dar.models.students import Networks, build_networks
+from dmd_dar.models.students import Networks
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 
 CARDS = (24, 40, 80, 141)  # GB of memory
@@ -65,8 +65,7 @@ def plan_of(cfg: DistillConfig) -> Plan:
         )
     parts = (launch.shard_among or processes) if launch.sharding == "fsdp2" else 1
     bf16 = launch.precision == "bf16" or (launch.precision == "auto" and not launch.cpu)
-    routing = cfg.student.routing
-    networks = build_networks(outline(cfg.teacher), routing.form(), routing.allow_change, memory_of(cfg))
+    networks = networks_of(cfg, outline(cfg.teacher))
     averages = [copy.deepcopy(networks.student).requires_grad_(False) for _ in cfg.student.decays]
     with without_data():
         traced = [networks.student, networks.fake_score]

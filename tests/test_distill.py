@@ -19,7 +19,6 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import with_routing
-from dmd_dar.models.students import build_networks
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import log
@@ -176,7 +175,7 @@ def test_all_losses_resume_bit_for_bit_and_every_average_is_saved(teacher, tmp_p
 @pytest.mark.parametrize("recipe", ["dar", "residual"])
 def test_heads_do_not_depend_on_the_arm(teacher, tmp_path, recipe):
     cfg = config.load(distill.DistillConfig, arguments(teacher, tmp_path, "gan.weight=1", recipe=recipe))
-    networks = distill.build_networks(load_network(teacher)[0], cfg.student.routing.form())
+    networks = distill.networks_of(cfg, load_network(teacher)[0])
     heads = distill.build_gan(cfg, "flow", networks, lambda draws: None, torch.device("cpu")).heads
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
@@ -231,7 +230,7 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
     """A no_grad call inside autocast must not leave the later call's weights cast without a graph."""
     cfg = config.load(distill.DistillConfig, arguments(teacher, Path("unused"), "regression.weight=0"))
     network, card = load_network(teacher)
-    networks = build_networks(network, cfg.student.routing.form())
+    networks = distill.networks_of(cfg, network)
     runtime = Runtime(LaunchConfig(cpu=True))
     recipe = distill.recipe_of(cfg, network, "digest")
     method = distill.build_method(cfg, recipe, card.prediction, networks, runtime)

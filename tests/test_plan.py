@@ -10,7 +10,6 @@ from dmd_dar import config, distill, plan
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.models.footprint import nbytes, tensors
 from dmd_dar.models.sit import SiT
-from dmd_dar.models.students import build_networks
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.optimise import Optimiser
@@ -57,8 +56,8 @@ def saved_bytes(loss, weights: set[int]) -> int:
 
 def measured(cfg: distill.DistillConfig) -> int:
     """Bytes of parameters, gradients and optimiser state of all networks, and of the tensors saved in one step."""
-    teacher, runtime, routing = load_teacher(cfg.teacher), Runtime(cfg.launch), cfg.student.routing
-    networks = build_networks(teacher.network, routing.form(), memory=distill.memory_of(cfg))
+    teacher, runtime = load_teacher(cfg.teacher), Runtime(cfg.launch)
+    networks = distill.networks_of(cfg, teacher.network)
     recipe = distill.recipe_of(cfg, teacher.network, teacher.digest)
     method = distill.build_method(cfg, recipe, teacher.prediction, networks, runtime)
     every = [networks.teacher, networks.student, networks.fake_score, Ema(networks.student, *cfg.student.decays).module]

@@ -44,6 +44,7 @@ class DMD:
     trajectories: Pairs | None = None
     gan: GAN | None = None
     x0_space: bool = False  # of the fake score's loss
+    fake_condition: rollout.Condition = rollout.same_condition  # with what the fake score is asked
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Distribution matching + regression + GAN, jointly, at one rung for the whole batch (arXiv:2311.18828 Eq. 9).
@@ -72,7 +73,7 @@ class DMD:
 
     def generate(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """(x0_student, cond): one call with gradient at the step's rung, which no gradient leads to."""
-        rung = draws.shared_integer("rung", len(self.rungs))
+        rung = rollout.rung_of(draws, self.rungs)
         if self.data is None:
             x_t, cond = self.simulate(rung, draws)
         else:
@@ -93,7 +94,7 @@ class DMD:
         part, mu_r^cond - mu_r, is taken at a t of its own law; each part is over its own teacher's distance.
         """
         plain = self.teacher if self.unguided_teacher is None else self.unguided_teacher
-        networks = (plain, self.fake_score)
+        networks = (plain, self.asked(draws))
         x0_teacher, x0_fake = self.estimates("score", self.renoise, networks, x0_student, cond, draws)
         gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
         metrics = {"fake_to_teacher_rms": gap}
@@ -117,9 +118,13 @@ class DMD:
         x_t, t, _ = rollout.renoise(x0_student.detach(), law, name, draws)
         return [flow.velocity_to_x0(velocity(x_t, t, cond), x_t, t) for velocity in velocities]
 
+    def asked(self, draws: Draws) -> Velocity:
+        """The fake score as a velocity of samples of this step."""
+        return lambda x_t, t, cond: self.fake_score(x_t, t, self.fake_condition(cond, draws))
+
     def regression(self, draws: Draws, trajectories: Pairs) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The student, from the teacher trajectory's own state at the step's rung, should reach its end (Eq. 9)."""
-        rung = draws.shared_integer("rung", len(self.rungs))
+        rung = rollout.rung_of(draws, self.rungs)
         states, ends, cond = trajectories.at(rung, draws.integers("pair", trajectories.count))
         return rollout.predict_x0(self.student, states, self.rungs[rung], cond), lambda x0: self.distance(x0, ends)
 
@@ -129,7 +134,7 @@ class DMD:
             x0_student, cond = self.generate(draws)
         x_t, t, eps = rollout.renoise(x0_student, self.renoise, "score", draws)
         weight = t.square() if self.x0_space else 1.0
-        loss = losses.flow_matching_loss(self.fake_score(x_t, t, cond), x0_student, eps, weight)
+        loss = losses.flow_matching_loss(self.asked(draws)(x_t, t, cond), x0_student, eps, weight)
         if self.gan is None or not self.gan.feature_weight:
             return loss, {}
         gan = self.gan.feature_loss(x0_student, cond, draws)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dmd_dar import flow, losses
 from dmd_dar.draws import Draws
 from dmd_dar.losses import LossWeight
-from dmd_dar.methods.rollout import renoise
+from dmd_dar.methods.rollout import Condition, renoise, same_condition
 
 Batch = Callable[[Draws], tuple[Tensor, Tensor]]  # draws -> real x0 (B, C, S, S) in the teacher's space, cond (B,)
 Features = Callable[[Tensor, Tensor, Tensor], list[Tensor]]  # (x_t, t, cond) -> the chosen layers' states
@@ -33,6 +33,7 @@ class GAN:
     weight: LossWeight  # of the student's term
     feature_weight: float = 0.0  # of the game in the loss of the network that gives the features
     r1_weight: float = 0.0
+    condition: Condition = same_condition  # with what the network that gives the features is asked
     r1_sigma: float = 0.1  # standard deviation of what R1 adds to x_t
 
     def student_term(self, cond: Tensor, draws: Draws) -> Callable[[Tensor], Tensor]:
@@ -40,7 +41,7 @@ class GAN:
 
         def term(x0: Tensor) -> Tensor:
             x_t, t, _ = renoise(x0, self.time, "gan", draws)
-            return losses.gan_loss(self.heads(self.features(x_t, t, cond)))
+            return losses.gan_loss(self.heads(self.features(x_t, t, self.condition(cond, draws))))
 
         return term
 
@@ -69,7 +70,7 @@ class GAN:
         if self.r1_weight:
             n = draws.normal("r1", *eps.shape[1:], dtype=eps.dtype)
             x_t, conds = [*x_t, real + self.r1_sigma * n], [*conds, cond_real]
-        return torch.cat(x_t), t.repeat(len(x_t)), torch.cat(conds)
+        return torch.cat(x_t), t.repeat(len(x_t)), self.condition(torch.cat(conds), draws)
 
     def game(self, features: list[Tensor]) -> tuple[Tensor, Metrics]:
         """The discriminator's loss, from the features of `inputs`."""

@@ -3,6 +3,7 @@
 Shapes: x_t (B, ...); cond (B,); rungs descend from 1 (pure noise), see flow.check_rungs.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,8 @@ from dmd_dar import flow
 from dmd_dar.draws import Draws
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity
+
+Condition = Callable[[Tensor, Draws], Tensor]  # (a sample's (B,), draws) -> with what a network is asked, (B,)
 
 
 def predict_x0(velocity: Velocity, x_t: Tensor, t: float, cond: Tensor) -> Tensor:
@@ -25,6 +28,21 @@ def renoise(x0: Tensor, law: flow.TimeLaw, name: str, draws: Draws) -> tuple[Ten
     eps = draws.normal(f"{name}_eps", *x0.shape[1:], dtype=torch.promote_types(x0.dtype, torch.float32))
     t = law.quantile(draws.uniform(f"{name}_t")).to(eps.dtype)
     return flow.interpolate(x0, eps, t), t, eps
+
+
+def rung_of(draws: Draws, rungs: tuple[float, ...]) -> int:
+    """The index of the rung of a training step, one for the whole batch."""
+    return draws.shared_integer("rung", len(rungs))
+
+
+def same_condition(cond: Tensor, draws: Draws) -> Tensor:
+    """A network is asked with a sample's own condition."""
+    return cond
+
+
+def rung_condition(rungs: tuple[float, ...], num_classes: int) -> Condition:
+    """A network is told the step's rung too: its condition is rung (num_classes + 1) + cond."""
+    return lambda cond, draws: cond + rung_of(draws, rungs) * (num_classes + 1)
 
 
 def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | None) -> Tensor:

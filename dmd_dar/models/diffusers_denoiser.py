@@ -96,8 +96,8 @@ class DiffusersDenoiser(nn.Module):
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """All trainable parameters that are not routers."""
-        named = self.transformer.named_parameters()
-        return [p for name, p in named if p.requires_grad and not name.startswith("dar.")]
+        named = self.named_parameters()
+        return [p for name, p in named if p.requires_grad and not name.startswith("transformer.dar.")]
 
     def shards(self) -> list[nn.Module]:
         """What is gathered by itself when weights are sharded: the blocks, but for the first.

@@ -92,18 +92,19 @@ class LoraDenoiser(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Adapters and routers."""
+        """Adapters, routers and the vectors of rungs."""
         routers = {id(parameter) for parameter in self.network.router_parameters()}
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if ".lora." in name or id(parameter) in routers:
+            if ".lora." in name or ".rungs." in name or id(parameter) in routers:
                 yield name, parameter
 
     def router_parameters(self) -> list[nn.Parameter]:
         return self.network.router_parameters()
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """The adapters."""
-        return [parameter for name, parameter in self.named_parameters() if ".lora." in name]
+        """What it owns but for the routers."""
+        routers = {id(parameter) for parameter in self.network.router_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in routers]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         own = {name for name, _ in self.named_parameters()}

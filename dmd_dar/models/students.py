@@ -9,6 +9,7 @@ import torch
 from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.frozen import store
+from dmd_dar.models.rungs import tell_rungs_apart
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, Plain, shared_copy
 from dmd_dar.models.sit import SiT, with_routing
 from dmd_dar.routing.layout import RoutingConfig
@@ -37,11 +38,16 @@ class Memory:
 
 
 def build_networks(
-    teacher: Plain, routing: RoutingConfig, allow_change: bool = False, memory: Memory | None = None
+    teacher: Plain,
+    routing: RoutingConfig,
+    allow_change: bool = False,
+    memory: Memory | None = None,
+    rungs: int = 1,
 ) -> Networks:
     """Student, under `routing`, and fake score, both starting as the teacher's function.
 
-    `full`: weights of their own. `shared_lora`: the teacher's weights and adapters of their own.
+    `full`: weights of their own. `shared_lora`: the teacher's weights and adapters of their own. With several `rungs`,
+    the fake score is told them apart (models/rungs.py).
     Raises UserError where the routing would change that function and `allow_change` is not set.
     """
     memory = memory or Memory()
@@ -54,7 +60,10 @@ def build_networks(
         student = routed(teacher, routing, allow_change, copied)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"student.{error}") from error
-    pair = student, copied(teacher)
+    fake_score = copied(teacher)
+    if rungs > 1:
+        tell_rungs_apart(fake_score, rungs)
+    pair = student, fake_score
     if shared:
         student, fake_score = (LoraDenoiser(network, memory.lora).train() for network in pair)
     else:

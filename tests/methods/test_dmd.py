@@ -9,6 +9,7 @@ from dmd_dar import flow, losses
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.rollout import rung_condition, rung_of
 from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.sit import with_routing
@@ -170,3 +171,29 @@ def test_fake_score_loss_is_flow_matching_at_the_drawn_level(networks):
     x_t = flow.interpolate(x0.detach(), eps, t)
     expected = losses.flow_matching_loss(velocity_of(fake_score)(x_t, t, cond), x0.detach(), eps)
     torch.testing.assert_close(method.fake_score_loss(draws)[0], expected)
+
+
+def test_the_fake_score_alone_is_asked_with_the_rung(networks):
+    conds = {"teacher": [], "fake_score": []}
+
+    def recording(name, velocity):
+        return lambda x_t, t, cond: (conds[name].append(cond), velocity(x_t, t, cond))[1]
+
+    velocities = [velocity_of(n) for n in networks]
+    plain = lambda x_t, t, cond: velocities[2](x_t, t, cond % 8)  # noqa: E731
+    method = method_of(
+        velocities[0],
+        recording("teacher", velocities[1]),
+        recording("fake_score", plain),
+        fake_condition=rung_condition(RUNGS, 7),
+    )
+    for step in range(6):
+        draws = draws_for(step)
+        labels, rung = draws.integers("label", 7), rung_of(draws, RUNGS)
+        loss, _ = method.student_loss(draws)
+        assert torch.equal(conds["teacher"][-1], labels)
+        assert torch.equal(conds["fake_score"][-1], labels + 8 * rung)
+        assert torch.equal(loss, method_of(*velocities).student_loss(draws)[0])
+        fake = draws_for(step, phase="fake_score")
+        method.fake_score_loss(fake)
+        assert torch.equal(conds["fake_score"][-1], fake.integers("label", 7) + 8 * rung_of(fake, RUNGS))

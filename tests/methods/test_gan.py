@@ -11,6 +11,7 @@ from dmd_dar.draws import Draws
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.gan import GAN
+from dmd_dar.methods.rollout import rung_condition, rung_of
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.discriminator import Heads, features_of
 from dmd_dar.models.sit import with_routing
@@ -164,3 +165,23 @@ def test_the_game_pulls_the_student_s_samples_to_the_data():
             loss(draws_for(step, stop=32))[0].backward()
             optimiser.step()
     assert abs(place.item() - 1) < 0.3
+
+
+def test_every_sample_of_the_game_is_read_at_the_rung_of_the_step(game):
+    method, conds = game[0], []
+
+    def features(x_t, t, cond):
+        conds.append(cond)
+        return [x_t.flatten(1)[:, None, :16]] * 2
+
+    gan = dataclasses.replace(method.gan, features=features, condition=rung_condition(RUNGS, 7))
+    method = dataclasses.replace(method, gan=gan)
+    for step in range(4):
+        for loss, phase in ((method.student_loss, "student"), (method.discriminator_loss, "discriminator")):
+            draws = draws_for(step, phase=phase)
+            loss(draws)
+            labels, theirs = (
+                d.integers("label", 7) for d in (draws, dataclasses.replace(draws, phase=f"{phase}_real"))
+            )
+            expected = labels if phase == "student" else torch.cat([theirs, labels, theirs])
+            assert torch.equal(conds[-1], expected + 8 * rung_of(draws, RUNGS))

@@ -1,0 +1,57 @@
+"""A denoiser that is told which rung of a few-step student made the sample it is asked about.
+
+B batch, k rungs, d width of a time embedding, N classes. The condition is rung (N + 1) + cond, with rung in
+0 .. k - 1 and cond in 0 .. N.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
+from dmd_dar.models.sit import SiT
+
+
+class Asked:
+    """The rungs (B,) of a network's last call, whose parts a backward pass may run again."""
+
+    rung: Tensor
+
+
+class RungTable(nn.Module):
+    """One learned vector (d,) for each rung, 0 at first, which is added to one time embedding."""
+
+    def __init__(self, embedder: nn.Module, count: int, asked: Asked):
+        super().__init__()
+        last = [layer for layer in embedder.modules() if isinstance(layer, nn.Linear)][-1]
+        self.weight = nn.Parameter(torch.zeros(count, last.out_features, device=last.weight.device))
+        self.asked = asked
+        embedder.register_forward_hook(self.add)
+
+    def add(self, embedder: nn.Module, inputs: tuple[Any, ...], embedding: Tensor) -> Tensor:
+        """Forward hook of the embedder: (B, d) -> (B, d). A bound method, so that a deep copy's hook is its own."""
+        return embedding + self.weight[self.asked.rung].to(embedding.dtype)
+
+
+class Rungs(nn.Module):
+    """The tables of a network's time embeddings, and what takes the rung out of its condition."""
+
+    def __init__(self, network: SiT | DiffusersDenoiser, count: int):
+        super().__init__()
+        self.rows, self.asked = network.config.num_classes + 1, Asked()
+        named = [(name.rpartition(".")[2], module) for name, module in network.named_modules()]
+        embedders = [module for name, module in named if name in ("t_embedder", "timestep_embedder")]
+        self.tables = nn.ModuleList(RungTable(embedder, count, self.asked) for embedder in embedders)
+        network.register_forward_pre_hook(self.take)
+
+    def take(self, network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook of the network."""
+        x, t, cond, *more = inputs
+        self.asked.rung = cond // self.rows
+        return (x, t, cond % self.rows, *more)
+
+
+def tell_rungs_apart(network: SiT | DiffusersDenoiser, count: int) -> None:
+    """From now on its condition names one of `count` rungs as well, which at first makes no difference."""
+    network.rungs = Rungs(network, count)

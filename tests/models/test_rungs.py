@@ -1,0 +1,97 @@
+"""A fake score that is told which rung made a sample."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.methods.rollout import rung_condition, rung_of
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
+from dmd_dar.models.rungs import tell_rungs_apart
+from dmd_dar.models.shared_lora import LoraConfig
+from dmd_dar.models.students import Memory, build_networks
+from dmd_dar.routing.layout import RoutingConfig
+from tests.models.tiny_pipelines import tiny_dit
+from tests.tiny import tiny_sit
+
+RUNGS = (1.0, 0.75, 0.5)
+
+
+def network_of(kind: str):
+    network = tiny_sit() if kind == "sit" else DiffusersDenoiser(tiny_dit(num_embeds_ada_norm=6))
+    return network.eval().requires_grad_(False)
+
+
+def inputs_of(network) -> tuple[Tensor, Tensor, Tensor]:
+    generator, size = torch.Generator().manual_seed(3), network.config.input_size
+    x = torch.randn(3, network.config.in_channels, size, size, generator=generator)
+    return x, torch.rand(3, generator=generator), torch.tensor([0, 3, network.config.num_classes])
+
+
+def asked(cond: Tensor, rung: int, network) -> Tensor:
+    return cond + rung * (network.config.num_classes + 1)
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+@torch.no_grad()
+def test_every_rung_starts_as_the_plain_network_and_its_vector_moves_that_rung_alone(kind):
+    plain = network_of(kind)
+    network = copy.deepcopy(plain)
+    tell_rungs_apart(network, 3)
+    x, t, cond = inputs_of(network)
+    expected = plain(x, t, cond)
+    for rung in range(3):
+        assert torch.equal(network(x, t, asked(cond, rung, network)), expected)
+    for table in network.rungs.tables:
+        table.weight[1].normal_()
+    moved = [network(x, t, asked(cond, rung, network)) for rung in range(3)]
+    assert torch.equal(moved[0], expected) and torch.equal(moved[2], expected)
+    assert (moved[1] - expected).abs().amax((1, 2, 3)).min() > 1e-3
+    mixed = network(x, t, cond + torch.tensor([0, 1, 2]) * (network.config.num_classes + 1))  # a rung for each sample
+    torch.testing.assert_close(mixed, torch.stack([moved[rung][rung] for rung in range(3)]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_vector_is_added_to_the_time_embedding():
+    plain = network_of("sit")
+    network = copy.deepcopy(plain)
+    tell_rungs_apart(network, 2)
+    vector = network.rungs.tables[0].weight[1].normal_()
+    x, t, cond = inputs_of(network)
+    plain.t_embedder.register_forward_hook(lambda module, inputs, embedding: embedding + vector)
+    assert torch.equal(network(x, t, asked(cond, 1, network)), plain(x, t, cond))
+
+
+@pytest.mark.parametrize("memory", [Memory(), Memory("shared_lora", LoraConfig(rank=2)), Memory(checkpointing=True)])
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+def test_the_fake_score_alone_has_vectors_and_they_are_trained_and_saved(kind, memory):
+    networks = build_networks(network_of(kind), RoutingConfig("timestep", 2), memory=memory, rungs=3)
+    names = {
+        name: [n for n, _ in getattr(networks, name).named_parameters() if "rungs." in n] for name in vars(networks)
+    }
+    assert names["fake_score"] and not names["teacher"] and not names["student"]
+    fake, (x, t, cond) = networks.fake_score, inputs_of(networks.teacher)
+    fake(x, t, asked(cond, 2, fake)).square().mean().backward()
+    owned = {id(p) for p in fake.backbone_parameters()}
+    for name, parameter in fake.named_parameters():
+        if "rungs." in name:
+            assert id(parameter) in owned and name in fake.state_dict()
+            assert parameter.grad[2].any() and not parameter.grad[:2].any()
+    twin = copy.deepcopy(fake)
+    with torch.no_grad():
+        next(p for n, p in twin.named_parameters() if "rungs." in n)[1].add_(1.0)
+        before, after = (network(x, t, asked(cond, 1, network)) for network in (fake, twin))
+    assert (before - after).abs().max() > 1e-4  # the copy's hooks read the copy's table
+
+
+def test_one_rung_needs_no_vectors():
+    assert not hasattr(build_networks(network_of("sit"), RoutingConfig()).fake_score, "rungs")
+
+
+def test_the_condition_names_the_rung_of_the_step():
+    cond = torch.tensor([0, 2, 4])
+    for step in range(8):
+        draws = Draws(0, "student", step, sample_range(0, 3))
+        assert torch.equal(rung_condition(RUNGS, 4)(cond, draws), cond + 5 * rung_of(draws, RUNGS))
