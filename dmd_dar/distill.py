@@ -3,183 +3,44 @@
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dmd_dar import config, flow, losses
-from dmd_dar.data.config import DataConfig
+from dmd_dar import config, losses
 from dmd_dar.data.sources import data_hash, open_data
+from dmd_dar.distill_config import DistillConfig
 from dmd_dar.errors import UserError
-from dmd_dar.keys import key
-from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.gan import GAN, Batch
 from dmd_dar.methods.generate import Generator, decoded, few_step_generator, ode_generator
 from dmd_dar.methods.rollout import Condition, rung_condition, same_condition
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
-from dmd_dar.models.discriminator import Heads, Pool, block_readers, chosen_layers, features_of, width_of
+from dmd_dar.models.discriminator import Heads, block_readers, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.models.shared_lora import LoraConfig, Plain
-from dmd_dar.models.students import Memory, Networks, Weights, build_networks
+from dmd_dar.models.shared_lora import Plain
+from dmd_dar.models.students import Memory, Networks, build_networks
 from dmd_dar.models.teachers import (
     Denoiser,
     Teacher,
-    TeacherConfig,
     codec_of,
     guided_velocity,
     load_teacher,
     origin_of,
 )
 from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajectories_for
-from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import launch
-from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.export import export
 from dmd_dar.train.failure import Calls
 from dmd_dar.train.health import SOLVER_STEPS, Health
 from dmd_dar.train.job import open_run, run_cycle
-from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Phase
-from dmd_dar.train.model_card import CardConfig
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.optimise import Optimiser
 from dmd_dar.train.preflight import preflight
-from dmd_dar.train.runtime import LaunchConfig, Runtime
-
-
-@dataclass(frozen=True)
-class StudentRouting(RoutingConfig):
-    """The student's routing and how fast it learns. Routers need a larger rate than the backbone."""
-
-    lr: float = key(2e-3, "learning rate of the routers", above=0)
-    allow_change: bool = key(False, "accept a form that changes the pretrained function before training")
-
-    def form(self) -> RoutingConfig:
-        return RoutingConfig(**{field.name: getattr(self, field.name) for field in fields(RoutingConfig)})
-
-
-@dataclass(frozen=True)
-class StudentConfig(OptimiserConfig):
-    """The few-step student."""
-
-    ema: float | tuple[float, ...] = key(
-        0.99, "decay of the weight average that is saved, or a list: the others are saved beside it", least=0, below=1
-    )
-    routing: StudentRouting = key(factory=StudentRouting)
-
-    @property
-    def decays(self) -> tuple[float, ...]:
-        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
-
-    def __post_init__(self) -> None:
-        if not self.decays or len(set(self.decays)) < len(self.decays):
-            raise ValueError(f"ema must name each decay once, got {list(self.decays)}")
-
-
-@dataclass(frozen=True)
-class FakeScoreConfig(OptimiserConfig):
-    """The online score of the student's own samples; starts as the teacher."""
-
-    updates: int = key(5, "optimiser steps for every one of the student", unit="steps", least=1)
-    per_rung: bool = key(True, "it is told which rung made a sample; off: samples of all rungs are one distribution")
-    space: Literal["flow", "x0"] = key("flow", "where its error is squared; x0: times t^2, so low noise counts less")
-
-
-def inner_times() -> flow.TimeLaw:
-    return flow.TimeLaw(low=0.02, high=0.98)
-
-
-@dataclass(frozen=True)
-class MatchingConfig:
-    """Distribution matching."""
-
-    weight: float = key(1.0, "weight of the loss; 0 leaves it and the fake score out", least=0)
-    dm_form: Literal["standard", "decoupled"] = key(
-        "standard", "decoupled: the teacher's guidance acts at a t of its own law, guidance_time"
-    )
-    time: flow.TimeLaw = key(factory=inner_times)
-    guidance_time: flow.TimeLaw = key(factory=inner_times)
-
-
-@dataclass(frozen=True)
-class GanConfig(OptimiserConfig, LossWeight):
-    """The GAN term against real `data`: heads on the features of a score network. Off while its weights are 0."""
-
-    updates: int = key(1, "optimiser steps of the heads for every one of the student", unit="steps", least=1)
-    features: Literal["fake_score", "teacher"] = key("fake_score", "whose blocks the heads read")
-    layers: tuple[int, ...] = key((), "those blocks, from 1; empty: the ends of the network's thirds", least=1)
-    pool: Pool = key("mean", "a logit for each layer (mean over tokens), or for each token")
-    hidden: int = key(256, "hidden width of a head", least=1)
-    feature_weight: float = key(0.0, "weight of the GAN in the fake score's own loss; 0: it gets no gradient", least=0)
-    r1_weight: float = key(0.0, "weight of the approximate R1 penalty", least=0)
-    r1_sigma: float = key(0.1, "standard deviation of the noise that R1 adds to x_t", above=0)
-    time: flow.TimeLaw = key(factory=inner_times)
-
-    def __post_init__(self) -> None:
-        if self.feature_weight and self.features == "teacher":
-            raise ValueError("feature_weight trains the fake score, but features are the frozen teacher's: set it to 0")
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """python distill.py"""
-
-    out_dir: str = key("", "run folder")
-    seed: int = key(0, "of every draw", least=0)
-    steps: int = key(1000, "student updates", unit="steps", least=1)
-    batch_size: int = key(32, "samples per optimiser step, over all processes", least=1)
-    rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
-    guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
-    sampler: flow.Sampler = key("stochastic", "between calls, in training and sampling: re-noise, or follow the ODE")
-    student_input: Literal["simulate", "data"] = key(
-        "simulate", "in training: its own rollout from noise to the rung, or noised data"
-    )
-    weights: Weights = key(
-        "full", "full: three networks; shared_lora: one frozen base, with adapters for student and fake score"
-    )
-    lora: LoraConfig = key(factory=LoraConfig)
-    frozen_dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "type in which frozen linear weights are kept: the teacher's, which shared_lora shares"
-    )
-    resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
-    preflight: bool = key(True, "first see whether the teacher denoises the data, if that can be its own")
-    teacher: TeacherConfig = key(factory=TeacherConfig)
-    data: DataConfig = key(factory=DataConfig)
-    student: StudentConfig = key(factory=StudentConfig)
-    fake_score: FakeScoreConfig = key(factory=FakeScoreConfig)
-    matching: MatchingConfig = key(factory=MatchingConfig)
-    regression: RegressionConfig = key(factory=RegressionConfig)
-    gan: GanConfig = key(factory=GanConfig)
-    checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
-    log: LogConfig = key(factory=LogConfig)
-    card: CardConfig = key(factory=CardConfig)
-    launch: LaunchConfig = key(factory=LaunchConfig)
-
-    def __post_init__(self) -> None:
-        flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
-        if not (self.matching.weight or self.regression.used or self.gan.used):
-            raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
-        if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
-            raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
-        frozen = self.weights == "shared_lora" or self.frozen_dtype != "float32" or self.launch.offload
-        if frozen and self.launch.sharding != "none":
-            raise ValueError(
-                "launch.sharding splits weights, but shared_lora, frozen_dtype bfloat16 and launch.offload keep frozen"
-                " ones whole in every process: set it to none, or leave these out"
-            )
-
-    @property
-    def trains_fake_score(self) -> bool:
-        return self.matching.weight > 0 or (self.gan.used and self.gan.features == "fake_score")
-
-    @property
-    def needs_data(self) -> bool:
-        return self.student_input == "data" or self.gan.used
+from dmd_dar.train.runtime import Runtime
 
 
 def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:

@@ -14,7 +14,8 @@ from torch import Tensor
 from dmd_dar import config
 from dmd_dar.data.images import to_model_range
 from dmd_dar.diagnostics.usage import routing_usage
-from dmd_dar.distill import DistillConfig, open_teacher
+from dmd_dar.distill import open_teacher
+from dmd_dar.distill_config import DistillConfig
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity

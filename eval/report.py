@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder
-from dmd_dar.distill import DistillConfig
+from dmd_dar.distill_config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from eval import arms, forest

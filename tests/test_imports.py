@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"errors", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum"}
-JOBS = {"pretrain", "distill", "plan", "sample", "pairs", "encode"}
+JOBS = {"pretrain", "distill", "distill_config", "plan", "sample", "pairs", "encode"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "pipeline", "diagnostics", "train"}
 ROOT_JOBS = {"distill.py"}

@@ -80,9 +80,9 @@ class Perceptron(nn.Module):
 
     def __init__(self, width: int = 96):
         super().__init__()
-        self.rate = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])
+        self.rate = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
         layers = [
-            nn.Linear(2 + 16 + FEATURES, width),
+            nn.Linear(2 + 20 + FEATURES, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
