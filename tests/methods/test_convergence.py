@@ -184,7 +184,7 @@ def test_a_one_step_student_of_a_mixture_finds_its_modes():
     torch.manual_seed(0)
     shape, truth = (2, 1, 1), mixture_samples()
     before = samples_of(mixture_velocity, (1.0,), shape).flatten(1)
-    student = distilled(mixture_velocity, Perceptron(), shape, (1.0,), updates=800, batch_size=256, lr=4e-3)
+    student = distilled(mixture_velocity, Perceptron(), shape, (1.0,), updates=500, batch_size=256, lr=5e-3, shift=0.5)
     after = samples_of(student, (1.0,), shape).flatten(1)
     assert modes_found(before) == 0 and modes_found(after) >= 7
     assert mmd(after, truth) <= 0.1 * mmd(before, truth)
@@ -237,7 +237,7 @@ def test_a_four_step_student_of_a_field_has_its_spectrum():
 def test_without_the_rung_matching_brings_home_only_all_rungs_together():
     """The last rung, which is what a sampler gives, is then too weak in the top octave, as the first is too strong."""
     first, *_, last, pooled = four_step_student_of_a_field(per_rung=False)[:, -1].tolist()
-    assert abs(pooled) <= 1 and last < -1 < 1 < first
+    assert abs(pooled) <= 1 and last < -1.5 and first > 1.5
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_a_four_step_student_of_a_mixture_finds_its_modes():
     torch.manual_seed(0)
     shape, truth, rungs = (2, 1, 1), mixture_samples(), flow.default_rungs(4)
     before = samples_of(mixture_velocity, rungs, shape).flatten(1)
-    student = distilled(mixture_velocity, Perceptron(), shape, rungs, updates=1400, batch_size=256, lr=5e-3, shift=0.25)
+    student = distilled(mixture_velocity, Perceptron(), shape, rungs, updates=2000, batch_size=256, lr=3e-3, shift=0.25)
     after = samples_of(student, rungs, shape).flatten(1)
     assert modes_found(after) >= 7
     assert mmd(after, truth) <= 0.1 * mmd(before, truth)
