@@ -217,27 +217,27 @@ def octaves_by_rung(student: Velocity, rungs: tuple[float, ...], shape: tuple[in
     return torch.stack([octaves(x) for x in (*outputs, torch.cat(outputs))])
 
 
-def four_step_student_of_a_field(per_rung: bool) -> Tensor:
+def four_step_student_of_a_field(seed: int, per_rung: bool) -> Tensor:
     """`octaves_by_rung` of it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape, rungs = (1, SIDE, SIDE), flow.default_rungs(4)
-    assert octaves(samples_of(field_velocity, rungs, shape))[-1] < -6
-    recipe = dict(updates=300, batch_size=48, lr=5e-3, shift=0.5)
+    recipe = dict(updates=400, batch_size=48, lr=5e-3, shift=0.5)
     student = distilled(field_velocity, Filter(), shape, rungs, **recipe, per_rung=per_rung)
     with torch.no_grad():
         return octaves_by_rung(student, rungs, shape)
 
 
 def test_a_four_step_student_of_a_field_has_its_spectrum():
-    top = four_step_student_of_a_field(per_rung=True)[:, -1]
+    assert octaves(samples_of(field_velocity, flow.default_rungs(4), (1, SIDE, SIDE)))[-1] < -6
+    top = four_step_student_of_a_field(seed=0, per_rung=True)[:, -1]
     assert top.abs().max() <= 1
 
 
 @pytest.mark.slow
-def test_without_the_rung_matching_brings_home_only_all_rungs_together():
-    """The last rung, which is what a sampler gives, is then too weak in the top octave, as the first is too strong."""
-    first, *_, last, pooled = four_step_student_of_a_field(per_rung=False)[:, -1].tolist()
-    assert abs(pooled) <= 1 and last < -1.5 and first > 1.5
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rungs_that_are_not_told_apart_match_the_field_together_and_not_each(seed):
+    *rungs, pooled = four_step_student_of_a_field(seed, per_rung=False)[:, -1].tolist()
+    assert abs(pooled) <= 0.5 and max(rungs) > 1 and min(rungs) < -1
 
 
 @pytest.mark.slow
