@@ -22,10 +22,10 @@ class Asked:
 class RungTable(nn.Module):
     """One learned vector (d,) for each rung, 0 at first, which is added to one time embedding."""
 
-    def __init__(self, embedder: nn.Module, count: int, asked: Asked):
+    def __init__(self, embedder: nn.Module, count: int, asked: Asked, device: torch.device | None = None):
         super().__init__()
         last = [layer for layer in embedder.modules() if isinstance(layer, nn.Linear)][-1]
-        self.weight = nn.Parameter(torch.zeros(count, last.out_features, device=last.weight.device))
+        self.weight = nn.Parameter(torch.zeros(count, last.out_features, device=device or last.weight.device))
         self.asked = asked
         embedder.register_forward_hook(self.add)
 
@@ -37,12 +37,12 @@ class RungTable(nn.Module):
 class Rungs(nn.Module):
     """The tables of a network's time embeddings, and what takes the rung out of its condition."""
 
-    def __init__(self, network: SiT | DiffusersDenoiser, count: int):
+    def __init__(self, network: SiT | DiffusersDenoiser, count: int, device: torch.device | None = None):
         super().__init__()
         self.rows, self.asked = network.config.num_classes + 1, Asked()
         named = [(name.rpartition(".")[2], module) for name, module in network.named_modules()]
         embedders = [module for name, module in named if name in ("t_embedder", "timestep_embedder")]
-        self.tables = nn.ModuleList(RungTable(embedder, count, self.asked) for embedder in embedders)
+        self.tables = nn.ModuleList(RungTable(embedder, count, self.asked, device) for embedder in embedders)
         network.register_forward_pre_hook(self.take)
 
     def take(self, network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -52,6 +52,9 @@ class Rungs(nn.Module):
         return (x, t, cond % self.rows, *more)
 
 
-def tell_rungs_apart(network: SiT | DiffusersDenoiser, count: int) -> None:
-    """From now on its condition names one of `count` rungs as well, which at first makes no difference."""
-    network.rungs = Rungs(network, count)
+def tell_rungs_apart(network: SiT | DiffusersDenoiser, count: int, device: torch.device | None = None) -> None:
+    """From now on its condition names one of `count` rungs as well, which at first makes no difference.
+
+    `device` is the one it computes on; None: that of its weights, which may be stored elsewhere.
+    """
+    network.rungs = Rungs(network, count, device)

@@ -38,13 +38,14 @@ class Lora(nn.Module):
     A and B are float32 or wider, whatever the layer is stored in.
     """
 
-    def __init__(self, linear: nn.Linear, config: LoraConfig):
+    def __init__(self, linear: nn.Linear, config: LoraConfig, device: torch.device | None = None):
         super().__init__()
         weight, rank = linear.weight, config.rank
+        device = device or weight.device
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.scale = config.alpha / rank
-        self.A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=weight.device))
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.handle = linear.register_forward_hook(self.add)
 
@@ -54,9 +55,9 @@ class Lora(nn.Module):
         return output + (self.scale * update).to(output.dtype)
 
     def merge(self, linear: nn.Linear) -> None:
-        """Add the update to the layer's own weight, in float32, and go."""
-        weight = linear.weight.detach().to(self.A.dtype) + self.scale * self.B.detach() @ self.A.detach()
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        """Add the update to the layer's own weight, in float32 and where the weight lies, and go."""
+        weight, update = linear.weight.detach(), self.scale * self.B.detach() @ self.A.detach()
+        linear.weight = nn.Parameter(weight.to(update.dtype) + update.to(weight.device), requires_grad=False)
         self.handle.remove()
         del linear.lora
 
@@ -65,10 +66,11 @@ class LoraDenoiser(nn.Module):
     """A view of a frozen network: its tensors, with adapters, and routers where it has them, that are the view's own.
 
     Same surface as the network. `parameters()`, `state_dict()` and a deep copy hold what is its own; the frozen
-    tensors are shared with the copy.
+    tensors are shared with the copy. `device` is the one it computes on; None: that of the weights, which may be
+    stored elsewhere.
     """
 
-    def __init__(self, network: Plain, config: LoraConfig):
+    def __init__(self, network: Plain, config: LoraConfig, device: torch.device | None = None):
         super().__init__()
         self.network = network
         layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
@@ -78,7 +80,7 @@ class LoraDenoiser(nn.Module):
             raise UserError(f"lora.targets = {list(config.targets)}: no linear layer's name ends so, but with {names}")
         network.requires_grad_(False)
         for layer in chosen:
-            layer.lora = Lora(layer, config)
+            layer.lora = Lora(layer, config, device)
         for _, parameter in self.named_parameters():
             parameter.requires_grad_(True)
 
@@ -130,13 +132,18 @@ class LoraDenoiser(nn.Module):
 
 
 def merged(network: Plain | LoraDenoiser) -> Plain:
-    """A plain network of the same function, up to rounding, frozen and in float32; a plain one is returned itself."""
+    """A plain network of the same function, up to rounding, frozen and in float32; a plain one is returned itself.
+
+    On the CPU where its weights are offloaded.
+    """
     if not isinstance(network, LoraDenoiser):
         return network
     twin = copy.deepcopy(network.network)
     release(twin)
     for layer in [layer for layer in twin.modules() if isinstance(getattr(layer, "lora", None), Lora)]:
         layer.lora.merge(layer)  # type: ignore[operator,union-attr]
+    if len({parameter.device for parameter in twin.parameters()}) > 1:
+        twin.cpu()
     return twin.float().requires_grad_(False)
 
 

@@ -52,6 +52,7 @@ def build_networks(
     """
     memory = memory or Memory()
     shared = memory.weights == "shared_lora"
+    device = next(teacher.parameters()).device  # on which it computes, wherever `store` keeps its weights
     if shared:
         store(teacher, memory.frozen, memory.offload)
     copied = shared_copy if shared else copy.deepcopy
@@ -62,10 +63,10 @@ def build_networks(
         raise UserError(f"student.{error}") from error
     fake_score = copied(teacher)
     if rungs > 1:
-        tell_rungs_apart(fake_score, rungs)
+        tell_rungs_apart(fake_score, rungs, device)
     pair = student, fake_score
     if shared:
-        student, fake_score = (LoraDenoiser(network, memory.lora).train() for network in pair)
+        student, fake_score = (LoraDenoiser(network, memory.lora, device).train() for network in pair)
     else:
         student, fake_score = (_trainable(network) for network in pair)
         store(teacher, memory.frozen, memory.offload)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.frozen import block_layers, release, store
-from dmd_dar.models.shared_lora import LoraConfig, merged
+from dmd_dar.models.shared_lora import Lora, LoraConfig, merged
 from dmd_dar.models.sit import build_sit, with_routing
 from dmd_dar.models.students import Memory, Networks, build_networks
 from dmd_dar.routing.layout import RoutingConfig
@@ -282,3 +282,26 @@ def test_a_layer_that_fails_has_its_own_weights_back():
     with pytest.raises(RuntimeError):
         layer(torch.zeros(2, 3))
     assert layer.weight is stored and layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+def test_what_is_trained_lies_where_the_networks_compute_not_where_weights_are_stored(kind, monkeypatch):
+    def keep_on_the_cpu(network: nn.Module, dtype: torch.dtype | None, offload: bool) -> None:
+        for layer in dict.fromkeys(block_layers(network)):
+            for name, value in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(torch.zeros(value.shape), requires_grad=False))
+
+    monkeypatch.setattr("dmd_dar.models.students.store", keep_on_the_cpu)
+    memory = replace(SHARED, offload=True)
+    networks = build_networks(teacher_of(kind).to("meta"), ROUTED, memory=memory, rungs=4)  # meta for a GPU
+    assert {layer.weight.device.type for layer in block_layers(networks.teacher)} == {"cpu"}
+    for network in (networks.student, networks.fake_score):
+        assert {p.device.type for p in network.parameters()} == {"meta"}
+
+
+def test_an_update_is_merged_where_the_weight_lies():
+    linear = nn.Linear(3, 2, bias=False, device="meta")
+    linear.lora = Lora(linear, LoraConfig(rank=1), torch.device("cpu"))
+    assert linear.lora.A.device.type == linear.lora.B.device.type == "cpu"
+    linear.lora.merge(linear)
+    assert linear.weight.device.type == "meta" and not hasattr(linear, "lora")
