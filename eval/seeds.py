@@ -15,7 +15,7 @@ import numpy as np
 from scipy import special
 from scipy import stats as distributions
 
-from eval.stats import LEVEL, Interval, resample, sign_flip_interval, sign_flip_p, student_t
+from eval.stats import LEVEL, Interval, resample, sign_flip_interval, sign_flip_p, strata, student_t
 
 Method = Literal["two-level bootstrap", "Student-t", "inverted sign-flip"]
 
@@ -95,21 +95,27 @@ class ImageSpread:
 
 
 def influence(arms: Arms) -> np.ndarray:
-    """What each image adds to the gains, centred within its class, (2, K, N, ...): their spread over sqrt(N) is the
+    """What each image adds to the gains, centred within its stratum, (2, K, N, ...): their spread over sqrt(N) is the
     error of a gain (delta method)."""
     energies = arms.energies
     share = energies / energies.mean(2, keepdims=True) - arms.reference / arms.reference.mean(0)
     share *= 10 / math.log(10)
-    for label in np.unique(arms.labels):
-        rows = arms.labels == label
+    among = strata(arms.labels)
+    for stratum in np.unique(among):
+        rows = among == stratum
         share[:, :, rows] -= share[:, :, rows].mean(2, keepdims=True)
     return share
 
 
+def image_freedom(arms: Arms) -> int:
+    """Degrees of freedom of a spread over images within the strata."""
+    return len(arms.labels) - len(np.unique(strata(arms.labels)))
+
+
 def image_spread(arms: Arms) -> ImageSpread:
-    """Two-way analysis of `influence` over seeds and images, stratified by class."""
+    """Two-way analysis of `influence` over seeds and images, by strata."""
     share = influence(arms)
-    seeds, freedom = share.shape[1], share.shape[2] - len(np.unique(arms.labels))
+    seeds, freedom = share.shape[1], image_freedom(arms)
     mean = share.mean(1, keepdims=True)
     own = _products(share - mean, freedom) / (seeds - 1)
     return ImageSpread(shared=_products(mean, freedom) - own / seeds, own=own)
@@ -124,7 +130,7 @@ def image_intervals(arms: Arms) -> tuple[Interval, ...]:
     signs = np.sign(arms.gains) * np.array([[1.0], [-1.0]])
     share = np.einsum("ak,akn->kn", signs, influence(arms))
     images = share.shape[1]
-    error = np.sqrt((share**2).sum(1) / (images - len(np.unique(arms.labels))) / images)
+    error = np.sqrt((share**2).sum(1) / image_freedom(arms) / images)
     half = special.ndtri((1 + LEVEL) / 2) * error
     return tuple(
         Interval(float(d), float(d - h), float(d + h)) for d, h in zip(differences(arms.gains), half, strict=True)
@@ -132,7 +138,7 @@ def image_intervals(arms: Arms) -> tuple[Interval, ...]:
 
 
 def two_level_bootstrap(arms: Arms, rng: np.random.Generator, resamples: int = RESAMPLES) -> Interval:
-    """Percentile interval of D, HF energies (K, N): seeds are drawn with replacement, and images within each class.
+    """Percentile interval of D, HF energies (K, N): seeds are drawn with replacement, and images within `strata`.
 
     One draw of images serves every seed, arm and the reference of a resample, as one set of noises served the models.
     """

@@ -1,6 +1,6 @@
 """Intervals and tests: the bootstrap over images, and what is exact or simultaneous over a few training seeds.
 
-Images are resampled stratified by class, paired by (noise, class) where rows correspond.
+Images are resampled stratified by class (`strata`), paired by (noise, class) where rows correspond.
 Legend: N images, R resamples, K training seeds, F points of a curve. Randomness is an argument: a numpy Generator made
 by the caller.
 """
@@ -16,6 +16,7 @@ from scipy import special
 RESAMPLES = 1000
 LEVEL = 0.95
 VALUES_PER_CHUNK = 1 << 22  # resampled values held at once, 32 MB
+LEAST_IN_STRATUM = 8  # images of a class; smaller ones are pooled, since within them the spread hardly shows
 LARGEST_EXACT = 16  # differences whose 2^K sign patterns are enumerated
 BAND_CHUNK = 500  # simulated samples of curves held at once
 LARGEST_FREEDOM = 1e6  # beyond, Student's t is normal
@@ -53,11 +54,20 @@ class Sample:
             raise ValueError(f"{len(self.values)} values need as many labels, at least one; got {len(self.labels)}")
 
 
+def strata(labels: np.ndarray) -> np.ndarray:
+    """The stratum of each image (N,): its class's rank, or -1 for all classes of fewer than LEAST_IN_STRATUM images.
+
+    A class of one image would have no spread of its own, and a few have too little: n images show (n - 1) / n of it.
+    """
+    _, ranks, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.where(counts[ranks] < LEAST_IN_STRATUM, -1, ranks)
+
+
 def resample(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Row indices (count, N) drawn with replacement within each class, so that every class keeps its share."""
-    indices = np.empty((count, len(labels)), dtype=np.int64)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
+    """Row indices (count, N) drawn with replacement within each of the `strata`, so that each keeps its share."""
+    indices, among = np.empty((count, len(labels)), dtype=np.int64), strata(labels)
+    for stratum in np.unique(among):
+        rows = np.flatnonzero(among == stratum)
         indices[:, rows] = rows[rng.integers(0, len(rows), size=(count, len(rows)))]
     return indices
 

@@ -59,6 +59,18 @@ def test_the_interval_of_one_seed_is_that_of_a_bootstrap_over_images():
         assert ours.half_width == pytest.approx(direct.half_width, rel=0.06)
 
 
+@pytest.mark.parametrize("classes", [700, 600, 100])
+def test_intervals_over_images_of_many_small_classes_are_those_of_one_class(classes):
+    pooled = dataclasses.replace(arms(np.array([[-2.0, 1.0], [1.0, -1.5]])), labels=np.zeros(700, dtype=int))
+    small = dataclasses.replace(pooled, labels=np.arange(700) % classes)
+    for ours, expected in zip(seeds.image_intervals(small), seeds.image_intervals(pooled), strict=True):
+        assert ours.half_width == pytest.approx(expected.half_width, rel=1e-12)
+    ours, expected = image_spread(small), image_spread(pooled)
+    assert ours.own == pytest.approx(expected.own) and ours.shared == pytest.approx(expected.shared)
+    widths = [seeds.two_level_bootstrap(one, np.random.default_rng(0)).half_width for one in (small, pooled)]
+    assert widths[0] == widths[1]
+
+
 def test_shared_and_own_variance_of_images_are_told_apart():
     """For log-normal factors on equal energies, 10 / ln 10 times a standard deviation near that of the logarithm."""
     rng, images, count = np.random.default_rng(0), 20_000, 5

@@ -18,6 +18,7 @@ from eval.stats import (
     resample,
     sign_flip_interval,
     sign_flip_p,
+    strata,
     student_t,
 )
 
@@ -36,10 +37,38 @@ def test_coverage_of_a_known_mean():
 
 
 def test_every_class_keeps_its_share():
-    labels = np.array([0, 1, 1, 2, 2, 2, 0, 1])
+    labels = np.array([0, 1, 1, 2, 2, 2, 0, 1]).repeat(8)
     indices = resample(labels, 50, np.random.default_rng(0))
     assert (labels[indices] == labels).all()
-    assert len(np.unique(indices[:, 3])) == 3
+    assert len(np.unique(indices[:, 24])) > 16  # of the 24 images of class 2
+
+
+def test_classes_of_fewer_than_eight_images_are_one_stratum():
+    labels = np.array([5] * 8 + [9] * 7 + [2] * 30 + [1])
+    assert strata(labels).tolist() == [2] * 8 + [-1] * 7 + [1] * 30 + [-1]
+    indices = resample(labels, 200, np.random.default_rng(0))
+    small = np.isin(labels, (9, 1))
+    assert (np.isin(labels[indices], (9, 1)) == small).all()
+    assert set(indices[:, -1]) == set(np.flatnonzero(small))
+
+
+@pytest.mark.parametrize("classes", [1000, 500, 300])
+def test_many_small_classes_do_not_narrow_the_interval(classes):
+    """1024 images of 1000 classes: within each class there is hardly a second image to draw."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(1024)
+    ours = bootstrap_interval(mean, Sample(values, np.arange(1024) % classes), rng=rng, resamples=2000)
+    pooled = bootstrap_interval(mean, Sample(values, np.zeros(1024, dtype=int)), rng=rng, resamples=2000)
+    assert ours.half_width == pytest.approx(pooled.half_width, rel=0.1)
+
+
+def test_seven_large_classes_are_drawn_as_ever():
+    labels, rng = np.arange(1024) % 7, np.random.default_rng(3)
+    expected = np.empty((5, 1024), dtype=int)
+    for label in range(7):
+        rows = np.flatnonzero(labels == label)
+        expected[:, rows] = rows[rng.integers(0, len(rows), size=(5, len(rows)))]
+    assert np.array_equal(resample(labels, 5, np.random.default_rng(3)), expected)
 
 
 def test_differences_between_classes_do_not_widen_the_interval():
