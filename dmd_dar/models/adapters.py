@@ -2,7 +2,8 @@
 
 adapter_config.json, adapter_model.safetensors    as peft reads and writes them
 routers.safetensors                               of a routed student
-adapter.json                                      the card, the base's hash, the routing, the merged network's hash
+adapter.json                                      the card, the base's hash, the routing, the merged network's hash,
+                                                  a SiT's attention heads
 """
 
 import json
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.models.denoiser import Meaning
 from dmd_dar.models.diffusers_denoiser import read_json, routed_copy
+from dmd_dar.models.hub import files_hash, resolve
 from dmd_dar.models.saved import ModelCard, card_from_dict
 from dmd_dar.models.shared_lora import Lora, LoraConfig, LoraDenoiser, merged
 from dmd_dar.models.sit import SiT, with_routing
-from dmd_dar.models.teachers import Teacher, TeacherConfig
+from dmd_dar.models.teachers import Teacher, TeacherConfig, prompts_of
 from dmd_dar.routing.layout import RoutingConfig
 
 FORMAT, CARD = 1, "adapter.json"
@@ -42,20 +45,36 @@ def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: 
     if routers := _routers(student):
         write_atomic(folder / ROUTERS, _bytes(routers))
     said = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
-    write_atomic(folder / CARD, json.dumps({**said, "routing": asdict(student.config.routing)}, indent=1))
+    said |= {"routing": asdict(student.config.routing), "heads": getattr(student.config, "heads", 0)}
+    write_atomic(folder / CARD, json.dumps(said, indent=1))
 
 
 def base_config(folder: Path, path: str, revision: str = "", prompts: str = "") -> TeacherConfig:
-    """How the base at `path` is loaded: with the fixed inputs of the adapter's own card, where it was trained with any.
+    """How the base at `path` is loaded: with what the adapter's own card says that its files may leave open.
 
-    Raises MissingWeightsError or DamagedFileError naming the file.
+    Raises MissingWeightsError or DamagedFileError naming the file, UserError where the prompts that it was trained on
+    have changed, or `prompts` were encoded by another encoder.
     """
     try:
-        origin = read_json(folder / CARD)["card"]["origin"]
+        said = read_json(folder / CARD)
+        card, heads = card_from_dict(said["card"]), int(said.get("heads", 0))
+        origin, prediction = card.origin, card.prediction
         size, guidance = int(origin.get("input_size", 0)), float(origin.get("embedded_guidance", 0))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
-    return TeacherConfig(path, revision, prompts=prompts, input_size=size, embedded_guidance=guidance)
+    table = prompts_of(TeacherConfig(path, prompts=prompts), origin)
+    bare = (resolve(path, revision) / "config.json").is_file()
+    if bare and prediction == Meaning("flow", time_scale=1000.0):
+        prediction = "flow"  # as a bare transformer that reads prompts takes it
+    return TeacherConfig(
+        path,
+        revision,
+        prediction="auto" if isinstance(prediction, Meaning) else prediction,
+        heads=heads,
+        prompts="" if table is None else table.folder,
+        input_size=size,
+        embedded_guidance=guidance,
+    )
 
 
 def load_adapter(folder: Path, base: Teacher) -> Teacher:
@@ -73,9 +92,10 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
         lora = LoraConfig(int(size["r"]), float(size["lora_alpha"]), targets)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
-    if trained_on != base.digest:
+    digest = base.digest_with(card.origin.get("prompts_hash", ""))
+    if trained_on != digest:
         raise UserError(
-            f"{folder} is an adapter of the network {trained_on[:12]}, and this base is {base.digest[:12]}: name the"
+            f"{folder} is an adapter of the network {trained_on[:12]}, and this base is {digest[:12]}: name the"
             " teacher that the student was distilled from"
         )
     routed = with_routing if isinstance(base.network, SiT) else routed_copy
@@ -88,7 +108,18 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
     if routers := _routers(student):
         _fill(folder / ROUTERS, routers)
     facts = {"rungs": card.rungs, "label_names": card.label_names, "origin": card.origin, "sampler": card.sampler}
-    return replace(base, network=merged(student).eval(), digest=str(said["network"]), **facts)
+    facts |= _codec(card.origin, base)
+    prompts = getattr(base.network, "prompts", None)
+    digest = str(said["network"]) if prompts is None else files_hash([], str(said["network"]), prompts.hash)
+    return replace(base, network=merged(student).eval(), digest=digest, **facts)
+
+
+def _codec(origin: dict[str, Any], base: Teacher) -> dict[str, str]:
+    """Teacher's codec fields: the card's codec or, where a path in it is not on this machine, the base's own."""
+    found = {name: str(origin.get(name, "")) for name in ("codec", "codec_revision", "codec_digest")}
+    if base.codec and not Path(found["codec"]).exists():
+        found |= {"codec": base.codec, "codec_revision": base.codec_revision}
+    return found
 
 
 def _layers(student: LoraDenoiser) -> dict[str, Any]:

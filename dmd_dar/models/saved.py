@@ -216,13 +216,16 @@ def _hash(folder: Path, card: ModelCard) -> str:
 def transformer_hash(
     transformer: Path,
     prediction: Prediction | Meaning,
-    prompts: Prompts | None = None,
+    prompts: str = "",
     fixed: FixedInputs | None = None,
 ) -> str:
-    """The hash of a diffusers transformer's folder and of what it is given: no path, no version of diffusers in it."""
+    """The hash of a diffusers transformer's folder and of what it is given: no path, no version of diffusers in it.
+
+    `prompts` is the hash of its prompts, empty for none.
+    """
     shape = {name: value for name, value in read_json(transformer / "config.json").items() if not name.startswith("_")}
     files = sorted([*transformer.glob("*.safetensors"), *transformer.glob(FORM)])
-    more = [] if prompts is None else [prompts.hash]
+    more = [prompts] if prompts else []
     more += [] if fixed in (None, FixedInputs()) else [json.dumps(asdict(fixed), sort_keys=True)]
     return files_hash(files, json.dumps([asdict(meaning_of(prediction)), shape], sort_keys=True), *more)
 

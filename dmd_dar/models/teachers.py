@@ -66,11 +66,18 @@ class Teacher:
     origin: dict[str, Any] = field(default_factory=dict)  # what a run of this project says of where it comes from
     sampler: Sampler = "stochastic"  # that a few-step student was trained with
     prompts_are_classes: bool = False  # as TeacherConfig's
+    transformer: Path | None = None  # the folder of a network that reads prompts
 
     def knows(self, label_names: tuple[str, ...]) -> bool:
         """Whether data of those classes has its conditions: labels always, prompts if they are the classes' names."""
         prompts = getattr(self.network, "prompts", None)
         return prompts is None or self.prompts_are_classes or prompts.are(label_names)
+
+    def digest_with(self, prompts: str) -> str:
+        """The digest that it would have with the prompts of that hash; its own where it reads none."""
+        if self.transformer is None:
+            return self.digest
+        return transformer_hash(self.transformer, self.prediction, prompts, self.network.fixed)  # type: ignore[union-attr]
 
 
 def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
@@ -113,10 +120,11 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
 def _saved(place: Path, config: TeacherConfig) -> Teacher:
     said = read_card(place)
     card, prediction = said.card, _stated(config, said.card.prediction, place)
-    network = read_network(place, _prompts(config, card.origin), _fixed(config, card.origin))
+    network = read_network(place, prompts_of(config, card.origin), _fixed(config, card.origin))
     prompted = getattr(network.config, "prompted", False)
     digest = _digest(place / "transformer", prediction, network) if prompted else said.digest  # type: ignore[arg-type]
     facts = {**_codec(config, said.codec), "origin": card.origin, "sampler": card.sampler}
+    facts |= {"transformer": place / "transformer" if prompted else None}
     return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
 
 
@@ -129,23 +137,25 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
         except (TypeError, ValueError) as error:
             raise DamagedFileError(f"{file}: {error}") from error
     prediction = _stated(config, meaning, file)
-    network = load_transformer(place / "transformer", _prompts(config), _fixed(config))
-    digest = _digest(place / "transformer", prediction, network)
-    codec = _codec(config, {"codec": vae_of(place)})
-    return Teacher(network, prediction, digest, _label_names(place, network), **codec)
+    folder, names = place / "transformer", {"codec": vae_of(place)}
+    network = load_transformer(folder, prompts_of(config), _fixed(config))
+    facts = {**_codec(config, names), "transformer": folder if network.config.prompted else None}
+    return Teacher(network, prediction, _digest(folder, prediction, network), _label_names(place, network), **facts)
 
 
 def _transformer(place: Path, config: TeacherConfig) -> Teacher:
     """Of a transformer's folder alone, whose chain is unknown; those that read prompts count flow's t to 1000."""
-    network = load_transformer(place, _prompts(config), _fixed(config))
+    network = load_transformer(place, prompts_of(config), _fixed(config))
     prediction = _stated(config, None, place / "config.json")
     if network.config.prompted and prediction == "flow":
         prediction = Meaning("flow", time_scale=1000.0)
-    return Teacher(network, prediction, _digest(place, prediction, network), **_codec(config))
+    facts = {**_codec(config), "transformer": place if network.config.prompted else None}
+    return Teacher(network, prediction, _digest(place, prediction, network), **facts)
 
 
 def _digest(transformer: Path, prediction: Prediction | Meaning, network: DiffusersDenoiser) -> str:
-    return transformer_hash(transformer, prediction, network.prompts, network.fixed)
+    prompts = "" if network.prompts is None else network.prompts.hash
+    return transformer_hash(transformer, prediction, prompts, network.fixed)
 
 
 def _fixed(config: TeacherConfig, said: dict[str, Any] | None = None) -> FixedInputs:
@@ -154,7 +164,7 @@ def _fixed(config: TeacherConfig, said: dict[str, Any] | None = None) -> FixedIn
     return FixedInputs(config.input_size or int(size), config.embedded_guidance or float(guidance))
 
 
-def _codec(config: TeacherConfig, said: dict[str, Any] | None = None) -> dict[str, str]:
+def _codec(config: TeacherConfig, said: dict[str, Any] | None = None) -> dict[str, Any]:
     """Teacher's codec fields: what the configuration names, else what the folder says."""
     names, said = ("codec", "codec_revision", "codec_digest"), said or {}
     found = {name: str(said.get(name, "")) for name in names}
@@ -190,7 +200,7 @@ def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:
     return origin
 
 
-def _prompts(config: TeacherConfig, said: dict[str, Any] | None = None) -> Prompts | None:
+def prompts_of(config: TeacherConfig, said: dict[str, Any] | None = None) -> Prompts | None:
     """The prompts that the configuration names, else those that the folder says; None for neither.
 
     Raises UserError where the latter have changed, or the former were encoded by another encoder.

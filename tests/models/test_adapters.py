@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dmd_dar
+from dmd_dar import config
+from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.models.adapters import load_adapter, write_adapter
+from dmd_dar.models.codecs import Codec
 from dmd_dar.models.saved import ModelCard, network_hash, save_network
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, merged
 from dmd_dar.models.students import Memory, build_networks
-from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
+from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher, origin_of
 from dmd_dar.routing.layout import RoutingConfig
-from tests.models.tiny_pipelines import tiny_pipeline
+from tests.models.tiny_pipelines import public_file, tiny_pipeline, tiny_pixart, tiny_vae
 from tests.tiny import tiny_teacher
 
 RUNGS = (1.0, 0.5)
@@ -123,3 +126,52 @@ def test_a_damaged_adapter_is_named(teachers, tmp_path, damage):
     damage(tmp_path / "adapter")
     with pytest.raises(DamagedFileError, match=str(tmp_path / "adapter")):
         load_adapter(tmp_path / "adapter", teacher)
+
+
+def of_public_file(root: Path) -> tuple[Path, LoraDenoiser, Codec]:
+    """An adapter of latents on a base that does not say its meaning, heads or codec, all of which were given."""
+    public_file(root / "0400000.pt")
+    tiny_vae(scaling_factor=0.5).save_pretrained(root / "vae")
+    given = TeacherConfig(str(root / "0400000.pt"), prediction="sit", heads=2, codec=str(root / "vae"))
+    teacher = load_teacher(given)
+    codec, student = codec_of(teacher), trained(teacher, "residual")
+    assert codec is not None
+    origin = {"teacher": teacher.digest, **origin_of(teacher, codec)}
+    card = ModelCard(teacher.prediction, RUNGS, teacher.label_names, origin)
+    save_network(root / "student", merged(student), card, codec)
+    write_adapter(root / "student" / "adapter", student, card, network_hash(root / "student"))
+    return root / "student", student, codec
+
+
+def test_an_adapter_says_what_the_files_of_its_base_leave_open(tmp_path):
+    folder, _, _ = of_public_file(tmp_path)
+    ours = dmd_dar.load_pipeline(str(folder / "adapter"), base=str(tmp_path / "0400000.pt"))
+    whole = dmd_dar.load_pipeline(str(folder))
+    assert ours(n=1).shape == (1, 3, 16, 16) and ours.student.prediction == "sit"
+    torch.testing.assert_close(ours(n=3, seed=1), whole(n=3, seed=1), rtol=1e-4, atol=1e-4)
+    tiny_vae(scaling_factor=0.6).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="another VAE than the one that the network was trained with"):
+        dmd_dar.load_pipeline(str(folder / "adapter"), base=str(tmp_path / "0400000.pt"))
+
+
+@torch.no_grad()
+def test_an_adapter_draws_the_prompts_it_was_trained_on_or_others_of_their_encoder(tmp_path):
+    def encoded(name: str, text: str) -> str:
+        (tmp_path / f"{name}.txt").write_text(text)
+        given = [f"prompts={tmp_path / name}.txt", f"pipeline={base}", f"out={tmp_path / name}", "cpu=true"]
+        encode(config.load(EncodeConfig, given))
+        return str(tmp_path / name)
+
+    base = tiny_pixart(tmp_path / "base")
+    first, other = encoded("first", "a red cat\ndogs\n"), encoded("other", "two\n")
+    teacher = load_teacher(TeacherConfig(str(base), prompts=first))
+    student, origin = trained(teacher, "residual"), {"teacher": teacher.digest, **origin_of(teacher, codec_of(teacher))}
+    write_adapter(tmp_path / "adapter", student, ModelCard(teacher.prediction, RUNGS, (), origin), "digest")
+    ours = dmd_dar.load_pipeline(str(tmp_path / "adapter"), base=str(base))
+    given = inputs(student)[:2] + (torch.tensor([0, 2]),)
+    torch.testing.assert_close(ours.student.network(*given), student(*given), rtol=1e-5, atol=1e-5)
+    others = dmd_dar.load_pipeline(str(tmp_path / "adapter"), base=str(base), prompts=other)
+    assert (ours.num_classes, others.num_classes) == (2, 1) and ours.student.digest != others.student.digest
+    tiny_pixart(tmp_path / "large", num_layers=3)
+    with pytest.raises(UserError, match="is an adapter of the network"):
+        dmd_dar.load_pipeline(str(tmp_path / "adapter"), base=str(tmp_path / "large"), prompts=other)
