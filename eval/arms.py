@@ -1,6 +1,7 @@
 """What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +28,7 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import holds_network
 from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
 from dmd_dar.routing.history import Observer
+from dmd_dar.train import log
 from eval.bench import Bench
 from eval.real import NAMES as REAL_NAMES
 from eval.sets import ImageSet
@@ -49,6 +51,12 @@ class Arm:
 
     def student(self, device: torch.device | str = "cpu") -> teachers.Teacher:
         return load_teacher(TeacherConfig(str(self.folder / "student")), device)
+
+    def step_seconds(self) -> float:
+        """Mean time of a training step in the last process of the run, all that it did included; NaN without a log."""
+        records = log.read(self.folder / "log.jsonl")
+        rates = [record["steps_per_second"] for record in records if record.get("steps_per_second")]
+        return 1 / rates[-1] if rates else math.nan
 
 
 def read_arm(run: str) -> Arm:
@@ -88,12 +96,10 @@ def read_arms(runs: tuple[str, ...]) -> list[Arm]:
     return arms
 
 
-def network_facts(network: Denoiser, evaluations: int, latency: float | None, identity: str) -> dict[str, Any]:
-    """`latency` in milliseconds per image, None where it is measured later."""
+def network_facts(network: Denoiser, evaluations: int, identity: str) -> dict[str, Any]:
     routers = sum(p.numel() for p in network.router_parameters())
     return {
         "evaluations": evaluations,
-        **({} if latency is None else {"latency_ms_per_image": round(latency, 3)}),
         "parameters": sum(p.numel() for p in network.parameters()),
         "router_parameters": routers,
         "network": identity,
@@ -127,7 +133,7 @@ class Teacher:
         generator = ode_generator(self.velocity, solver_steps)
         facts = {"teacher": self.weights, "guidance": self.guidance_scale, "heun_steps": solver_steps}
         made = bench.cached(facts, generator, "teacher")
-        facts = network_facts(self.network, 2 * solver_steps, None, self.weights)
+        facts = network_facts(self.network, 2 * solver_steps, self.weights)
         return made.as_set("teacher", "teacher", True, facts=facts, generator=generator)
 
     def undistilled_sets(self, bench: Bench) -> list[ImageSet]:
@@ -137,7 +143,7 @@ class Teacher:
             generator = few_step_generator(self.velocity, self.rungs, sampler)
             facts = {"teacher": self.weights, "guidance": self.guidance_scale, "rungs": self.rungs, "sampler": sampler}
             made = bench.cached(facts, generator, f"undistilled, {name}")
-            facts = network_facts(self.network, len(self.rungs), None, self.weights)
+            facts = network_facts(self.network, len(self.rungs), self.weights)
             sets.append(made.as_set(f"undistilled, {name}", "undistilled", True, facts=facts, generator=generator))
         return sets
 
@@ -158,7 +164,7 @@ def student_set(arm: Arm, bench: Bench, teacher: ImageSet, hf_gain: Callable[[Te
     generator = few_step_generator(velocity_of(network, student.prediction), rungs, student.sampler)
     identity = {"student": student.digest, "rungs": rungs, "sampler": student.sampler}
     made = bench.cached(identity, generator, arm.name)
-    facts = network_facts(network, len(rungs), None, student.digest)
+    facts = network_facts(network, len(rungs), student.digest)
     facts |= {"updates": student.origin["steps"], "seed": arm.cfg.seed}
     if network.dar is not None:
         facts["routing"] = usage_of(student, bench, teacher)

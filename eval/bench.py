@@ -6,7 +6,7 @@ Legend: N images, B of a batch; latents are (N, C, h, w).
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from dmd_dar.data.images import to_pixels
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.methods.generate import Generator, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
-from eval.cost import latencies, peak_memory
+from eval.cost import flops, latencies, peak_memory
 from eval.processes import Processes
 from eval.sets import ImageSet, Role
 
@@ -155,15 +155,20 @@ class Bench:
 
 
 def with_costs(sets: Iterable[ImageSet], bench: Bench) -> list[ImageSet]:
-    """The sets, those of networks with the time and the peak memory of sampling LATENCY_BATCH images in their facts.
+    """The sets, those of networks with what sampling costs (`costs_of`) in their facts."""
+    sets = list(sets)
+    costs = costs_of({one.name: one.generator for one in sets if one.generator is not None}, bench)
+    return [replace(one, facts={**one.facts, **costs.get(one.name, {})}) for one in sets]
+
+
+def costs_of(generators: Mapping[str, Generator], bench: Bench) -> dict[str, dict[str, Any]]:
+    """Time, peak memory and floating-point operations of sampling and decoding LATENCY_BATCH images; JSON-able.
 
     The networks take turns, so that a busy machine slows all of them.
     """
-    sets = list(sets)
-    calls = {one.name: bench.call(one.generator) for one in sets if one.generator is not None}
-    timed = latencies(calls, bench.device, LATENCY_RUNS)
-    facts: dict[str, dict[str, Any]] = {one.name: {} for one in sets}
-    for name, time in timed.items():
+    calls = {name: bench.call(generator) for name, generator in generators.items()}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, time in latencies(calls, bench.device, LATENCY_RUNS).items():
         memory = peak_memory(calls[name], bench.device)
         facts[name] = {
             "latency_ms_per_image": round(time.median_ms / LATENCY_BATCH, 3),
@@ -172,5 +177,6 @@ def with_costs(sets: Iterable[ImageSet], bench: Bench) -> list[ImageSet]:
             "cost_batch": LATENCY_BATCH,
             "peak_memory_mb": round(memory.peak_bytes / 1e6, 3),
             "peak_memory_method": memory.method,
+            "gflops_per_image": round(flops(calls[name]) / LATENCY_BATCH / 1e9, 6),
         }
-    return [replace(one, facts={**one.facts, **facts[one.name]}) for one in sets]
+    return facts

@@ -9,9 +9,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import platform
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -33,19 +30,19 @@ from dmd_dar.models.teachers import Denoiser
 from dmd_dar.spectrum import BAND_NAMES, band_energies, image_psd, log_spectral_distance, with_hf
 from eval import frechet, structure
 from eval.arms import Arm, Teacher, network_facts, require_teacher
-from eval.bench import LATENCY_BATCH, Bench
+from eval.bench import LATENCY_BATCH, Bench, costs_of
 from eval.conclusion import conclusion, table
 from eval.controls import frozen_at_mean
-from eval.cost import latencies
 from eval.measure import ImageSet, jsonable
 from eval.pairing import ArmsConfig, Groups, Role, read_groups
-from eval.report import git_state
+from eval.provenance import command_line, provenance
 from eval.seeds import LEAST_COVERAGE, PILOT_BELOW, Arms, decibel, differences, endpoint, image_spread
 from eval.spectrum import POWER_FLOOR
 from eval.stats import LARGEST_EXACT, holm, max_t_band, sign_flip_p, student_t
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HF = BAND_NAMES.index("HF")
+ORIGIN = ("git", "contract_hash", "versions")  # what the small file of a run keeps of the provenance
 AT_MEAN = "frozen_at_mean"  # the DAR students themselves, their routers held at the mean over the rungs
 # What is tested beside the endpoint: how far a run is from the teacher in another way, 0 being best.
 SECONDARIES = {
@@ -57,6 +54,9 @@ SECONDARIES = {
 # What DAR is paid for with: told beside the tests, and no part of their family.
 COSTS = {
     "latency_ms": ("ms per image", lambda row: row["latency_ms_per_image"]),
+    "peak_memory_mb": (f"peak MB of {LATENCY_BATCH} images", lambda row: row["peak_memory_mb"]),
+    "gflops": ("GFLOPs per image", lambda row: row["gflops_per_image"]),
+    "training_step_seconds": ("s per training step", lambda row: row["training_step_seconds"]),
     "parameters": ("parameters", lambda row: row["parameters"]),
 }
 
@@ -185,13 +185,14 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
     sets: dict[str, list[Measured]] = {}
     for index in range(len(groups["residual"])):
         found = students({role: runs[index] for role, runs in groups.items()}, bench.device)
-        latency = latencies_ms(found, bench)
+        costs = costs_of({name: one.generator for name, one in found.items()}, bench)
         for name, one in found.items():
             print(f"{name}: {one.run.folder}", file=sys.stderr)
             made = bench.cached(one.identity, one.generator, name)
             sets.setdefault(name, []).append(Measured.of(made.images, made.labels))
             row = {"folder": str(one.run.folder), "seed": one.run.cfg.seed, "updates": one.run.cfg.steps}
-            row |= network_facts(one.network, len(one.saved.rungs), latency[name], one.identity["student"])
+            row |= network_facts(one.network, len(one.saved.rungs), one.identity["student"]) | costs[name]
+            row["training_step_seconds"] = one.run.step_seconds()
             row |= measure_run(sets[name][-1], teacher, null, str(one.run.folder))
             if name == "dar":
                 row["reset_shift_db"] = reset_shift_db(one, sets[name][-1], bench)
@@ -207,12 +208,6 @@ def reset_shift_db(student: Student, ours: Measured, bench: Bench) -> float:
     made = bench.cached(reset.identity, reset.generator, "routers reset")
     high = [one.energies[:, HF].mean() for one in (Measured.of(made.images, made.labels), ours)]
     return float(decibel(high[0] / high[1]))
-
-
-def latencies_ms(found: dict[str, Student], bench: Bench) -> dict[str, float]:
-    """Milliseconds per image of the networks of one seed, timed in turns so that a busy machine slows all of them."""
-    calls = {name: bench.call(one.generator) for name, one in found.items()}
-    return {name: one.median_ms / LATENCY_BATCH for name, one in latencies(calls, bench.device).items()}
 
 
 def compare_arms(study: Study, baseline: str, seed: int) -> dict[str, Any]:
@@ -290,31 +285,19 @@ def paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     return {**means, "difference": difference, "per_seed": each.tolist(), "p": sign_flip_p(each)}
 
 
-def command_line(cfg: CompareConfig) -> str:
-    """The command that makes this comparison again, with every key that is not at its default."""
-    default = dataclasses.replace(cfg, **{f.name: f.default for f in dataclasses.fields(cfg) if f.name != "arms"})
-    given = {name: value for name, _, value in config.differences(default, cfg)}
-    given |= {f"arms.{role}": folders for role, folders in config.to_dict(cfg.arms).items() if folders}
-    values = {name: f"[{','.join(value)}]" if isinstance(value, list) else value for name, value in given.items()}
-    return shlex.join(["python", "-m", "eval.compare", *(f"{name}={value}" for name, value in values.items())])
-
-
-def provenance(cfg: CompareConfig, groups: Groups, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Where the numbers come from."""
+def origin(cfg: CompareConfig, groups: Groups) -> dict[str, Any]:
+    """Command and configurations: what this command knows of where its numbers come from."""
+    nothing = CompareConfig(ArmsConfig(residual=("", ""), dar=("", "")))
     return {
-        "command": command_line(cfg),
-        "git": git_state(),
+        "command": command_line("eval.compare", nothing, cfg),
         "configs": {str(run.folder): run.raw for runs in groups.values() for run in runs},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": f"{device}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
-        "seconds": round(seconds, 1),
     }
 
 
 def run_records(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By file name, one small record for each run of compare.json's data: its arm, numbers, and where it comes from."""
     common = {name: result[name] for name in ("schema_version", "label", "images")}
-    origin = {name: result["provenance"][name] for name in ("git", "versions")}
+    origin = {name: result["provenance"][name] for name in ORIGIN if name in result["provenance"]}
     return {
         f"{arm}_seed{row['seed']}.json": {**common, "arm": arm, **row, "provenance": origin}
         for arm, rows in result["runs"].items()
@@ -356,7 +339,7 @@ def compare(cfg: CompareConfig) -> None:
     reference = teacher.sample_set(bench, cfg.solver_steps)
     result = conclude(sample_and_measure(groups, reference, bench), cfg)
     result["reference"] = jsonable(reference.facts)
-    result["provenance"] = jsonable(provenance(cfg, groups, device, time.monotonic() - began))
+    result["provenance"] = jsonable(provenance(device, time.monotonic() - began, **origin(cfg, groups)))
     write_atomic(out / "compare.json", json.dumps(result, indent=1, allow_nan=False))
     folder = make_folder(out / "runs")
     for name, record in run_records(result).items():

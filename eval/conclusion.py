@@ -19,6 +19,12 @@ NAMES = {
     "frozen": "the students trained with static routers",
     "frozen_at_mean": "the same DAR students with routers held at their mean over t",
 }
+TIMES = {
+    "latency_ms_per_image": "time per image",
+    "peak_memory_mb": "peak memory",
+    "gflops_per_image": "FLOPs",
+    "training_step_seconds": "time of a training step",
+}
 CONTROLS = {"matched": "a parameter-matched residual arm", "frozen": "an arm trained with static routers"}
 
 
@@ -152,9 +158,14 @@ def usage_sentence(rows: list[dict[str, Any]]) -> str:
 
 
 def cost_sentence(runs: dict[str, Any]) -> str:
-    time, size = ratio(runs, "latency_ms_per_image"), ratio(runs, "parameters")
+    size = ratio(runs, "parameters")
+    told = [f"{ratio(runs, name):.2f} times the {what}" for name, what in TIMES.items() if _given(runs, name)]
     matched = f" (matched within {100 * MATCHED_WITHIN:.0f} %)" if abs(size - 1) <= MATCHED_WITHIN else ""
-    return f"DAR takes {time:.2f} times the time per image and {100 * (size - 1):+.2f} % parameters{matched}."
+    return f"DAR takes {', '.join(told)} and {100 * (size - 1):+.2f} % parameters{matched}."
+
+
+def _given(runs: dict[str, Any], name: str) -> bool:
+    return all(row.get(name) is not None for arm in ("residual", "dar") for row in runs[arm])
 
 
 def ratio(runs: dict[str, Any], name: str) -> float:

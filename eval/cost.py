@@ -1,4 +1,4 @@
-"""What sampling costs: latency and peak memory of any callable."""
+"""What sampling costs: latency, peak memory and operations of any callable."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 RUNS = 7
 WARM_UP = 1
@@ -111,3 +112,13 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
         events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return Memory(int(max(np.cumsum([0, *steps]))), "tensors allocated by torch on the CPU, peak above the start")
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of one call without gradients, a multiplication and its addition counting as two.
+
+    Those of torch's matrix products, convolutions and attention; what a kernel of another library does is not seen.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())

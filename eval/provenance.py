@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dmd_dar import spectrum
+from dmd_dar import config, spectrum
 from dmd_dar.data.images import to_pixels
-from eval import maps, sliced, structure, verdict
+from eval import classifier, distances, measured, neighbours, sliced, stats, structure, verdict
 
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
 
@@ -51,9 +52,15 @@ def contract() -> dict[str, Any]:
         "quantisation_power": spectrum.QUANTISATION_POWER,
         "wavelet": (structure.WAVELET, structure.LEVELS),
         "flat_patches": (structure.PATCH, structure.FLAT_SHARE),
-        "grid_periods": maps.PERIODS,
+        "grid_lines": (spectrum.PERIODS, spectrum.OFFSETS, spectrum.LEAST_PERIODS),
         "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST),
+        "sliced_images": measured.SLICED_IMAGES,
+        "diversity_images": measured.DIVERSITY_IMAGES,
+        "classifier": (classifier.SIDE, classifier.WIDTHS, classifier.STEPS, classifier.LEAST_SHARE),
+        "kid": (distances.KID_SUBSET_OFFLINE, distances.KID_SUBSET, neighbours.KID_SUBSETS),
+        "neighbours": neighbours.NEIGHBOURS,
         "margins": (verdict.GAIN_MARGIN_DB, verdict.KURTOSIS_RANGE, verdict.FLAT_NOISE_DB),
+        "intervals": (stats.LEVEL, stats.RESAMPLES, stats.LEAST_IN_STRATUM),
     }
 
 
@@ -74,6 +81,15 @@ def versions() -> dict[str, str]:
 def machine(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{device}, {name}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+
+
+def command_line(module: str, default: Any, cfg: Any) -> str:
+    """The command that gives `cfg` again, with every key in which it differs from `default`."""
+    given = {name: value for name, _, value in config.differences(default, cfg)}
+    values = {
+        name: f"[{','.join(value)}]" if isinstance(value, list | tuple) else value for name, value in given.items()
+    }
+    return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in values.items() if value != "[]")])
 
 
 def provenance(device: torch.device, seconds: float, **facts: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Did the detail survive? python -m eval.report runs=[RUN_A,RUN_B,...] out=DIR"""
 
 import dataclasses
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from eval.measure import fitting, jsonable, measure
 from eval.measured import Reading, mean_plane, read_one
 from eval.page import write_report
 from eval.processes import Processes, Rows
-from eval.provenance import git_state, provenance
+from eval.provenance import command_line, provenance
 from eval.real import open_fitting, read_real
 from eval.sets import ImageSet, read_set
 from eval.spectrum import BAND_NAMES, spectrum_of
 
-__all__ = ["ReportConfig", "git_state", "hf_gain_db", "main", "report"]
+__all__ = ["ReportConfig", "hf_gain_db", "main", "report"]
 
 TEACHER = "teacher"
 GENERAL = ("auto", "offline")  # words for `metrics` that stand alone
@@ -261,21 +260,13 @@ def origin(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
     """Command, weights, seeds and configurations: what this command knows of where its numbers come from."""
     sets = [inputs.reference, *inputs.sets]
     return {
-        "command": command_line(cfg),
+        "command": command_line("eval.report", ReportConfig(runs=("",)), cfg),
         "checkpoints": {one.name: one.facts["network"] for one in sets if "network" in one.facts},
         "seeds": {"evaluation": cfg.seed, **{f"training of {arm.name}": arm.cfg.seed for arm in inputs.read}},
         "data_hash": inputs.data_hash,
         "runs": {arm.name: arm.raw for arm in inputs.read},
         "report": dataclasses.asdict(cfg),
     }
-
-
-def command_line(cfg: ReportConfig) -> str:
-    """The command that makes this report again, with every key that is not at its default."""
-    given = config.differences(ReportConfig(runs=("",)), cfg)
-    values = {key: f"[{','.join(value)}]" if isinstance(value, list | tuple) else value for key, _, value in given}
-    words = [f"{key}={value}" for key, value in values.items() if value != "[]"]
-    return shlex.join(["python", "-m", "eval.report", *words])
 
 
 def conclude(result: dict[str, Any], inputs: Inputs) -> None:

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from eval import features, maps, sliced, spoil, structure
 from eval.frechet import feature_distance, standardise
+from eval.measure import jsonable
+from eval.provenance import command_line, provenance
 from eval.spectrum import BAND_NAMES, Spectrum, decibel, gain_curve, spectrum_of
 from eval.verdict import Verdict
 
@@ -251,8 +254,10 @@ def figure(result: dict[str, Any]) -> bytes:
 
 def run(cfg: SensitivityConfig) -> None:
     """Measure, print the table, write it with its figure."""
-    folder = make_folder(cfg.out)
+    began, folder = time.monotonic(), make_folder(cfg.out)
     result = sensitivity(cfg)
+    command = command_line("eval.sensitivity", SensitivityConfig(), cfg)
+    result["provenance"] = jsonable(provenance(torch.device("cpu"), time.monotonic() - began, command=command))
     write_atomic(Path(folder) / "sensitivity.json", json.dumps(result, indent=1) + "\n")
     write_atomic(Path(folder) / "sensitivity.csv", as_csv(result))
     write_atomic(Path(folder) / "sensitivity.png", figure(result))

@@ -6,7 +6,8 @@ copies, by the distance to the nearest training crop beside that of held-out cro
 
 import json
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import load_network, network_hash
 from eval.bench import Bench
-from eval.measure import ImageSet, measure
+from eval.measure import ImageSet, jsonable, measure
+from eval.provenance import command_line, provenance
 from eval.real import real_sets
 
 BAND_BAR_DB = 1.5
@@ -96,6 +98,7 @@ def judge(result: dict[str, Any], teacher: str) -> dict[str, Any]:
 
 
 def judge_teacher(cfg: TeacherReportConfig) -> None:
+    began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     network, card = load_network(cfg.path, device)
     shape = network.config
@@ -125,6 +128,8 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
         {"teacher": teacher, "held-out": held_out, "training": null}, data, cfg.neighbours, cfg.seed
     )
     judged |= {"n": cfg.n, "evaluations": 2 * cfg.solver_steps, "network": weights, "data_hash": data_hash()}
+    origin = {"command": command_line("eval.teacher", TeacherReportConfig(), cfg), "config": asdict(cfg)}
+    judged["provenance"] = jsonable(provenance(device, time.monotonic() - began, **origin))
     write_atomic(out / "quality.json", json.dumps(judged, indent=1))
     shown = GRID_ROWS * shape.num_classes
     pictures = torch.cat([images[:shown], real.images[:shown]])

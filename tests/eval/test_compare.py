@@ -19,6 +19,7 @@ from eval import arms, compare, pairing
 from eval.bench import Bench
 from eval.compare import CompareConfig
 from eval.pairing import ArmsConfig, read_groups
+from eval.provenance import contract_hash
 from eval.report import hf_gain_db
 from eval.stats import holm
 from tests.tiny import tiny_sit, tiny_teacher
@@ -111,6 +112,14 @@ def test_secondaries_are_residual_minus_dar_and_controls_a_family_of_their_own(w
     latency = [sum(row["latency_ms_per_image"] for row in rows[arm]) / 2 for arm in ("residual", "dar")]
     assert costs["latency_ms"]["difference"]["value"] == pytest.approx(latency[0] - latency[1])
     assert "p_holm" not in costs["latency_ms"]
+    assert list(costs) == ["latency_ms", "peak_memory_mb", "gflops", "training_step_seconds", "parameters"]
+    for arm in ("residual", "dar"):
+        assert all(row["peak_memory_mb"] > 0 and row["gflops_per_image"] > 0 for row in rows[arm])
+        for row in rows[arm]:
+            log = [json.loads(line) for line in (Path(row["folder"]) / "log.jsonl").read_text().splitlines()]
+            assert row["training_step_seconds"] == pytest.approx(1 / log[-1]["steps_per_second"])
+    assert 0 < -costs["gflops"]["difference"]["value"] < 0.1 * costs["gflops"]["residual"]
+    assert all(f"times the {what}" in written["conclusion"] for what in ("peak memory", "FLOPs", "time of a training"))
     assert costs["parameters"]["difference"]["value"] == -rows["dar"][0]["router_parameters"]
 
 
@@ -146,9 +155,18 @@ def test_a_matched_arm_of_another_size_is_refused(tmp_path):
 
 def test_the_command_is_told_so_that_it_can_be_given_again(runs, written):
     cfg = options(runs, frozen=("frozen_0", "frozen_1"))
-    command = compare.command_line(cfg)
-    assert command == written["provenance"]["command"]
+    command = written["provenance"]["command"]
     assert config.load(CompareConfig, command.removeprefix("python -m eval.compare ").replace("'", "").split()) == cfg
+
+
+def test_provenance_is_that_of_a_report_and_goes_with_every_run(runs, written):
+    origin = written["provenance"]
+    assert {"commit", "dirty"} == origin["git"].keys() and origin["contract_hash"] == contract_hash()
+    assert {"torch", "numpy", "scipy"} <= origin["versions"].keys() and origin["seconds"] > 0
+    assert origin["configs"][str(runs / "dar_0")]["student"]["routing"]["query"] == "timestep"
+    record = json.loads((runs / "compare" / "runs" / "dar_seed0.json").read_text())
+    assert record["provenance"] == {name: origin[name] for name in ("git", "contract_hash", "versions")}
+    assert written["schema_version"] == 2
 
 
 def changed(run: Path, folder: Path, name: str, value: object) -> str:

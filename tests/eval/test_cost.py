@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from eval.cost import latencies, peak_memory
+from eval.cost import flops, latencies, peak_memory
 
 
 def test_calls_take_turns_and_the_first_round_does_not_count():
@@ -41,3 +41,11 @@ def test_peak_memory_is_that_of_tensors_held_at_once(capfd):
     assert capfd.readouterr() == ("", "")
     peak_memory(lambda: os.write(2, b"a line of the call\n"))
     assert capfd.readouterr() == ("", "a line of the call\n")
+
+
+def test_flops_are_those_of_products_convolutions_and_attention():
+    x, kernel, heads = torch.ones(3, 5), torch.ones(4, 2, 3, 3), torch.ones(2, 8, 16, 4)
+    assert flops(lambda: x @ x.T + 1) == 2 * 3 * 3 * 5
+    assert flops(lambda: torch.conv2d(torch.ones(1, 2, 6, 6), kernel)) == 2 * 4 * 4 * 4 * 2 * 9
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert flops(lambda: attention(heads, heads, heads)) == 2 * 2 * (2 * 8) * 16 * 16 * 4

@@ -11,6 +11,7 @@ from dmd_dar.config import ConfigError, load, run_job
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.spectrum import radial_psd
 from eval import spoil
+from eval.provenance import contract_hash
 from eval.sensitivity import SPOILERS, Labelled, SensitivityConfig, mode_dropped, run
 from eval.spectrum import band_gain_db
 
@@ -52,6 +53,7 @@ def test_the_gate(result):
 
 def test_numbers_of_the_files_agree(result):
     folder, told = result
+    assert told["provenance"]["contract_hash"] == contract_hash() and "nulls=4" in told["provenance"]["command"]
     rows = list(csv.DictReader((folder / "sensitivity.csv").read_text().splitlines()))
     assert len(rows) == len(told["spoiled"]) * len(told["null"])
     for row in rows:

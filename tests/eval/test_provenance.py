@@ -1,0 +1,33 @@
+"""The contract changes with every constant that a number of a report depends on."""
+
+import pytest
+
+from dmd_dar import spectrum
+from eval import classifier, distances, measured, neighbours, provenance, sliced, stats, structure, verdict
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (spectrum, "OFFSETS"),
+        (spectrum, "LEAST_PERIODS"),
+        (spectrum, "PERIODS"),
+        (spectrum, "BAND_EDGES"),
+        (measured, "SLICED_IMAGES"),
+        (measured, "DIVERSITY_IMAGES"),
+        (classifier, "LEAST_SHARE"),
+        (distances, "KID_SUBSET"),
+        (distances, "KID_SUBSET_OFFLINE"),
+        (neighbours, "KID_SUBSETS"),
+        (sliced, "PATCHES"),
+        (structure, "FLAT_SHARE"),
+        (stats, "LEAST_IN_STRATUM"),
+        (verdict, "GAIN_MARGIN_DB"),
+    ],
+)
+def test_another_constant_is_another_contract(monkeypatch, module, name):
+    before = provenance.contract_hash()
+    assert provenance.contract_hash() == before
+    value = getattr(module, name)
+    monkeypatch.setattr(module, name, value[::-1] + (1,) if isinstance(value, tuple) else value + 1)
+    assert provenance.contract_hash() != before
