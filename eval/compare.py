@@ -289,7 +289,7 @@ def origin(cfg: CompareConfig, groups: Groups) -> dict[str, Any]:
     """Command and configurations: what this command knows of where its numbers come from."""
     nothing = CompareConfig(ArmsConfig(residual=("", ""), dar=("", "")))
     return {
-        "command": command_line("eval.compare", nothing, cfg),
+        "command": command_line("eval.compare", config.differences(nothing, cfg)),
         "configs": {str(run.folder): run.raw for runs in groups.values() for run in runs},
     }
 

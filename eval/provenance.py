@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dmd_dar import config, spectrum
+from dmd_dar import spectrum
 from dmd_dar.data.images import to_pixels
 from eval import classifier, distances, measured, neighbours, sliced, stats, structure, verdict
 
@@ -83,13 +83,12 @@ def machine(device: torch.device) -> str:
     return f"{device}, {name}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
 
 
-def command_line(module: str, default: Any, cfg: Any) -> str:
-    """The command that gives `cfg` again, with every key in which it differs from `default`."""
-    given = {name: value for name, _, value in config.differences(default, cfg)}
-    values = {
-        name: f"[{','.join(value)}]" if isinstance(value, list | tuple) else value for name, value in given.items()
-    }
-    return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in values.items() if value != "[]")])
+def command_line(module: str, differences: list[tuple[str, Any, Any]]) -> str:
+    """The command that gives a configuration again; `differences` are its (key, default, value)."""
+    given = [
+        (name, f"[{','.join(value)}]" if isinstance(value, list | tuple) else value) for name, _, value in differences
+    ]
+    return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in given if value != "[]")])
 
 
 def provenance(device: torch.device, seconds: float, **facts: Any) -> dict[str, Any]:

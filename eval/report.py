@@ -260,7 +260,7 @@ def origin(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
     """Command, weights, seeds and configurations: what this command knows of where its numbers come from."""
     sets = [inputs.reference, *inputs.sets]
     return {
-        "command": command_line("eval.report", ReportConfig(runs=("",)), cfg),
+        "command": command_line("eval.report", config.differences(ReportConfig(runs=("",)), cfg)),
         "checkpoints": {one.name: one.facts["network"] for one in sets if "network" in one.facts},
         "seeds": {"evaluation": cfg.seed, **{f"training of {arm.name}": arm.cfg.seed for arm in inputs.read}},
         "data_hash": inputs.data_hash,

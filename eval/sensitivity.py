@@ -256,7 +256,7 @@ def run(cfg: SensitivityConfig) -> None:
     """Measure, print the table, write it with its figure."""
     began, folder = time.monotonic(), make_folder(cfg.out)
     result = sensitivity(cfg)
-    command = command_line("eval.sensitivity", SensitivityConfig(), cfg)
+    command = command_line("eval.sensitivity", config.differences(SensitivityConfig(), cfg))
     result["provenance"] = jsonable(provenance(torch.device("cpu"), time.monotonic() - began, command=command))
     write_atomic(Path(folder) / "sensitivity.json", json.dumps(result, indent=1) + "\n")
     write_atomic(Path(folder) / "sensitivity.csv", as_csv(result))

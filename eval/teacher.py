@@ -128,7 +128,10 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
         {"teacher": teacher, "held-out": held_out, "training": null}, data, cfg.neighbours, cfg.seed
     )
     judged |= {"n": cfg.n, "evaluations": 2 * cfg.solver_steps, "network": weights, "data_hash": data_hash()}
-    origin = {"command": command_line("eval.teacher", TeacherReportConfig(), cfg), "config": asdict(cfg)}
+    origin = {
+        "command": command_line("eval.teacher", config.differences(TeacherReportConfig(), cfg)),
+        "config": asdict(cfg),
+    }
     judged["provenance"] = jsonable(provenance(device, time.monotonic() - began, **origin))
     write_atomic(out / "quality.json", json.dumps(judged, indent=1))
     shown = GRID_ROWS * shape.num_classes
