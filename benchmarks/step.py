@@ -17,8 +17,10 @@ from benchmarks.record import interleaved, ratio, save, spread
 from dmd_dar import config, flow
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.rollout import rung_condition
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.footprint import nbytes, tensors
+from dmd_dar.models.rungs import rung_parameters
 from dmd_dar.models.sit import build_sit
 from dmd_dar.models.students import Memory, Weights, build_networks
 from dmd_dar.routing.layout import RoutingConfig
@@ -27,6 +29,7 @@ from dmd_dar.train.loop import Phase, update
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.runtime import LaunchConfig, Runtime
 
+RUNGS = flow.default_rungs(4)
 FORMS = {"residual": RoutingConfig(), "DAR": RoutingConfig("timestep", chunk_size=4)}
 WEIGHTS: tuple[Weights, ...] = ("full", "shared_lora")
 REFERENCE = "residual, full"
@@ -60,21 +63,22 @@ def distillation(bench: Bench, form: str, weights: Weights, runtime: Runtime) ->
         for parameter in teacher.backbone_parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     teacher.to(runtime.device).requires_grad_(False)
-    networks = build_networks(teacher, FORMS[form], memory=Memory(weights))
+    networks = build_networks(teacher, FORMS[form], memory=Memory(weights), rungs=len(RUNGS))
     velocities = {name: velocity_of(getattr(networks, name)) for name in ("student", "teacher", "fake_score")}
     method = DMD(
         **velocities,
-        rungs=flow.default_rungs(4),
+        rungs=RUNGS,
         renoise=flow.TimeLaw(low=0.02, high=0.98),
         num_classes=1000,
         shape=(4, size, size),
+        fake_condition=rung_condition(RUNGS, 1000),
     )
     losses = {"fake_score": method.fake_score_loss, "student": method.student_loss}
     phases = []
     for name, loss in losses.items():
         network = getattr(networks, name)
-        parameters = network.backbone_parameters(), network.router_parameters()
-        optimiser = Optimiser(OptimiserConfig(lr=1e-5), *parameters, router_lr=1e-4)
+        others = (network.router_parameters(), 1e-4), (rung_parameters(network), 1e-4)
+        optimiser = Optimiser(OptimiserConfig(lr=1e-5), network.backbone_parameters(), *others)
         phases.append(Phase(name, network, optimiser, loss, Ema(network, 0.99) if name == "student" else None))
     cycle = [phases[0]] * bench.updates + [phases[1]]
 

@@ -19,6 +19,7 @@ from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, block_readers, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
+from dmd_dar.models.rungs import rung_parameters
 from dmd_dar.models.saved import ModelCard
 from dmd_dar.models.shared_lora import Plain
 from dmd_dar.models.students import Memory, Networks, build_networks
@@ -227,11 +228,11 @@ def distill(cfg: DistillConfig) -> None:
         method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls)
         ema = Ema(student, *cfg.student.decays)
         runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
-        routers, router_lr = student.router_parameters(), cfg.student.routing.lr
-        optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers, router_lr)
+        routing_lr = cfg.student.routing.lr
+        optimiser = Optimiser(cfg.student, student.backbone_parameters(), (student.router_parameters(), routing_lr))
         student_phase = Phase("student", student, optimiser, method.student_loss, ema)
-        fakes, routers = fake_score.backbone_parameters(), fake_score.router_parameters()
-        optimiser = Optimiser(cfg.fake_score, fakes, routers, router_lr)
+        others = (fake_score.router_parameters(), routing_lr), (rung_parameters(fake_score), cfg.fake_score.rung_lr)
+        optimiser = Optimiser(cfg.fake_score, fake_score.backbone_parameters(), *others)
         fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
         cycle = [fake_phase] * (cfg.fake_score.updates if cfg.trains_fake_score else 0)
         if method.gan is not None:

@@ -57,6 +57,7 @@ class FakeScoreConfig(OptimiserConfig):
 
     updates: int = key(5, "optimiser steps for every one of the student", unit="steps", least=1)
     per_rung: bool = key(True, "it is told which rung made a sample; off: samples of all rungs are one distribution")
+    rung_lr: float = key(1e-3, "learning rate of what tells it the rung, which starts at 0", above=0)
     space: Literal["flow", "x0"] = key("flow", "where its error is squared; x0: times t^2, so low noise counts less")
 
 

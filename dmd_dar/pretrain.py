@@ -143,7 +143,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     model = SiT(cfg.model.shape(data)).to(runtime.device)
     ema = Ema(model, cfg.ema)
     runtime.shard(model, ema.module)
-    optimiser = Optimiser(cfg.optimiser, model.backbone_parameters(), model.router_parameters(), cfg.router_lr)
+    optimiser = Optimiser(cfg.optimiser, model.backbone_parameters(), (model.router_parameters(), cfg.router_lr))
     calls = Calls()
     phase = Phase("pretrain", model, optimiser, flow_matching(model, data, cfg.time, cfg.label_dropout, calls), ema)
     identity = {"data": data.hash}

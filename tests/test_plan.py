@@ -9,6 +9,7 @@ import torch
 from dmd_dar import config, distill, plan
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.models.footprint import nbytes, tensors
+from dmd_dar.models.rungs import rung_parameters
 from dmd_dar.models.sit import SiT
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.train.ema import Ema
@@ -64,7 +65,12 @@ def measured(cfg: distill.DistillConfig) -> int:
     held = {x.untyped_storage().data_ptr(): x for network in every for x in tensors(network)}
     saved, gradients, state = [], [], 0
     for network, loss in ((networks.student, method.student_loss), (networks.fake_score, method.fake_score_loss)):
-        optimiser = Optimiser(cfg.student, network.backbone_parameters(), network.router_parameters(), 1e-3)
+        optimiser = Optimiser(
+            cfg.student,
+            network.backbone_parameters(),
+            (network.router_parameters(), 1e-3),
+            (rung_parameters(network), 1e-3),
+        )
         draws = Draws(0, "student", 0, sample_range(0, BATCH))
         saved.append(saved_bytes(lambda loss=loss, draws=draws: loss(draws)[0], set(held)))
         gradients.append(nbytes(p.grad for p in network.parameters() if p.grad is not None))

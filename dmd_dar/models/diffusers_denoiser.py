@@ -95,9 +95,9 @@ class DiffusersDenoiser(nn.Module):
         return [] if self.dar is None else list(self.dar.parameters())
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """All trainable parameters that are not routers."""
-        named = self.named_parameters()
-        return [p for name, p in named if p.requires_grad and not name.startswith("transformer.dar.")]
+        """All trainable parameters of the transformer that are not routers."""
+        named = self.transformer.named_parameters()
+        return [p for name, p in named if p.requires_grad and not name.startswith("dar.")]
 
     def shards(self) -> list[nn.Module]:
         """What is gathered by itself when weights are sharded: the blocks, but for the first.

@@ -1,7 +1,7 @@
 """A denoiser that is told which rung of a few-step student made the sample it is asked about.
 
 B batch, k rungs, d width of a time embedding, N classes. The condition is rung (N + 1) + cond, with rung in
-0 .. k - 1 and cond in 0 .. N.
+0 .. k - 1, one for the whole batch and for all calls of a step, and cond in 0 .. N.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from dmd_dar.models.sit import SiT
 
 
 class Asked:
-    """The rungs (B,) of a network's last call, whose parts a backward pass may run again."""
+    """The rung (1,) that a network was last asked about; a backward pass may run parts of several such calls again."""
 
     rung: Tensor
 
@@ -48,7 +48,7 @@ class Rungs(nn.Module):
     def take(self, network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook of the network."""
         x, t, cond, *more = inputs
-        self.asked.rung = cond // self.rows
+        self.asked.rung = cond[:1] // self.rows  # of the step, so of every sample
         return (x, t, cond % self.rows, *more)
 
 
@@ -58,3 +58,8 @@ def tell_rungs_apart(network: SiT | DiffusersDenoiser, count: int, device: torch
     `device` is the one it computes on; None: that of its weights, which may be stored elsewhere.
     """
     network.rungs = Rungs(network, count, device)
+
+
+def rung_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """The vectors; empty for a network that is not told."""
+    return [parameter for name, parameter in network.named_parameters() if "rungs" in name.split(".")]

@@ -104,9 +104,8 @@ class LoraDenoiser(nn.Module):
         return self.network.router_parameters()
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """What it owns but for the routers."""
-        routers = {id(parameter) for parameter in self.network.router_parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in routers]
+        """The adapters."""
+        return [parameter for name, parameter in self.named_parameters() if ".lora." in name]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         own = {name for name, _ in self.named_parameters()}

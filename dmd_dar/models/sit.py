@@ -253,8 +253,9 @@ class SiT(nn.Module):
         return [] if self.dar is None else list(self.dar.parameters())
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """All trainable parameters that are not routers."""
-        return [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("dar.")]
+        """All trainable parameters that are neither routers nor vectors of rungs."""
+        named = self.named_parameters()
+        return [p for name, p in named if p.requires_grad and not name.startswith(("dar.", "rungs."))]
 
     def shards(self) -> list[nn.Module]:
         """What is gathered by itself when weights are sharded: the modules that a forward calls, a third of a block."""

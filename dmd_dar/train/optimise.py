@@ -1,7 +1,7 @@
 """Optimisers: AdamW groups, learning rates over steps, clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +32,17 @@ class OptimiserConfig:
 
 
 class Optimiser:
-    """AdamW over one network. Routers form a group of their own: own rate, no weight decay."""
+    """AdamW over one network. `others`, such as routers, are groups of their own: own rate, no weight decay."""
 
     def __init__(
         self,
         config: OptimiserConfig,
         backbone: Iterable[nn.Parameter],
-        routers: Iterable[nn.Parameter] = (),
-        router_lr: float = 0.0,
+        *others: tuple[Sequence[nn.Parameter], float],
     ):
         self.config = config
         groups = [{"params": list(backbone), "base_lr": config.lr, "weight_decay": config.weight_decay}]
-        if routers := list(routers):
-            groups.append({"params": routers, "base_lr": router_lr, "weight_decay": 0.0})
+        groups += [{"params": list(own), "base_lr": lr, "weight_decay": 0.0} for own, lr in others if own]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
         self.parameters = [p for group in groups for p in group["params"]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.methods.rollout import rung_condition, rung_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
-from dmd_dar.models.rungs import tell_rungs_apart
+from dmd_dar.models.rungs import rung_parameters, tell_rungs_apart
 from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.routing.layout import RoutingConfig
@@ -49,8 +49,6 @@ def test_every_rung_starts_as_the_plain_network_and_its_vector_moves_that_rung_a
     moved = [network(x, t, asked(cond, rung, network)) for rung in range(3)]
     assert torch.equal(moved[0], expected) and torch.equal(moved[2], expected)
     assert (moved[1] - expected).abs().amax((1, 2, 3)).min() > 1e-3
-    mixed = network(x, t, cond + torch.tensor([0, 1, 2]) * (network.config.num_classes + 1))  # a rung for each sample
-    torch.testing.assert_close(mixed, torch.stack([moved[rung][rung] for rung in range(3)]), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -74,16 +72,36 @@ def test_the_fake_score_alone_has_vectors_and_they_are_trained_and_saved(kind, m
     assert names["fake_score"] and not names["teacher"] and not names["student"]
     fake, (x, t, cond) = networks.fake_score, inputs_of(networks.teacher)
     fake(x, t, asked(cond, 2, fake)).square().mean().backward()
-    owned = {id(p) for p in fake.backbone_parameters()}
+    own, backbone = ({id(p) for p in some} for some in (rung_parameters(fake), fake.backbone_parameters()))
+    assert own and not own & backbone
+    assert own | backbone == {id(p) for p in fake.parameters() if p.requires_grad}
     for name, parameter in fake.named_parameters():
         if "rungs." in name:
-            assert id(parameter) in owned and name in fake.state_dict()
+            assert id(parameter) in own and name in fake.state_dict()
             assert parameter.grad[2].any() and not parameter.grad[:2].any()
     twin = copy.deepcopy(fake)
     with torch.no_grad():
         next(p for n, p in twin.named_parameters() if "rungs." in n)[1].add_(1.0)
         before, after = (network(x, t, asked(cond, 1, network)) for network in (fake, twin))
     assert (before - after).abs().max() > 1e-4  # the copy's hooks read the copy's table
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+def test_two_calls_in_one_backward_pass_may_be_computed_again(kind):
+    """As the fake score's own loss and the GAN's on its features, of other batch sizes, in one step."""
+    gradients = []
+    for checkpointing in (False, True):
+        memory = Memory(checkpointing=checkpointing)
+        torch.manual_seed(0)
+        fake = build_networks(network_of(kind), RoutingConfig(), memory=memory, rungs=3).fake_score
+        x, t, cond = inputs_of(fake)
+        first = fake(x, t, asked(cond, 1, fake)).square().mean()
+        second = fake(x.repeat(2, 1, 1, 1), t.repeat(2), asked(cond, 1, fake).repeat(2)).abs().mean()
+        (first + second).backward()
+        assert all(p.grad[1].any() and not p.grad[[0, 2]].any() for p in rung_parameters(fake))
+        gradients.append([p.grad for p in fake.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
 
 
 def test_one_rung_needs_no_vectors():

@@ -210,7 +210,7 @@ def test_ema_follows_by_its_decay():
 
 def test_routers_have_their_own_rate_and_no_weight_decay():
     backbone, router = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    optimiser = Optimiser(OptimiserConfig(lr=1e-2, weight_decay=0.5, clip=1e9), [backbone], [router], router_lr=0.1)
+    optimiser = Optimiser(OptimiserConfig(lr=1e-2, weight_decay=0.5, clip=1e9), [backbone], ([router], 0.1))
     backbone.grad, router.grad = torch.ones(3), torch.ones(3)
     assert optimiser.step(0) == pytest.approx(math.sqrt(6))
     torch.testing.assert_close(router.data, torch.full((3,), 0.9))
