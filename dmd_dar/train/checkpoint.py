@@ -143,6 +143,18 @@ def best(root: Path) -> int | None:
     return min(scores, key=lambda step: (scores[step], step), default=None)
 
 
+def best_whole(root: Path) -> int | None:
+    """`best`; None, too, after a line on stderr, where its files are not what its manifest says."""
+    step = best(root)
+    try:
+        if step is not None:
+            read_manifest(root, step)
+        return step
+    except DamagedFileError as error:
+        print(f"{error}; the best checkpoint is left out", file=sys.stderr)
+        return None
+
+
 def sweep(root: Path) -> None:
     """Remove what was being written or removed when a process died."""
     for rest in root.glob("partial_*"):

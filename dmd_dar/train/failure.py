@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.guidance import Velocity
+from dmd_dar.train.runtime import local
 
 FOLDER = "failure"
 ASIDE = {  # what else calls networks, and how to do without it
@@ -108,8 +109,8 @@ def _remedy(error: Exception, phase: str) -> str:
 
 
 def _gradients(network: nn.Module) -> str:
-    """Which parameters hold a gradient that is not finite."""
-    held = [(name, p.grad) for name, p in network.named_parameters() if p.grad is not None]
+    """Which parameters hold a gradient that is not finite, in this process's part of it: others may not be here."""
+    held = [(name, local(p.grad)) for name, p in network.named_parameters() if p.grad is not None]
     bad = [name for name, gradient in held if not finite(gradient)]
     return f"gradients not finite in {len(bad)} of {len(held)} parameters, first {bad[0]}" if bad else ""
 

@@ -46,10 +46,10 @@ def run(job: Job, cfg: Any) -> None:
             lines.append(ours)
             started.append(process)
         failed = watch(started, stop)
-    if failed is not None and (stop.asked or all(process.exitcode in (0, EXIT_CODE) for process in started)):
-        raise SystemExit(EXIT_CODE)
-    if failed is not None:
-        raise _failure(failed, started[failed].exitcode, lines)
+    if failed is None:
+        return
+    guilty = culprit([process.exitcode for process in started], failed, stop.asked)
+    raise SystemExit(EXIT_CODE) if guilty is None else _failure(guilty, started[guilty].exitcode, lines)
 
 
 def processes_of(launch: Any) -> int:
@@ -89,6 +89,15 @@ def watch(started: list[Any], stop: StopRequest) -> int | None:
 
 def first_failed(started: list[Any]) -> int | None:
     return next((rank for rank, process in enumerate(started) if process.exitcode), None)
+
+
+def culprit(codes: list[int], failed: int, asked: bool) -> int | None:
+    """The rank whose failure ended the processes, `failed` if it was one; None where they were only stopped.
+
+    `codes` are their exit codes, `asked` says that this command was told to stop them.
+    """
+    stopped = {0, EXIT_CODE, *((-signal.SIGTERM, -signal.SIGKILL) if asked else ())}
+    return next((rank for rank in (failed, *range(len(codes))) if codes[rank] not in stopped), None)
 
 
 @contextlib.contextmanager

@@ -132,8 +132,11 @@ class Loop:
         return step
 
     def take_best(self, root: Path) -> int:
-        """Load the state of the last phase from the checkpoint of the least score; its step, 0 where none has one."""
-        step = self.runtime.together(lambda: checkpoint.best(root) if self.runtime.is_main else None)
+        """Load the state of the last phase from the checkpoint of the least score; its step, 0 where none has one.
+
+        Where it is damaged, one line says so and nothing is loaded: 0, too.
+        """
+        step = self.runtime.together(lambda: checkpoint.best_whole(root) if self.runtime.is_main else None)
         step = self.runtime.of_main(step or 0)
         if step:
             self.cycle[-1].restore(self.runtime.together(lambda: self._load(root, step))[self.cycle[-1].name])

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dmd_dar import distill, flow
 from dmd_dar.draws import Draws, sample_range
@@ -23,7 +29,7 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.sit import SiT
 from dmd_dar.train.checkpoint import CheckpointConfig
 from dmd_dar.train.ema import Ema
-from dmd_dar.train.failure import Calls, NetworkError
+from dmd_dar.train.failure import Calls, NetworkError, Place, failed
 from dmd_dar.train.log import RunLog
 from dmd_dar.train.loop import Loop, Phase
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
@@ -118,6 +124,23 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_and_names_the_paramete
     with pytest.raises(DivergedError, match=r"norm is nan \(gradients not finite in 1 of \d+ .*mlp.fc1.weight"):
         rig.run()
     assert all(torch.equal(value, before[key]) for key, value in rig.fake_score.state_dict().items())
+
+
+def test_sharded_gradients_are_looked_at_without_an_exchange():
+    """The others may not be failing, and would not answer."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        network = nn.Linear(2, 4, bias=False)
+        network.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)]))
+        network.weight.grad = DTensor.from_local(torch.full((2, 2), math.nan), mesh, [Shard(0)])
+        with CommDebugMode() as exchanges:
+            place = Place("student", 0, 0, 0)
+            error = failed(FloatingPointError("norm is nan"), place, network, Calls(), None)
+        assert "gradients not finite in 1 of 1 parameters, first weight" in str(error)
+        assert exchanges.get_total_counts() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_loss_that_is_not_finite_is_refused_although_its_gradient_is(rig, monkeypatch):

@@ -61,10 +61,11 @@ def test_a_refusal_in_one_process_is_the_commands(tmp_path):
         launch.run(job, Config(tmp_path, "refuse"))
 
 
-def command(folder: Path) -> subprocess.Popen:
+def command(folder: Path, act: str = "wait") -> subprocess.Popen:
     code = "from pathlib import Path; from dmd_dar.train import launch; from tests.train.waiting import Config, job; "
-    code += f"launch.run(job, Config(Path({str(folder)!r}), 'wait'))"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code += f"launch.run(job, Config(Path({str(folder)!r}), {act!r}))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_signal_is_passed_on_and_sent_to_all_it_counts_once(tmp_path):
@@ -73,6 +74,29 @@ def test_a_signal_is_passed_on_and_sent_to_all_it_counts_once(tmp_path):
         os.kill(pid, signal.SIGTERM)
     assert parent.wait(60) == 143
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
+def test_a_failure_of_the_last_save_is_told_although_a_stop_was_asked_for(tmp_path):
+    parent = command(tmp_path, "fill")
+    pids(tmp_path)
+    parent.send_signal(signal.SIGTERM)
+    assert "UserError: no room for the last checkpoint" in parent.communicate(timeout=60)[1]
+    assert parent.returncode == 1 and (tmp_path / "saved1").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "failed", "asked", "guilty"),
+    [
+        ([143, 0], 0, False, None),
+        ([143, -9], 0, True, None),
+        ([-15, 143], 0, True, None),
+        ([143, -9], 0, False, 1),
+        ([143, 2], 0, True, 1),
+        ([-9, 1], 1, True, 1),
+    ],
+)
+def test_whose_failure_ended_the_processes(codes, failed, asked, guilty):
+    assert launch.culprit(codes, failed, asked) == guilty
 
 
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):

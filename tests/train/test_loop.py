@@ -161,6 +161,27 @@ def test_the_best_checkpoint_outlives_the_newest(tmp_path):
         assert checkpoint.steps_saved(folder.checkpoints) == [2, 4, 5] and checkpoint.best(folder.checkpoints) == 2
 
 
+def test_a_damaged_best_checkpoint_is_left_out_with_a_line(tmp_path, capsys):
+    phase = phase_of()
+    with open_folder(tmp_path) as folder:
+        loop = loop_of(folder, 9, (phase,))
+        loop.save(1, 1.0)
+        before = [x.detach().clone() for x in states(phase)]
+        with torch.no_grad():
+            phase.network.weight.add_(1)
+        assert loop.take_best(folder.checkpoints) == 1 and torch.equal(states(phase)[0], before[0])
+        with torch.no_grad():
+            phase.network.weight.add_(1)
+        file = folder.checkpoints / "step_00000001" / "state.pt"
+        content = bytearray(file.read_bytes())
+        place = content.find(before[0].numpy().tobytes())
+        content[place + 3] ^= 1
+        file.write_bytes(bytes(content))
+        assert loop.take_best(folder.checkpoints) == 0 and torch.equal(states(phase)[0], before[0] + 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "SHA-256 of state.pt" in line and "the best checkpoint is left out" in line
+
+
 def test_a_stop_that_was_asked_for_before_the_first_step_trains_nothing(tmp_path):
     phase = phase_of()
     with open_folder(tmp_path) as folder:
