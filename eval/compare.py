@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +24,14 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import Generator, few_step_generator
 from dmd_dar.models import teachers
-from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.sit import SiT
+from dmd_dar.models.denoiser import network_time, velocity_of
 from dmd_dar.models.teachers import Denoiser
 from dmd_dar.spectrum import BAND_NAMES, band_energies, image_psd, log_spectral_distance, with_hf
 from eval import frechet, structure
 from eval.arms import Arm, Teacher, network_facts, require_teacher
 from eval.bench import LATENCY_BATCH, Bench, costs_of
 from eval.conclusion import conclusion, table
-from eval.controls import frozen_at_mean
+from eval.controls import frozen_at_mean, unfreezable
 from eval.measure import ImageSet, jsonable
 from eval.pairing import ArmsConfig, Groups, Role, read_groups
 from eval.provenance import command_line, provenance
@@ -142,6 +141,7 @@ class Study:
     teacher: Measured
     rows: dict[str, list[dict[str, Any]]]
     sets: dict[str, list[Measured]]
+    absent: dict[str, str] = field(default_factory=dict)  # controls that could not be made, and why
 
     def arms(self, baseline: str, select: Any) -> Arms:
         """`select` takes what is compared, (N, ...), from a Measured."""
@@ -165,14 +165,14 @@ class Student:
 
 
 def students(runs: dict[Role, Arm], device: torch.device) -> dict[str, Student]:
-    """The networks of one training seed by arm, and timestep-routed DAR once more with its routers frozen over t."""
+    """The networks of one training seed by arm, and DAR, where it can be, once more with its routers frozen over t."""
     found = {}
     for role, run in runs.items():
         saved = run.student(device)
         network, identity = saved.network, {"student": saved.digest, "rungs": saved.rungs, "sampler": saved.sampler}
         found[role] = Student(run, network, saved, identity)
-        if role == "dar" and isinstance(network, SiT) and network.config.routing.query == "timestep":
-            times = tuple(1 - t for t in saved.rungs) if saved.prediction == "sit" else saved.rungs
+        if role == "dar" and not unfreezable(network):
+            times = tuple(network_time(saved.prediction, torch.tensor(saved.rungs, dtype=torch.float64)).tolist())
             found[AT_MEAN] = Student(run, frozen_at_mean(network, times), saved, {**identity, "routers": AT_MEAN})
     return found
 
@@ -183,8 +183,11 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
     null = frechet.fd_null(teacher.features, bench.count, np.random.default_rng(bench.seed))
     rows: dict[str, list[dict[str, Any]]] = {}
     sets: dict[str, list[Measured]] = {}
+    absent: dict[str, str] = {}
     for index in range(len(groups["residual"])):
         found = students({role: runs[index] for role, runs in groups.items()}, bench.device)
+        if AT_MEAN not in found:
+            absent[AT_MEAN] = unfreezable(found["dar"].network)
         costs = costs_of({name: one.generator for name, one in found.items()}, bench)
         for name, one in found.items():
             print(f"{name}: {one.run.folder}", file=sys.stderr)
@@ -197,7 +200,7 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
             if name == "dar":
                 row["reset_shift_db"] = reset_shift_db(one, sets[name][-1], bench)
             rows.setdefault(name, []).append(row)
-    return Study(teacher, rows, sets)
+    return Study(teacher, rows, sets, absent)
 
 
 def reset_shift_db(student: Student, ours: Measured, bench: Bench) -> float:
@@ -318,6 +321,7 @@ def conclude(study: Study, cfg: CompareConfig) -> dict[str, Any]:
         "images": cfg.n,
         "primary": primary,
         "controls": controls,
+        "absent": study.absent,
         "secondaries": secondaries,
         "costs": residual_minus_dar(study, COSTS),
         "runs": study.rows,

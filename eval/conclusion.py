@@ -108,15 +108,15 @@ def control_sentence(control: dict[str, Any]) -> str:
 
 
 def absent_controls(result: dict[str, Any]) -> str:
-    """What was not controlled for. A residual arm of DAR's size within 1 % is its own parameter-matched control."""
+    """What was not controlled for, or cannot be. A residual arm of DAR's size within 1 % is its own matched one."""
+    impossible = " ".join(f"{name} was not made: {reason}." for name, reason in result["absent"].items())
     absent = [name for name in CONTROLS if name not in result["controls"]]
     if abs(ratio(result["runs"], "parameters") - 1) <= MATCHED_WITHIN:
         absent = [name for name in absent if name != "matched"]
     if not absent:
-        return ""
-    return (
-        f"Not given: {' and '.join(CONTROLS[name] for name in absent)}, so the cause of a difference is not isolated."
-    )
+        return impossible
+    given = f"Not given: {' and '.join(CONTROLS[name] for name in absent)}"
+    return f"{impossible} {given}, so the cause of a difference is not isolated.".lstrip()
 
 
 def secondary_sentence(secondaries: dict[str, Any], primary: dict[str, Any]) -> str:

@@ -11,6 +11,15 @@ from dataclasses import replace
 import torch
 
 from dmd_dar.models.sit import SiT
+from dmd_dar.models.teachers import Denoiser
+
+
+def unfreezable(network: Denoiser) -> str:
+    """Why `frozen_at_mean` cannot be made of a student; empty where it can."""
+    if not isinstance(network, SiT):
+        return f"it is made of SiT students only, and these are {type(network).__name__}"
+    query = network.config.routing.query
+    return "" if query == "timestep" else f"routing.query {query}: only timestep routers have a mean over t"
 
 
 @torch.no_grad()
@@ -21,19 +30,15 @@ def frozen_at_mean(network: SiT, times: tuple[float, ...]) -> SiT:
     same sources. The weights still follow the sources, as any static router's do; what is gone is the query's own t.
     Fixing alpha itself would remove that too, and would not be a network of this family.
 
-    `times` are those at which the network is called: a few-step student's rungs, or 1 - rungs with prediction `sit`.
+    `times` are the network's own at which it is called: `network_time` of a few-step student's rungs.
     ValueError where the query is not `timestep`: static routers are frozen already, and a dynamic router's query
     depends on t only through its input, which has no mean outside of a data set.
     """
-    routing = network.config.routing
-    if network.dar is None or routing.query != "timestep":
-        raise ValueError(
-            f"routing.query {routing.query}: only timestep routers have a mean over t;"
-            " train a control with student.routing.query=static"
-        )
+    if reason := unfreezable(network):
+        raise ValueError(f"{reason}; train a control with student.routing.query=static")
     weights = network.state_dict()
     t = torch.tensor(times, dtype=torch.float32, device=network.pos_embed.device)
     weights["dar.query"] = weights["dar.query"] + weights.pop("dar.gate") * network.t_embedder(t).mean(0)
-    frozen = SiT(replace(network.config, routing=replace(routing, query="static")))
+    frozen = SiT(replace(network.config, routing=replace(network.config.routing, query="static")))
     frozen.load_state_dict(weights)
     return frozen.to(network.pos_embed.device, network.pos_embed.dtype).eval().requires_grad_(False)

@@ -18,14 +18,18 @@ BOOK_KEEPING = (
     "resume",
     "log.",
     "checkpoint.",
-    "launch.cpu",
-    "launch.threads",
-    "launch.accumulation",
+    "launch.",
     "regression.cache",
 )
+NUMERICAL = ("launch.precision",)  # a key under one of those that changes what is learned
 ROUTING = "student.routing."
 # How a student learns: keys of `student` that no arm may differ in, whatever its network is.
 LEARNING = tuple(f"student.{field.name}" for field in fields(OptimiserConfig)) + ("student.ema",)
+
+
+def book_keeping(name: str) -> bool:
+    """Whether a key says only where and by what machines a run was made."""
+    return name.startswith(BOOK_KEEPING) and name not in NUMERICAL
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _alike(
 ) -> None:
     """Refuse a difference beyond the keys that the arm is made of (`own`, but for `never`), seed and book-keeping."""
     for name, ours, theirs in config.differences(run.cfg, other.cfg):
-        if name == "seed" or name.startswith(BOOK_KEEPING) or (name.startswith(own) and name not in never):
+        if name == "seed" or book_keeping(name) or (name.startswith(own) and name not in never):
             continue
         fault = f"{run.folder} has {name} = {ours}, but {other.folder} in arms.{other_role} has {theirs}"
         may = f"{', '.join(own)} (and seed)" if own else "seed"

@@ -23,6 +23,7 @@ from eval.latent import latent_spectra, read_latents
 from eval.measure import fitting, jsonable, measure
 from eval.measured import Reading, mean_plane, read_one
 from eval.page import write_report
+from eval.pairing import ROUTING, book_keeping
 from eval.processes import Processes, Rows
 from eval.provenance import command_line, provenance
 from eval.real import open_fitting, read_real
@@ -168,9 +169,6 @@ def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str,
     return checks
 
 
-ARM_KEYS = ("student.routing.", "log.", "launch.", "checkpoint.", "out_dir", "resume", "regression.cache")
-
-
 def routing_comparisons(checks: list[dict[str, Any]], read: list[arms.Arm]) -> list[str]:
     """One sentence for each routed arm and its residual twin, the arm that differs from it in routing alone."""
     by_name = {check["name"]: check for check in checks}
@@ -190,7 +188,8 @@ def routing_comparisons(checks: list[dict[str, Any]], read: list[arms.Arm]) -> l
 
 def unequal(ours: DistillConfig, theirs: DistillConfig) -> list[str]:
     """Keys beyond routing and book-keeping in which two runs differ."""
-    return [key for key, _, _ in config.differences(ours, theirs) if not key.startswith(ARM_KEYS)]
+    names = [name for name, _, _ in config.differences(ours, theirs)]
+    return [name for name in names if not name.startswith(ROUTING) and not book_keeping(name)]
 
 
 def compare_pair(routed: dict[str, Any], plain: dict[str, Any]) -> str:

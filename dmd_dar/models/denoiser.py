@@ -52,6 +52,22 @@ def meaning_from_dict(values: dict[str, Any]) -> Meaning:
     return Meaning(**{**values, "schedule": None if schedule is None else flow.Schedule(**schedule)})
 
 
+def network_time(meaning: Prediction | Meaning, t: Tensor) -> Tensor:
+    """The time (B,) that a network of that meaning is given for t (B,) of our flow, in float64 where t is clamped.
+
+    A t outside of what the network knows is asked at the nearest t that it knows.
+    """
+    meaning = meaning_of(meaning)
+    if meaning.predicts == "flow" and meaning.schedule is None:
+        return (1 - t if meaning.reversed else t) * meaning.time_scale
+    known = _known(meaning, t)
+    return known * meaning.time_scale if meaning.schedule is None else meaning.schedule.timestep(known)
+
+
+def _known(meaning: Meaning, t: Tensor) -> Tensor:
+    return t.double().clamp(*((EDGE, 1 - EDGE) if meaning.schedule is None else meaning.schedule.bounds))
+
+
 def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Velocity:
     """The velocity v = eps - x0 at t (t = 1 noise) of a network of that meaning."""
     meaning = meaning_of(meaning)
@@ -61,13 +77,11 @@ def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Vel
 
 
 def _on_linear_flow(network: Network, meaning: Meaning) -> Velocity:
-    scale = meaning.time_scale
-
     def forward_time(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return network(x_t, t * scale, cond)[:, : x_t.shape[1]]
+        return network(x_t, network_time(meaning, t), cond)[:, : x_t.shape[1]]
 
     def reversed_time(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return -network(x_t, (1 - t) * scale, cond)[:, : x_t.shape[1]]
+        return -forward_time(x_t, t, cond)
 
     return reversed_time if meaning.reversed else forward_time
 
@@ -77,16 +91,15 @@ def _through_x0(network: Network, meaning: Meaning) -> Velocity:
 
     A t outside of what the network knows is asked at the nearest t that it knows, on an input of unchanged variance.
     """
-    low, high = (EDGE, 1 - EDGE) if meaning.schedule is None else meaning.schedule.bounds
 
     def velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        known, x = t.double().clamp(low, high), x_t.double()
-        alpha, sigma, time = 1 - known, known, known * meaning.time_scale
+        known, x = _known(meaning, t), x_t.double()
+        alpha, sigma = 1 - known, known
         if meaning.schedule is not None:
             x = x / flow.expand_t(torch.hypot(1 - t.double(), t.double()), x)
             norm = torch.hypot(alpha, sigma)
-            alpha, sigma, time = alpha / norm, sigma / norm, meaning.schedule.timestep(known)
-        y = network(x.to(x_t.dtype), time.to(t.dtype), cond)[:, : x_t.shape[1]]
+            alpha, sigma = alpha / norm, sigma / norm
+        y = network(x.to(x_t.dtype), network_time(meaning, t).to(t.dtype), cond)[:, : x_t.shape[1]]
         x0 = flow.prediction_to_x0(meaning.predicts, y, x, alpha, sigma)
         eps = flow.x0_to_prediction("eps", x0, x, alpha, sigma)
         return flow.x0_and_eps_to_velocity(x0, eps, x_t.double(), t).to(x_t.dtype)

@@ -1,5 +1,7 @@
 """The command over real runs of tiny networks: pairing by seed, the numbers it writes, and what it refuses."""
 
+import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,14 +12,17 @@ import torch
 from omegaconf import OmegaConf
 
 from dmd_dar import config, distill
+from dmd_dar.flow import Schedule
 from dmd_dar.methods.generate import few_step_generator
-from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models import teachers
+from dmd_dar.models.denoiser import Meaning, velocity_of
 from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
-from eval import arms, compare, pairing
+from eval import arms, compare, pairing, report
 from eval.bench import Bench
 from eval.compare import CompareConfig
+from eval.controls import frozen_at_mean
 from eval.pairing import ArmsConfig, read_groups
 from eval.provenance import contract_hash
 from eval.report import hf_gain_db
@@ -132,6 +137,31 @@ def test_frozen_routers_are_other_networks_of_the_same_runs(written):
     assert "parameter-matched" not in written["conclusion"]  # routers add less than 1 % here
 
 
+@pytest.mark.parametrize(
+    ("prediction", "times"),
+    [
+        ("flow", (1.0, 0.5)),
+        ("sit", (0.0, 0.5)),
+        ("dit", tuple(Schedule().timestep(torch.tensor([1.0, 0.5], dtype=torch.float64)).tolist())),
+        (Meaning("flow", time_scale=1000.0), (1000.0, 500.0)),
+        (Meaning("eps", time_scale=10.0), (9.99, 5.0)),
+    ],
+    ids=str,
+)
+def test_routers_are_held_at_the_times_that_the_network_is_asked(prediction, times):
+    """One rung after another: frozen there, a student makes what it made at that rung alone."""
+    network = with_routing(tiny_sit(), RoutingConfig("timestep", 2)).eval()
+    with torch.no_grad():
+        network.dar.gate.normal_(std=40.0, generator=torch.Generator().manual_seed(1))
+
+    class Run:
+        def student(self, device):
+            return teachers.Teacher(network, prediction, "digest", rungs=(1.0, 0.5))
+
+    held = compare.students({"dar": Run()}, torch.device("cpu"))[compare.AT_MEAN].network
+    torch.testing.assert_close(held.dar.query, frozen_at_mean(network, times).dar.query, rtol=1e-4, atol=1e-6)
+
+
 def test_resetting_the_routers_shows_what_they_did(runs, written):
     network, card = load_network(runs / "dar_0" / "student")
     bench = Bench.of(options(runs), network, torch.device("cpu"))
@@ -213,6 +243,19 @@ def test_book_keeping_may_differ_and_a_residual_arm_of_the_same_size_is_a_matche
     assert all([run.cfg.seed for run in group] == [0, 1] for group in groups.values()) and len(groups) == 4
 
 
+def test_machines_may_differ_for_both_commands_and_precision_for_neither():
+    base = distill.DistillConfig()
+    for changes, unequal in (
+        ({"processes": 2, "checkpointing": True}, []),
+        ({"precision": "bf16"}, ["launch.precision"]),
+    ):
+        other = dataclasses.replace(base, launch=dataclasses.replace(base.launch, **changes))
+        assert report.unequal(base, other) == unequal
+        runs = [arms.Arm(name, Path(name), cfg, {}) for name, cfg in (("a", base), ("b", other))]
+        with pytest.raises(config.ConfigError, match="precision") if unequal else contextlib.nullcontext():
+            pairing._alike("dar", runs[0], "dar", runs[1], ())
+
+
 def test_wrong_seeds_arms_and_folders_are_named(runs, tmp_path):
     other = changed(runs / "dar_1", tmp_path / "dar_7", "seed", 7)
     twin = changed(runs / "dar_0", tmp_path / "dar_9", "seed", 9)
@@ -237,6 +280,32 @@ def test_a_run_on_other_data_is_refused(runs, tmp_path):
     cfg = options(runs, dar=("dar_0", str(copy)))
     with pytest.raises(config.ConfigError, match=r"arms\.dar: .*dar_1 was trained on data of hash other"):
         read_groups(cfg.arms)
+
+
+def test_fewer_images_than_classes_are_compared_all_the_same():
+    """64 images of 1000 classes: no class has a second image, so class diversity is told as undefined."""
+
+    def images(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return compare.Measured.of(
+            torch.randint(0, 256, (64, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(64)
+        )
+
+    teacher, sets = images(0), {"residual": [images(1), images(2)], "dar": [images(3), images(4)]}
+    costs = {name: 1.0 for name in ("latency_ms_per_image", "peak_memory_mb", "gflops_per_image", "parameters")}
+    common = {**costs, "training_step_seconds": float("nan"), "reset_shift_db": 0.2}
+    rows = {
+        arm: [
+            {"seed": seed, **common, **compare.measure_run(one, teacher, 1.0, arm)} for seed, one in enumerate(measured)
+        ]
+        for arm, measured in sets.items()
+    }
+    result = compare.conclude(compare.Study(teacher, rows, sets), CompareConfig(ArmsConfig(("a", "b"), ("c", "d"))))
+    assert result["secondaries"]["diversity_ratio"]["skipped"] == "undefined for a run"
+    assert result["costs"]["training_step_seconds"]["skipped"] and "training step" not in result["conclusion"]
+    for one in result["primary"]["per_seed"]:
+        assert one["difference_db"]["high"] - one["difference_db"]["low"] > 0.05
+    json.dumps(result, allow_nan=False)
 
 
 def test_an_undefined_metric_is_skipped_and_the_rest_kept():

@@ -43,6 +43,7 @@ def result(main: dict, **changes) -> dict:
         "images": 1024,
         "primary": main,
         "controls": {},
+        "absent": {},
         "secondaries": {"lsd": lsd},
         "costs": {
             "latency_ms": {"title": "ms per image", "residual": 5.0, "dar": 7.0, "difference": lsd["difference"]}
@@ -93,7 +94,9 @@ def test_costs_structure_and_missing_controls_stand_beside_a_win():
     text = conclusion(result(WIN))
     assert "1.40 times the time per image and +20.00 % parameters." in text
     assert "Not given: a parameter-matched residual arm and an arm trained with static routers" in text
-    assert "Energy is not structure" not in text
+    assert "Energy is not structure" not in text and "was not made" not in text
+    lacking = conclusion(result(WIN, absent={"frozen_at_mean": "it is made of SiT students only"}))
+    assert "frozen_at_mean was not made: it is made of SiT students only. Not given: a param" in lacking
     assert "moves its HF gain by -1.20 to +0.30 dB (router unused in 1 of 3 runs)" in text
     runs = result(WIN)["runs"]
     poor = {arm: [{**row, "hf_kurtosis_ratio": 0.4, "parameters": 1000} for row in rows] for arm, rows in runs.items()}

@@ -5,7 +5,7 @@ import torch
 
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
-from eval.controls import frozen_at_mean
+from eval.controls import frozen_at_mean, unfreezable
 from tests.tiny import tiny_sit
 
 
@@ -46,5 +46,7 @@ def test_the_student_itself_is_untouched(student):
 
 @pytest.mark.parametrize("query", ["residual", "static", "dynamic"])
 def test_only_timestep_routers_are_frozen(query):
+    assert not unfreezable(with_routing(tiny_sit(), RoutingConfig(query="timestep", chunk_size=2)))
+    assert "SiT students only, and these are Linear" in unfreezable(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=f"{query}.*query=static"):
         frozen_at_mean(with_routing(tiny_sit(), RoutingConfig(query=query, chunk_size=2)), (1.0,))

@@ -9,7 +9,7 @@ from torch import Tensor
 from dmd_dar import flow, losses
 from dmd_dar.guidance import guided
 from dmd_dar.methods import rollout
-from dmd_dar.models.denoiser import EDGE, MEANINGS, Meaning, velocity_of
+from dmd_dar.models.denoiser import EDGE, MEANINGS, Meaning, network_time, velocity_of
 
 CHAINS = [flow.Schedule(), flow.Schedule("cosine"), flow.Schedule("scaled_linear", 1000, 0.00085, 0.012)]
 KINDS = ("x0", "eps", "v", "flow")
@@ -89,6 +89,15 @@ def test_the_matching_gradient_is_its_closed_form_and_of_each_sample_alone():
         expected = (fake[i] - real[i]) / ((x[i] - real[i]).abs().mean() + 1e-6)
         for found in (together[i], gradient(slice(i, i + 1))[0], gradient(slice(max(i - 1, 0), i + 1))[-1]):
             assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("meaning", ALL, ids=str)
+def test_the_time_that_a_network_is_given_can_be_asked(meaning):
+    t, calls = torch.tensor([0.0, 0.03, 0.3, 0.7, 0.9, 1.0], dtype=torch.float64), []
+    velocity_of(gaussian(meaning, 0, 1, calls), meaning)(randn(6, 2, 3, 3), t, COND[:6])
+    assert torch.equal(network_time(meaning, t), calls[0][1])
+    if meaning.reversed:
+        assert torch.equal(network_time(meaning, t), (1 - t) * meaning.time_scale)
 
 
 def test_a_chain_s_network_gets_its_own_scale_and_time():
