@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmd_dar import config, losses
-from dmd_dar.data.sources import data_hash, open_data
+from dmd_dar.data.sources import Source, data_hash, open_data
 from dmd_dar.distill_config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.methods.dmd import DMD
@@ -75,14 +75,16 @@ def build_method(
     runtime: Runtime,
     codec: Codec | None = None,
     calls: Calls | None = None,
+    data: Source | None = None,
 ) -> DMD:
     """The method over three velocities, with the trajectories, the real data and the GAN that its losses want.
 
-    `calls` remembers the networks' last calls, for what is left where one fails.
+    `calls` remembers the networks' last calls, for what is left where one fails. `data` is cfg.data, if it is open.
     """
     calls = calls or Calls()
     teacher_velocity = guided_velocity(networks.teacher, prediction, cfg.guidance_scale)
-    real = real_batches(cfg, recipe, runtime.device) if cfg.needs_data else None
+    unguided = calls.watch("unguided_teacher", velocity_of(networks.teacher, prediction))
+    real = real_batches(cfg, recipe, data or open_data(cfg.data, runtime.device)) if cfg.needs_data else None
     asked = rung_condition(cfg.rungs, recipe.num_classes) if cfg.fake_score.per_rung else same_condition
     gan = None
     if real is not None and cfg.gan.used:
@@ -102,7 +104,7 @@ def build_method(
         sampler=cfg.sampler,
         data=real if cfg.student_input == "data" else None,
         matching_weight=cfg.matching.weight,
-        unguided_teacher=velocity_of(networks.teacher, prediction) if cfg.matching.dm_form == "decoupled" else None,
+        unguided_teacher=unguided if cfg.matching.dm_form == "decoupled" else None,
         guidance_time=cfg.matching.guidance_time,
         regression_weight=cfg.regression,
         distance=distance_of(cfg.regression, runtime.device, codec),
@@ -113,9 +115,8 @@ def build_method(
     )
 
 
-def real_batches(cfg: DistillConfig, recipe: Recipe, device: torch.device) -> Batch:
+def real_batches(cfg: DistillConfig, recipe: Recipe, data: Source) -> Batch:
     """Real data for the GAN or the student's input; a ConfigError where it is not of the teacher's kind."""
-    data = open_data(cfg.data, device)
     if (tuple(data.shape), data.num_classes) != (recipe.shape, recipe.num_classes):
         asking = "student_input = data" if cfg.student_input == "data" else f"gan.weight = {cfg.gan.weight:g}"
         raise config.ConfigError(
@@ -136,7 +137,11 @@ def build_gan(
     """The game and its fresh heads, which are the same for every student of a seed."""
     network = networks.fake_score if cfg.gan.features == "fake_score" else networks.teacher
     try:
-        layers = chosen_layers(cfg.gan.layers, len(block_readers(network)))
+        depth = len(block_readers(network))
+    except ValueError as error:
+        raise config.ConfigError(f"gan.features = {cfg.gan.features}: {error}; set gan.weight=0") from error
+    try:
+        layers = chosen_layers(cfg.gan.layers, depth)
     except ValueError as error:
         raise config.ConfigError(f"gan.{error}") from error
     with torch.random.fork_rng(devices=[]):
@@ -184,7 +189,8 @@ def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Cod
         raise config.ConfigError(f"{made}, not data.size {cfg.data.size}; set data.size, or name another teacher")
     if codec is not None and channels != codec.channels:
         raise config.ConfigError(f"{made}, but latents of teacher.codec {teacher.codec} have {codec.channels} channels")
-    if cfg.needs_data and not teacher.knows(open_data(cfg.data).label_names):
+    prompted = getattr(teacher.network.config, "prompted", False)
+    if cfg.needs_data and prompted and not teacher.knows(open_data(cfg.data).label_names):
         raise config.ConfigError(
             f"data.name = {cfg.data.name}: its classes are no prompts: encode their names, in order, or one description"
             " each with teacher.prompts_are_classes=true; or set gan.weight=0 and student_input=simulate"
@@ -218,14 +224,15 @@ def distill(cfg: DistillConfig) -> None:
     runtime = Runtime(cfg.launch)
     torch.manual_seed(cfg.seed)
     teacher, codec = open_teacher(cfg, runtime.device)
-    if cfg.preflight:
-        preflight(runtime, teacher, open_data(cfg.data, runtime.device), codec, cfg.seed)
+    data = open_data(cfg.data, runtime.device) if cfg.preflight or cfg.needs_data else None
+    if cfg.preflight and data is not None:
+        preflight(runtime, teacher, data, codec, cfg.seed)
     networks = networks_of(cfg, teacher.network)
     student, fake_score = networks.student, networks.fake_score
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
     calls = Calls()
     with open_run(cfg, runtime) as folder:
-        method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls)
+        method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls, data)
         ema = Ema(student, *cfg.student.decays)
         runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
         routing_lr = cfg.student.routing.lr

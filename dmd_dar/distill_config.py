@@ -135,6 +135,13 @@ class DistillConfig:
         flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
         if not (self.matching.weight or self.regression.used or self.gan.used):
             raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
+        turns = (0, self.steps - 1, *(weight.ramp_start + weight.ramp_steps for weight in (self.regression, self.gan)))
+        for step in sorted(turns):  # weights are straight lines: where both are 0 anywhere, they are so at one of these
+            if not (self.matching.weight or self.regression.at(step) or self.gan.at(step)) and step < self.steps:
+                raise ValueError(
+                    f"matching.weight is 0, and regression.weight and gan.weight are both 0 at student update {step}:"
+                    " nothing would train the student there; let their ramps overlap"
+                )
         if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
             raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
         frozen = self.weights == "shared_lora" or self.frozen_dtype != "float32" or self.launch.offload

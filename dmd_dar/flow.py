@@ -45,11 +45,6 @@ def velocity_to_x0(v: Batch, x_t: Batch, t: Times) -> Batch:
     return x_t - expand_t(t, x_t) * v
 
 
-def velocity_to_eps(v: Batch, x_t: Batch, t: Times) -> Batch:
-    """eps = x_t + (1 - t) v."""
-    return x_t + (1 - expand_t(t, x_t)) * v
-
-
 def x0_to_velocity(x0: Batch, x_t: Batch, t: Times) -> Batch:
     """v = (x_t - x0) / t, divided in float64. Raises ValueError at t = 0, where x_t says nothing about eps."""
     if (t <= 0).any():

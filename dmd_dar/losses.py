@@ -16,6 +16,7 @@ from dmd_dar.keys import key
 Batch = Float[Tensor, "b *rest"]
 PerSample = Float[Tensor, "b"]  # noqa: F821
 Scalar = Float[Tensor, ""]
+THREE = ("student", "teacher", "fake score")  # whose x0 a matching loss compares
 
 
 def promote(x: Tensor) -> Tensor:
@@ -29,22 +30,25 @@ def per_sample_mean(x: Batch) -> PerSample:
 
 
 # DMD, arXiv:2311.18828 Eq. 7 and 8: the gradient mu_fake - mu_real over the per-sample mean |x - mu_real|.
-def dmd_direction(x0_student: Batch, x0_teacher: Batch, x0_fake: Batch) -> Batch:
-    """g (B, ...), detached: the direction along which the student's samples are too likely. Raises if not finite."""
+def dmd_direction(x0_student: Batch, x0_teacher: Batch, x0_fake: Batch, names: tuple[str, str, str] = THREE) -> Batch:
+    """g (B, ...), detached: the direction along which the student's samples are too likely.
+
+    Raises FloatingPointError where it is not finite, naming whose estimate is not by `names`, in the arguments' order.
+    """
     x0_student, x0_teacher, x0_fake = (promote(x.detach()) for x in (x0_student, x0_teacher, x0_fake))
     normaliser = per_sample_mean((x0_student - x0_teacher).abs()) + 1e-6
     g = (x0_fake - x0_teacher) / normaliser.reshape(-1, *[1] * (x0_fake.dim() - 1))
     if not (torch.isfinite(g).all() and torch.isfinite(normaliser).all()):  # an infinite student only shows in it
-        sources = {"student": x0_student, "teacher": x0_teacher, "fake score": x0_fake}
-        guilty = [name for name, x in sources.items() if not torch.isfinite(x).all()]
+        estimates = (x0_student, x0_teacher, x0_fake)
+        guilty = [name for name, x in zip(names, estimates, strict=True) if not torch.isfinite(x).all()]
         source = guilty or "none, the gradient overflows"
         raise FloatingPointError(f"distribution matching gradient is not finite; non-finite output from: {source}")
     return g
 
 
-def dmd_loss(x0_student: Batch, x0_teacher: Batch, x0_fake: Batch) -> Scalar:
+def dmd_loss(x0_student: Batch, x0_teacher: Batch, x0_fake: Batch, names: tuple[str, str, str] = THREE) -> Scalar:
     """Scalar 1/2 mean (x - sg(x - g))^2, whose gradient in x0_student is g / numel. Only x0_student gets one."""
-    g = dmd_direction(x0_student, x0_teacher, x0_fake)
+    g = dmd_direction(x0_student, x0_teacher, x0_fake, names)
     x = promote(x0_student)
     return 0.5 * per_sample_mean((x - (x.detach() - g)).square()).mean()
 

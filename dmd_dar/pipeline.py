@@ -1,10 +1,12 @@
 """A student ready to sample, in any process: `dmd_dar.load_pipeline(path)`."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,7 +22,7 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
 
 Output = Literal["float", "uint8", "pil"]
-Labels = int | str | Sequence[int | str] | Tensor
+Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class StudentPipeline:
 
         Raises UserError for labels that the student does not know, and for numbers of images that contradict.
         """
+        labels = _plain(labels)
         count = _count(labels, n, noise)
         if noise is not None and tuple(noise.shape) != (count, *self.shape):
             raise UserError(f"noise of shape {tuple(noise.shape)}: must be {(count, *self.shape)}")
@@ -94,24 +97,34 @@ class StudentPipeline:
         pixels = to_pixels(x0)
         return pixels if output == "uint8" else [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in pixels]
 
-    def _indices(self, labels: Labels, count: int) -> Tensor:
+    def _indices(self, labels: Any, count: int) -> Tensor:
         """(count,) int64."""
-        given = labels.tolist() if isinstance(labels, Tensor) else labels
-        each = [given] * count if isinstance(given, int | str) else list(given)
+        each = labels if isinstance(labels, list) else [labels] * count
         return torch.tensor([self._index(label) for label in each], dtype=torch.int64)
 
-    def _index(self, label: int | str) -> int:
+    def _index(self, label: Any) -> int:
         if isinstance(label, str) and self.label_names.count(label) == 1:
             return self.label_names.index(label)
-        if not isinstance(label, int) or not 0 <= label < self.num_classes:
+        try:
+            index = operator.index(label)
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.num_classes:
             names = f", by name {', '.join(self.label_names[:8])} ..." if self.label_names else " and has no names"
             raise UserError(f"label {label!r}: the student knows the classes 0 to {self.num_classes - 1}{names}")
-        return label
+        return index
 
 
-def _count(labels: Labels | None, n: int | None, noise: Tensor | None) -> int:
+def _plain(labels: Any) -> Any:
+    """Arrays and tensors as numbers and texts, or lists of them; None, a number or a text as it is, others as lists."""
+    if isinstance(labels, Tensor | np.ndarray | np.generic):
+        labels = labels.tolist()
+    return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
+
+
+def _count(labels: Any, n: int | None, noise: Tensor | None) -> int:
     """How many images were asked for; UserError where the arguments contradict, or none says it."""
-    each = None if labels is None or isinstance(labels, int | str) else len(labels)
+    each = len(labels) if isinstance(labels, list) else None
     said = {"labels": each, "n": n, "noise": None if noise is None else len(noise)}
     counts = {value for value in said.values() if value is not None}
     if labels is not None and not counts:

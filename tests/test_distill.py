@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from dmd_dar import config, distill, sample
 from dmd_dar.data.photos import NAMES
+from dmd_dar.data.sources import open_data
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
+from dmd_dar.models.discriminator import block_readers
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
@@ -272,6 +276,46 @@ def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, sa
         distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", wrong))
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and said in message
+
+
+@pytest.mark.parametrize(
+    ("weights", "update"),
+    [
+        ("regression={weight: 0.5, end_weight: 0.0, ramp_steps: 2}", 2),
+        ("regression.weight=0 gan={weight: 0.0, end_weight: 0.1, ramp_steps: 2}", 0),
+        ("regression={weight: 0.5, end_weight: 0.0} gan={weight: 0.0, end_weight: 1.0, ramp_start: 2}", 0),
+        ("regression={end_weight: 0.0, ramp_steps: 1} gan={weight: 0.0, end_weight: 1.0, ramp_start: 3}", 1),
+        ("regression={weight: 0.5, end_weight: 0.0, ramp_steps: 4} gan.weight=0", None),
+        ("regression={weight: 0.5, end_weight: 0.0, ramp_steps: 2} gan.weight=0.1", None),
+        ("regression.weight=0.5 gan={weight: 0.0, end_weight: 1.0, ramp_start: 2}", None),
+    ],
+)
+def test_an_update_that_nothing_trains_is_refused(teacher, weights, update):
+    given = arguments(teacher, Path("unused"), "matching.weight=0", *re.split(r" (?=gan|regression)", weights))
+    if update is None:
+        config.load(distill.DistillConfig, given)
+        return
+    with pytest.raises(config.ConfigError, match=f"matching.weight = 0.0 .*both 0 at student update {update}: nothing"):
+        config.load(distill.DistillConfig, given)
+
+
+def test_images_are_opened_once_and_not_for_a_run_without_them(teacher, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(distill, "open_data", lambda *given: opened.append(given) or open_data(*given))
+    monkeypatch.setattr(distill, "preflight", lambda *given: None)
+    monkeypatch.setattr(distill, "run_cycle", lambda *given, **more: None)
+    for out, count in (("without", 0), ("with", 1)):
+        opened.clear()
+        more = ["regression.weight=0"] + ["gan.weight=0.1", "preflight=true"] * count
+        distill.main(arguments(teacher, tmp_path / out, *more))
+        assert len(opened) == count
+
+
+def test_blocks_that_are_not_known_are_no_fault_of_the_layers(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "block_readers", lambda network: block_readers(nn.Linear(1, 1)))
+    with pytest.raises(SystemExit):
+        distill.main(arguments(teacher, tmp_path / "run", "gan.weight=0.1", "regression.weight=0"))
+    assert "gan.features = fake_score: the blocks of a Linear are not known here" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_classes_is_distilled_and_sampled(tmp_path):

@@ -76,6 +76,9 @@ def test_a_value_that_is_not_finite_names_its_network(index, name, value):
     given[index][1, 0, 2, 3] = value
     with pytest.raises(FloatingPointError, match=rf"\['{name}'\]"):
         losses.dmd_loss(*given)
+    names = ("one", "two", "three")
+    with pytest.raises(FloatingPointError, match=rf"\['{names[index]}'\]"):
+        losses.dmd_loss(*given, names)
 
 
 def test_flow_matching_has_its_minimum_at_eps_minus_x0():

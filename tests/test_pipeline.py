@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,6 +97,11 @@ def test_labels_noise_and_outputs(students):
     images = pipe(n=3, seed=1)
     assert torch.equal(images, pipe(["a", "b", "c"], seed=1)) and torch.equal(images[1:2], pipe([0, 1], seed=1)[1:])
     assert torch.equal(pipe("b", n=2, seed=1)[1], images[1]) and pipe(4).shape == (1, 3, 16, 16)
+    for two in (torch.tensor(2), np.int64(2), np.array(2), [np.int64(2)], [torch.tensor(2)], np.array(["c"]), (2,)):
+        assert torch.equal(pipe(two, seed=1), pipe(2, seed=1))
+    assert torch.equal(pipe(np.arange(3), seed=1), images) and torch.equal(
+        pipe(torch.tensor(1), n=2, seed=1)[1], images[1]
+    )
     pixels, pictures = pipe(n=3, seed=1, output="uint8"), pipe(n=3, seed=1, output="pil")
     assert pixels.dtype == torch.uint8 and (pixels.float() / 127.5 - 1 - images.clamp(-1, 1)).abs().max() < 0.0041
     assert pictures[2].size == (16, 16) and pictures[2].tobytes() == pixels[2].permute(1, 2, 0).numpy().tobytes()
@@ -113,6 +119,10 @@ def test_labels_noise_and_outputs(students):
         ({"labels": 7}, "label 7: the student knows the classes 0 to 6"),
         ({"labels": ["z"]}, "label 'z': the student knows"),
         ({"labels": [0.5]}, "label 0.5"),
+        ({"labels": torch.tensor(0.5)}, "label 0.5"),
+        ({"labels": [torch.tensor(0.5)]}, "label tensor"),
+        ({"labels": torch.zeros(1, 2, dtype=torch.int64)}, r"label \[0, 0\]"),
+        ({"labels": np.int64(-1)}, "label -1"),
         ({"n": 0}, "above 0"),
         ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise of shape \(2, 3, 8, 8\): must be \(2, 3, 16, 16\)"),
         ({"n": 1, "output": "jpeg"}, "output = 'jpeg'"),

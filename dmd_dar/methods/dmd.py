@@ -102,7 +102,12 @@ class DMD:
             return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake), metrics
         networks = (self.teacher, self.unguided_teacher)
         guided, unguided = self.estimates("guidance", self.guidance_time, networks, x0_student, cond, draws)
-        return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake) + losses.dmd_loss(x, guided, unguided), metrics
+        score, guidance = ("student", "unguided teacher", "fake score"), ("student", "teacher", "unguided teacher")
+
+        def both(x: Tensor) -> Tensor:
+            return losses.dmd_loss(x, x0_teacher, x0_fake, score) + losses.dmd_loss(x, guided, unguided, guidance)
+
+        return both, metrics
 
     @torch.no_grad()
     def estimates(

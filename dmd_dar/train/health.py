@@ -83,15 +83,17 @@ def signals(student: Samples, teacher: Samples) -> dict[str, float]:
     found = {
         "mean_drift": drift[drift.abs().argmax()].item(),
         "std_ratio": ratio[ratio.log().abs().argmax()].item(),
-        "diversity": student.diversity / teacher.diversity,
         "saturation": student.saturation,
         "teacher_saturation": teacher.saturation,
     }
+    if teacher.diversity:
+        found["diversity"] = student.diversity / teacher.diversity
     if student.power is not None and teacher.power is not None and student.frequencies is not None:
-        found["hf_gain"] = 10 * math.log10(max(student.hf, 1e-30) / teacher.hf)
+        if teacher.hf:
+            found["hf_gain"] = 10 * math.log10(max(student.hf, 1e-30) / teacher.hf)
         distance, _ = spectrum.log_spectral_distance(student.frequencies, student.power, teacher.power)
         found["log_spectral_distance"] = distance.item()
-        found["score"] = abs(found["hf_gain"]) + found["log_spectral_distance"]
+        found["score"] = abs(found.get("hf_gain", math.nan)) + found["log_spectral_distance"]
     if student.lines is not None and teacher.lines is not None:
         held = ~teacher.lines.isnan()  # this size has not every line
         found["grid_peak"] = torch.where(held, student.lines - teacher.lines, -math.inf).max().item()

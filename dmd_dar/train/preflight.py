@@ -20,7 +20,7 @@ from dmd_dar.data.sources import Source
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.models.codecs import Codec
-from dmd_dar.models.denoiser import MEANINGS, Meaning, velocity_of
+from dmd_dar.models.denoiser import MEANINGS, Meaning, meaning_of, velocity_of
 from dmd_dar.models.teachers import Teacher
 from dmd_dar.train.runtime import Runtime
 
@@ -87,7 +87,7 @@ def check_teacher(teacher: Teacher, data: Source, codec: Codec | None = None, se
     Raises PreflightError where it is worse than a constant at any t, or another meaning of its output, or another
     scale of the data, has a far smaller error at every t.
     """
-    network, meaning = teacher.network, _meaning(teacher)
+    network, meaning = teacher.network, meaning_of(teacher.prediction)
     x0, labels = first_batch(data, seed)
     check_data(x0)
     shape = (network.config.in_channels, network.config.input_size, network.config.input_size)
@@ -135,11 +135,6 @@ def _regression(x: Tensor, target: Tensor) -> tuple[float, float]:
     x, target = _centred(x), _centred(target)
     slope = (x * target).mean() / x.square().mean().clamp(min=1e-30)
     return slope.item(), (target - slope * x).square().mean().item()
-
-
-def _meaning(teacher: Teacher) -> Meaning:
-    prediction = teacher.prediction
-    return MEANINGS[prediction] if isinstance(prediction, str) else prediction
 
 
 def _readings(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -139,6 +140,19 @@ def test_decoupled_matching_splits_the_guided_difference():
     scales = [(x - mu).abs().flatten(1).mean(1).reshape(-1, 1, 1, 1) + 1e-6 for mu in (mu_cond, mu_guided)]
     expected = (mu_f - mu_cond) / scales[0] - (g - 1) * (at_s[0] - at_s[1]) / scales[1]
     torch.testing.assert_close(found * x.numel(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_decoupled_matching_names_the_unguided_teacher():
+    calls = []
+
+    def plain(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        calls.append(t)  # the first is the score's, the second the guidance's
+        return gaussian(1.0, 0.5)(x_t, t, cond) * (math.nan if len(calls) == 2 else 1)
+
+    student = Samples()
+    method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), unguided_teacher=plain)
+    with pytest.raises(FloatingPointError, match=r"\['unguided teacher'\]"):
+        method.student_loss(draws_for(1))
 
 
 def test_the_fake_score_s_loss_in_x0_is_that_of_flow_times_t_squared():

@@ -1,5 +1,6 @@
 """Each signal reads what was planted in the samples, and warns of it by the keys that mend it."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -59,6 +60,12 @@ def test_drift_is_signed_and_in_the_teachers_deviations(teacher):
     found = read(shifted, teacher)
     assert found["mean_drift"] == pytest.approx(-0.5, rel=1e-4) and found["std_ratio"] == pytest.approx(1, rel=1e-4)
     assert "-0.50 standard deviations" in warnings_of(found)["mean_drift"]
+
+
+def test_what_the_teacher_has_none_of_is_left_out(teacher):
+    found = signals(teacher, dataclasses.replace(teacher, diversity=0.0, hf=0.0))
+    assert {"diversity", "hf_gain", "score"}.isdisjoint(found)
+    assert found["log_spectral_distance"] == 0 and found["std_ratio"] == 1
 
 
 @pytest.mark.parametrize(("factor", "word"), [(0.5, "lost"), (2.0, "overdone")])

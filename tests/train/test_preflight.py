@@ -63,10 +63,10 @@ class OfPlanes(nn.Module):
         if self.form == "thousand":
             return self.velocity(x, time / 1000)
         if self.form == "linear eps":
-            return flow.velocity_to_eps(self.velocity(x, time), x, time)
+            return x + (1 - flow.expand_t(time, x)) * self.velocity(x, time)
         t = CHAIN.level(time.double()).float()
         x = x * flow.expand_t(torch.hypot(1 - t, t), x)
-        return flow.velocity_to_eps(self.velocity(x, t), x, t)
+        return x + (1 - flow.expand_t(t, x)) * self.velocity(x, t)
 
 
 class Scaled:
