@@ -21,8 +21,10 @@ from tqdm import tqdm
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import to_pixels
 from dmd_dar.draws import Draws, sample_range
+from dmd_dar.errors import UserError
 from dmd_dar.methods.generate import Generator, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
+from dmd_dar.spectrum import MIN_SIZE
 from eval.cost import flops, latencies, peak_memory
 from eval.processes import Processes
 from eval.sets import ImageSet, Role
@@ -65,8 +67,14 @@ class Bench:
     def of(
         cfg: Any, network: Any, device: torch.device, codec: Codec | None = None, processes: Processes | None = None
     ) -> "Bench":
-        """From a command's n, seed, batch_size and cache, and the shape of what `network` makes."""
+        """From a command's n, seed, batch_size and cache, and what `network` makes; UserError if that is too small."""
         shape = network.config
+        side = shape.input_size * (1 if codec is None else codec.factor)
+        if side < MIN_SIZE:
+            raise UserError(
+                f"images of {side} x {side} pixels are too small: a spectrum needs {MIN_SIZE} a side; evaluate"
+                " a network of larger images"
+            )
         return Bench(
             count=cfg.n,
             seed=cfg.seed,

@@ -258,9 +258,11 @@ def modes_of(one: ImageSet, other: ImageSet, suite: Suite, seed: int, ledger: Le
     return ledger.attempt("modes", one.name, measure)
 
 
-def against_statistics(ours: Features | None, suite: Suite, ledger: Ledger) -> dict[str, Any] | None:
-    """FID against the npz."""
+def against_statistics(
+    ours: Features | None, suite: Suite, ledger: Ledger, second: Features | None = None
+) -> dict[str, Any] | None:
+    """FID against the npz; its null is what `second`, a set of real images, reads there."""
     if ours is None or suite.statistics is None:
         return None
     known = suite.statistics
-    return ledger.attempt("fid against the npz", ours.name, lambda: features.compare(ours, known))
+    return ledger.attempt("fid against the npz", ours.name, lambda: features.compare(ours, known, second=second))

@@ -110,6 +110,8 @@ def _header(file: Path) -> tuple[int, int, int]:
 def _open_png(file: Path) -> Image.Image:
     try:
         return Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise UnfitError(f"{file}: {error}; make it smaller") from error
     except (UnidentifiedImageError, OSError) as error:
         raise UnfitError(f"{file}: no readable image; make it anew") from error
 

@@ -92,7 +92,8 @@ def _rows(
     rows = []
     for one in measured:
         row: dict[str, Any] = {**describe(one, seed), **distances.alone(one.source, suite, names, seed, ledger)}
-        row["fid_npz"] = distances.against_statistics(one.features.get("fid"), suite, ledger)
+        again = None if null is None or one is null else null.features.get("fid")
+        row["fid_npz"] = distances.against_statistics(one.features.get("fid"), suite, ledger, again)
         row["against"] = {"teacher": None, "real": None}
         for key, other in targets.items():
             if one is not other.measured:

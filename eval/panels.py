@@ -95,14 +95,13 @@ def gain(result: dict[str, Any], png: bytes) -> str:
 
 
 def bands(result: dict[str, Any], png: bytes) -> str:
-    empty = [name for name in result["bands"]["names"] if all(_gain(row, name) is None for row in charted(result))]
+    sets = charted(result)
+    empty = [name for name in result["bands"]["names"] if sets and all(_gain(row, name) is None for row in sets)]
     caption = (
         "The same pooled over bands, with 95 % bootstrap intervals over images. HF, shaded, decides the verdict."
         + (f" At this size no frequency falls in {', '.join(empty)}." if empty else "")
     )
-    rows = [
-        [text(row["name"]), *(_gain_cell(row, name) for name in result["bands"]["names"])] for row in charted(result)
-    ]
+    rows = [[text(row["name"]), *(_gain_cell(row, name) for name in result["bands"]["names"])] for row in sets]
     data = table("gain of each band", ["set", *map(text, result["bands"]["names"])], rows)
     return figure(png, "chart", "Gain of each band", caption, data)
 

@@ -141,13 +141,17 @@ def better_baseline(sets: list[ImageSet], result: dict[str, Any]) -> str:
 
 
 def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str, Any]]:
-    """For every student: fd_wavelet above its null as a share of the baseline's, HF gain, least class diversity."""
+    """For every student: fd_wavelet above its null, HF gain, least class diversity, beside the baseline's.
+
+    fd_excess_share is None where the baseline is no further above the null than the null is above 0.
+    """
     rows = {row["name"]: row for row in result["sets"]}
 
     def against(name: str) -> dict[str, Any]:
         return rows[name]["against"]["teacher"]
 
     start = against(baseline)
+    far, least = (start["fd_wavelet"][name] for name in ("excess", "null"))
     checks = []
     for name, row in rows.items():
         if row["role"] == "student":
@@ -157,7 +161,7 @@ def distillation_checks(result: dict[str, Any], baseline: str) -> list[dict[str,
                     "name": name,
                     "baseline": baseline,
                     "fd_excess": ours["fd_wavelet"]["excess"],
-                    "fd_excess_share": ours["fd_wavelet"]["excess"] / start["fd_wavelet"]["excess"],
+                    "fd_excess_share": None if far <= least else ours["fd_wavelet"]["excess"] / far,
                     "hf_gain_db": ours["gain_db"]["HF"]["value"],
                     "hf_gain_db_baseline": start["gain_db"]["HF"]["value"],
                     "least_class_diversity": ours["diversity_ratio"]["pixels"]["least"],
@@ -239,9 +243,12 @@ def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> dict[str,
 
 def check_sentence(check: dict[str, Any]) -> str:
     """What a student's checks say, in words."""
+    share, baseline = check["fd_excess_share"], check["baseline"]
+    apart = f"{check['fd_excess']:.2f}, where '{baseline}' is near its null already"
+    if share is not None:
+        apart = f"{share:.2f} of that of '{baseline}'"
     text = (
-        f"{check['name']}: fd_wavelet above its null is {check['fd_excess_share']:.2f} of that of"
-        f" '{check['baseline']}';"
+        f"{check['name']}: fd_wavelet above its null is {apart};"
         f" HF gain {check['hf_gain_db']:+.2f} dB (there {check['hf_gain_db_baseline']:+.2f});"
         f" least diversity of a class {check['least_class_diversity']:.2f} of the teacher's"
     )

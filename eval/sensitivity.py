@@ -27,7 +27,7 @@ from dmd_dar.data import photos, textures
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from eval import features, maps, sliced, spoil, structure
-from eval.frechet import feature_distance, standardise
+from eval.frechet import feature_distance
 from eval.measure import jsonable
 from eval.provenance import command_line, provenance
 from eval.spectrum import BAND_NAMES, Spectrum, decibel, gain_curve, spectrum_of
@@ -101,7 +101,12 @@ class Measured:
     structure: structure.Structure
     lines: np.ndarray  # (N, 2, 4, 5)
     patches: list[Tensor]
-    features: dict[str, Tensor]  # (N, D) each
+    features: dict[str, features.Features]
+
+
+def extractors_of(draw: Callable[[str], Labelled], seed: int) -> list[features.Extractor]:
+    """Those that a report always has, fitted as there on images that are compared with nothing."""
+    return [features.wavelet(), features.fit_pca(draw("fit").images, seed=seed)]
 
 
 def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
@@ -110,7 +115,7 @@ def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
         structure=structure.structure_of(images),
         lines=maps.grid_lines(images),
         patches=sliced.sliced_patches(images),
-        features={one.name: one.extract(images).double() for one in extractors},
+        features={one.name: features.Features("set", one.extract(images), one, False) for one in extractors},
     )
 
 
@@ -130,8 +135,8 @@ def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
     levels = sliced.level_distances(ours.patches, theirs.patches)
     found |= {f"sliced Wasserstein, level {i}": level for i, level in enumerate(levels)}
     for name, values in ours.features.items():
-        pair = [standardise(x, theirs.features[name]) for x in (values, theirs.features[name])]
-        found[name] = feature_distance(*pair)
+        target = theirs.features[name]
+        found[name] = feature_distance(features.scaled(values, target), features.scaled(target, target))
     return {name: float(value) for name, value in found.items()}
 
 
@@ -161,7 +166,7 @@ def sensitivity(cfg: SensitivityConfig) -> dict[str, Any]:
     """JSON-able: null mean and deviation of each metric, and its value, z and the verdict for each way to spoil."""
     draw, draws = source(cfg), Draws(cfg.seed, "spoil", 0, sample_range(0, cfg.n))
     reference, fresh = draw("reference"), draw("fresh")
-    extractors = [features.wavelet(), features.fit_pca(reference.images)]
+    extractors = extractors_of(draw, cfg.seed)
     theirs = measure(reference.images, extractors)
     nulls = [metrics(measure(draw(f"null {i}").images, extractors), theirs) for i in range(cfg.nulls)]
     table = {name: {"mean": _mean(nulls, name), "deviation": _deviation(nulls, name)} for name in nulls[0]}

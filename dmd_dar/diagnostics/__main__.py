@@ -33,7 +33,7 @@ from dmd_dar.models.sit import SiT
 from dmd_dar.models.teachers import Denoiser, Teacher, TeacherConfig, codec_of, load_teacher
 from dmd_dar.routing.history import Observer
 
-SCHEMA = 1
+SCHEMA = 2  # 2: mixing.unit
 NETWORKS = ("model.json", "denoiser.json", "transformer")  # what a network's folder holds, one of them
 
 
@@ -70,10 +70,13 @@ def network_folder(run: str, name: str) -> Path:
     )
 
 
-def data_of(cfg: DiagnosticsConfig) -> DataConfig:
-    """The data that are set or, where nothing is, those that `run` learned from, if its folder says so."""
+def data_of(cfg: DiagnosticsConfig, given: bool = False) -> DataConfig:
+    """The data that are set or, where nothing is, those that `run` learned from, if its folder says so.
+
+    given: whether a key of them is on the command line, be it at its default.
+    """
     written = Path(cfg.run) / "config.yaml"
-    if cfg.data == DataConfig() and written.is_file():
+    if not given and cfg.data == DataConfig() and written.is_file():
         values = OmegaConf.to_container(OmegaConf.load(written))
         if isinstance(values, dict) and "data" in values:
             return config.from_dict(DataConfig, values["data"], where=str(written))
@@ -106,7 +109,7 @@ def open_subject(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
         raise
     except UserError as error:
         raise config.ConfigError(f"{name} = {run}: {error}") from error
-    shape, wanted = saved.network.config, data_of(cfg)
+    shape, wanted = saved.network.config, cfg.data
     side = shape.input_size * (1 if codec is None else codec.factor)
     data = open_data(replace(wanted, size=side) if wanted.name == "photos" else wanted, device)
     given = 3 if codec is not None and not isinstance(data, Latents) else shape.in_channels
@@ -168,12 +171,13 @@ def diagnose_one(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
     }
 
 
-def diagnose(cfg: DiagnosticsConfig) -> None:
-    """Measure, write diagnostics.json and the figures, and say what was found."""
+def diagnose(cfg: DiagnosticsConfig, data_given: bool = False) -> None:
+    """Measure, write diagnostics.json and the figures, and say what was found; `data_given` as in `data_of`."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     runs = {name: run for name in ("run", "compare") if (run := getattr(cfg, name))}
     for name, run in runs.items():
         network_folder(run, name)
+    cfg = replace(cfg, data=data_of(cfg, data_given))
     out = make_folder(cfg.out)
     batches = -(-cfg.samples // cfg.batch_size) * len(cfg.times) * len(runs)
     with tqdm(total=batches, desc="batches", disable=None) as bar:
@@ -195,4 +199,6 @@ def diagnose(cfg: DiagnosticsConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run_job(DiagnosticsConfig, diagnose, sys.argv[1:], description=__doc__ or "")
+    words = sys.argv[1:]
+    job = partial(diagnose, data_given=any(word.startswith("data.") for word in words))
+    config.run_job(DiagnosticsConfig, job, words, description=__doc__ or "")

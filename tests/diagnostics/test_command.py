@@ -45,7 +45,7 @@ def compared(folders, tmp_path_factory):
 def test_both_networks_are_measured_in_one_place(compared):
     out, result = compared
     residual, dar = result["models"]
-    assert (residual["kind"], dar["kind"]) == ("residual", "DAR") and result["schema"] == 1
+    assert (residual["kind"], dar["kind"]) == ("residual", "DAR") and result["schema"] == 2
     assert residual["card"]["label_names"] == list(NAMES) and dar["card"]["rungs"] == [1.0, 0.5]
     assert list(not_finite(result)) == []
     for name in ("symptoms", "mixing", "routers"):
@@ -157,3 +157,10 @@ def test_a_latent_pipeline_is_fed_its_vae_s_latents_of_a_user_s_images(tmp_path,
     with pytest.raises(SystemExit):
         run(f"run={tmp_path / 'dit'}", f"out={tmp_path / 'again'}")
     assert "4 channels of 32 x 32 and 2 classes, but data.name = photos gives" in capsys.readouterr().err
+
+
+def test_data_of_the_command_line_count_though_they_are_the_defaults(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {name: textures}\n")
+    cfg = command.DiagnosticsConfig(run=str(tmp_path))
+    assert command.data_of(cfg).name == "textures"
+    assert command.data_of(cfg, given=True).name == cfg.data.name == "photos"

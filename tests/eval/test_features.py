@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import frechet
+from eval import distances, frechet
 from eval.classifier import fit_classifier, modes
 from eval.features import Extractor, Features, compare, extract, extract_moments, fit_pca, wavelet
 from eval.frechet import feature_distance, standardise
@@ -87,6 +87,16 @@ def test_neither_batches_nor_processes_change_a_number(real):
         joined = merged(parts).gaussian()
         assert torch.allclose(joined.mean, mean, rtol=0, atol=1e-9)
         assert torch.allclose(joined.covariance, covariance, rtol=0, atol=1e-9)
+
+
+def test_statistics_of_a_file_have_the_null_of_the_second_real_set(real):
+    (images, _), (again, _), (third, _) = real
+    pca, ledger = fit_pca(images), distances.Ledger()
+    suite = distances.Suite(statistics=Gaussian(*frechet.statistics(of(pca, images).values), 448))
+    told = distances.against_statistics(of(pca, again), suite, ledger, of(pca, third))
+    expected = distances.against_statistics(of(pca, third), suite, ledger)
+    assert told["null"] == expected["value"] and expected["null"] is None
+    assert told["excess"] == told["value"] - told["null"]
 
 
 def test_a_gaussian_reference_takes_its_null_from_a_second_set(real):

@@ -85,6 +85,13 @@ def test_a_folder_that_is_no_set_is_refused_at_once(tmp_path, spoil, said):
         open_images(tmp_path)
 
 
+def test_an_image_beyond_pillows_limit_is_refused_in_one_line(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UnfitError, match="000000.png: Image size .60 pixels. exceeds limit"):
+        open_images(tmp_path)
+
+
 def test_an_empty_folder_and_no_folder_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UnfitError, match="no .png or .npy in this folder"):

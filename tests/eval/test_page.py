@@ -280,3 +280,8 @@ def test_a_name_may_break_at_its_joints_and_a_tag_may_not():
     cells = [["<b class='a_b.c'>x_y.least, 0.5</b>", "c_d"]]
     expected = "<th scope=\"row\"><b class='a_b.c'>x_<wbr>y.<wbr>least, 0.5</b></th><td>c_d</td></tr>"
     assert expected in panels.table("", ["h", "h"], cells)
+
+
+def test_bands_of_no_set_are_not_called_empty():
+    result = {"sets": [], "teacher": "teacher", "bands": {"names": ["B0", "HF"]}, "margins": {"gain_db": 0.5}}
+    assert "no frequency" not in panels.bands(result, b"")

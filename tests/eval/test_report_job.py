@@ -2,6 +2,7 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -277,6 +278,35 @@ def test_the_better_baseline_and_the_comparison_have_the_right_sign():
     worse = report.compare_pair(check("dar", 3.0, 0.05), check("residual", -2.0, -0.01))
     assert "HF gain worse" in worse and "above its null worse" in worse
     assert "HF gain equal" in report.compare_pair(check("dar", 1.0, 1.0), check("residual", -1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("excess", "share", "said"),
+    [
+        (4.0, 0.25, "is 0.25 of that of 'Euler';"),
+        (0.1, None, "is 1.00, where 'Euler' is near its null already;"),
+        (-0.5, None, "is 1.00, where"),
+    ],
+)
+def test_a_share_of_hardly_anything_is_left_out(excess, share, said):
+    def row(name, role, excess):
+        against = {
+            "fd_wavelet": {"value": 0.2 + excess, "null": 0.2, "excess": excess},
+            "gain_db": {"HF": {"value": 0.0}},
+            "diversity_ratio": {"pixels": {"least": 1.0}},
+        }
+        facts = {"latency_ms_per_image": 1.0, "peak_memory_mb": 1.0}
+        return {"name": name, "role": role, "facts": facts, "against": {"teacher": against}}
+
+    rows = [row("Euler", "undistilled", excess), row("dar", "student", 1.0)]
+    (check,) = report.distillation_checks({"sets": rows}, "Euler")
+    assert check["fd_excess_share"] == share and said in report.check_sentence(check)
+
+
+def test_images_without_a_spectrum_are_refused_before_any_is_made(runs):
+    small = SimpleNamespace(config=SimpleNamespace(input_size=16, in_channels=3, num_classes=7))
+    with pytest.raises(UserError, match="images of 16 x 16 pixels .* needs 32 a side"):
+        Bench.of(options(runs, "dar"), small, torch.device("cpu"))
 
 
 def test_runs_that_differ_in_more_than_routing_are_not_called_a_comparison(runs):

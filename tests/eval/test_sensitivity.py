@@ -11,8 +11,19 @@ from dmd_dar.config import ConfigError, load, run_job
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.spectrum import radial_psd
 from eval import spoil
+from eval.features import compare
 from eval.provenance import contract_hash
-from eval.sensitivity import SPOILERS, Labelled, SensitivityConfig, mode_dropped, run
+from eval.sensitivity import (
+    SPOILERS,
+    Labelled,
+    SensitivityConfig,
+    extractors_of,
+    measure,
+    metrics,
+    mode_dropped,
+    run,
+    source,
+)
 from eval.spectrum import band_gain_db
 
 
@@ -42,6 +53,23 @@ def test_metrics_see_what_they_are_there_for(result):
     for metric in ("gain HF, dB", "hf_kurtosis ratio", "flat noise, dB"):
         assert abs(z["brightness +8/255"][metric] - z["identity"][metric]) < 0.5
     assert z["mode drop"]["fd_pca"] > 3
+
+
+def test_features_are_fitted_and_compared_as_a_report_does():
+    """fd_pca in its own units, since a report does not standardise it, and fitted on crops of its own."""
+    drawn, given = [], source(SensitivityConfig(n=64, size=32))
+
+    def draw(name):
+        drawn.append(name)
+        return given(name)
+
+    extractors = extractors_of(draw, 0)
+    assert drawn == ["fit"] and [one.name for one in extractors] == ["fd_wavelet", "fd_pca"]
+    images = [draw(name).images for name in ("reference", "fresh")]
+    theirs, ours = (measure(one, extractors) for one in images)
+    told = metrics(ours, theirs)
+    for name in ("fd_wavelet", "fd_pca"):
+        assert told[name] == pytest.approx(compare(ours.features[name], theirs.features[name])["value"], rel=1e-12)
 
 
 def test_the_gate(result):
