@@ -23,6 +23,7 @@ class SampleConfig:
     """python -m dmd_dar.sample"""
 
     student: str = key("", "folder of a student, RUN/student", path=True)
+    base: str = key("", "teacher of the adapter RUN/student/adapter, path or hub id; empty: student is no adapter")
     out: str = key("out/samples", "folder for 000000.png ..., grid.png and samples.json")
     n: int = key(64, "images", least=1)
     seed: int = key(0, "of the noise; that of image i depends on seed and i alone", least=0)
@@ -52,10 +53,16 @@ def check_rungs(cfg: SampleConfig, trained: tuple[float, ...]) -> None:
 
 
 def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
-    """A ConfigError where `out` holds the images of another request, which this one would mix with its own."""
+    """A ConfigError where `out` holds, or may hold, the images of another request, which this one would mix in."""
     kept = out / "samples.json"
     if kept.is_file():
-        old = json.loads(kept.read_text())
+        try:
+            old = json.loads(kept.read_text())
+            if not isinstance(old, dict):
+                raise ValueError("it describes no request")
+        except ValueError as error:
+            fault = f"{kept} cannot be read ({error}), so whose images these are is unknown"
+            raise config.ConfigError(f"out = {out}: {fault}; remove the folder, or name another") from error
         if any(old.get(name) != facts[name] for name in ("n", "seed", "label", "rungs", "sampler", "network")):
             raise config.ConfigError(f"out = {out}: it holds the images of another request; name another folder")
 
@@ -63,7 +70,7 @@ def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
 def sample(cfg: SampleConfig) -> None:
     """Write the images, a grid of the first ones, and what they were made with."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
-    pipe = load_pipeline(cfg.student, device, prompts=cfg.prompts)
+    pipe = load_pipeline(cfg.student, device, prompts=cfg.prompts, base=cfg.base)
     check_rungs(cfg, pipe.rungs)
     if cfg.label >= pipe.num_classes:
         raise config.ConfigError(f"label = {cfg.label}: the student knows the classes 0 to {pipe.num_classes - 1}")
@@ -73,11 +80,12 @@ def sample(cfg: SampleConfig) -> None:
     out = make_folder(cfg.out)
     facts = {**config.to_dict(cfg), "rungs": list(pipe.rungs), "sampler": sampler, "network": pipe.student.digest}
     refuse_other_images(out, facts)
+    described = json.dumps({**facts, "labels": labels.tolist()}, indent=1)
+    write_atomic(out / "samples.json", described)  # first: what a killed run leaves is known to be of this request
     images = pipe(labels, seed=cfg.seed, sampler=sampler, batch_size=cfg.batch_size, output="uint8")
     for i, image in enumerate(images):
         write_atomic(out / f"{i:06d}.png", png_bytes(image))
     write_atomic(out / "grid.png", png_bytes(tile(images[:GRID_LIMIT])))
-    write_atomic(out / "samples.json", json.dumps({**facts, "labels": labels.tolist()}, indent=1))
     print(f"{cfg.n} images in {out}, the first of them in {out / 'grid.png'}")
 
 

@@ -213,7 +213,7 @@ def test_a_replaced_teacher_is_noticed(tmp_path, capsys):
     assert stop.value.code == 2 and "teacher has changed" in capsys.readouterr().err
 
 
-def test_sampling_does_not_mix_two_requests_in_one_folder(teacher, tmp_path):
+def test_sampling_does_not_mix_two_requests_in_one_folder(teacher, tmp_path, monkeypatch):
     run(teacher, tmp_path / "run", "steps=1")
     argv = [f"student={tmp_path / 'run' / 'student'}", f"out={tmp_path / 'images'}"]
     for _ in range(2):
@@ -221,6 +221,15 @@ def test_sampling_does_not_mix_two_requests_in_one_folder(teacher, tmp_path):
     with pytest.raises(config.ConfigError, match="another request"):
         sample.sample(config.load(sample.SampleConfig, [*argv, "n=2"]))
     assert len(list((tmp_path / "images").glob("0*.png"))) == 3
+    (tmp_path / "images" / "samples.json").write_text("")
+    with pytest.raises(config.ConfigError, match="samples.json cannot be read .*remove the folder, or name another"):
+        sample.sample(config.load(sample.SampleConfig, [*argv, "n=3"]))
+    killed = tmp_path / "killed"
+    monkeypatch.setattr(sample, "png_bytes", lambda image: sys.exit(9))
+    with pytest.raises(SystemExit):
+        sample.sample(config.load(sample.SampleConfig, [argv[0], f"out={killed}", "n=3"]))
+    with pytest.raises(config.ConfigError, match="another request"):
+        sample.sample(config.load(sample.SampleConfig, [argv[0], f"out={killed}", "n=3", "seed=1"]))
 
 
 def test_router_rate_reaches_the_routers_alone(teacher, tmp_path):

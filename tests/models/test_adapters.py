@@ -4,8 +4,10 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dmd_dar
@@ -19,6 +21,7 @@ from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, merged
 from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher, origin_of
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.sample import SampleConfig, sample
 from tests.models.tiny_pipelines import public_file, tiny_pipeline, tiny_pixart, tiny_vae
 from tests.tiny import tiny_teacher
 
@@ -128,6 +131,10 @@ def test_a_damaged_adapter_is_named(teachers, tmp_path, damage):
         load_adapter(tmp_path / "adapter", teacher)
 
 
+def read_png(file: Path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(file)).astype(np.int64))
+
+
 def of_public_file(root: Path) -> tuple[Path, LoraDenoiser, Codec]:
     """An adapter of latents on a base that does not say its meaning, heads or codec, all of which were given."""
     public_file(root / "0400000.pt")
@@ -149,6 +156,10 @@ def test_an_adapter_says_what_the_files_of_its_base_leave_open(tmp_path):
     whole = dmd_dar.load_pipeline(str(folder))
     assert ours(n=1).shape == (1, 3, 16, 16) and ours.student.prediction == "sit"
     torch.testing.assert_close(ours(n=3, seed=1), whole(n=3, seed=1), rtol=1e-4, atol=1e-4)
+    for name, more in (("adapter", {"base": str(tmp_path / "0400000.pt")}), ("", {})):
+        sample(SampleConfig(student=str(folder / name), out=str(tmp_path / f"images{name}"), n=2, cpu=True, **more))
+    pictures = [read_png(tmp_path / f"images{name}" / "000001.png") for name in ("adapter", "")]
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
     tiny_vae(scaling_factor=0.6).save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="another VAE than the one that the network was trained with"):
         dmd_dar.load_pipeline(str(folder / "adapter"), base=str(tmp_path / "0400000.pt"))
