@@ -82,9 +82,17 @@ def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
 
 
 def run_job(
-    schema: type[T], job: Callable[[T], Any], argv: Sequence[str] | None = None, *, description: str = ""
+    schema: type[T],
+    job: Callable[[T], Any],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    plan: Callable[[T], str] | None = None,
 ) -> None:
-    """A command's `main`: `--help` and `--dry-run` print and return, a user's error is one line and exit code 2."""
+    """A command's `main`: `--help` and `--dry-run` print and return, a user's error is one line and exit code 2.
+
+    `--dry-run` prints the configuration and then, as comments, what `plan` says of it.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(schema, description))
@@ -92,7 +100,9 @@ def run_job(
     try:
         cfg = load(schema, argv)
         if "--dry-run" in argv:
-            print(to_yaml(cfg), end="")
+            print(to_yaml(cfg), end="", flush=True)
+            if plan is not None:
+                print("\n".join(f"# {line}".rstrip() for line in plan(cfg).splitlines()))
         else:
             with leaving():
                 job(cfg)

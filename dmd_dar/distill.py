@@ -272,10 +272,21 @@ def distill(cfg: DistillConfig) -> None:
         )
 
 
+def planned(cfg: DistillConfig) -> str:
+    """What the run needs in memory, or why that is not known."""
+    from dmd_dar import plan  # which builds this module's networks
+
+    try:
+        return plan.table(plan.plan_of(cfg))
+    except UserError as error:
+        return f"no plan: {error}"
+
+
 def main(argv: list[str] | None = None) -> None:
     config.run_job(
         DistillConfig,
         functools.partial(launch.run, distill),
         sys.argv[1:] if argv is None else argv,
         description=__doc__,
+        plan=planned,
     )

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmd_dar import distill, flow
+from dmd_dar import config, distill, flow, plan
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
@@ -98,9 +98,15 @@ def test_a_latent_teacher_without_its_codec_is_refused(tmp_path, capsys, more, s
 
 
 @pytest.mark.parametrize("name", ["sit_xl", "dit_xl"])
-def test_the_xl_recipes_are_planned_without_weights(name, capsys, monkeypatch):
+def test_the_xl_recipes_are_planned_without_weights(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    distill.main([f"config=configs/imagenet256/{name}.yaml", "--dry-run"])
+    monkeypatch.setattr(plan, "footprint", lambda *given: plan.Footprint(kept=10**9, peak=10**9))
+    distill.main([f"config=configs/imagenet256/{name}.yaml", "--dry-run", "launch.accumulation=32"])
     planned = capsys.readouterr().out
+    assert "675,129,632" in planned and "# fits, with 10% left free: 24 GB no, 40 GB yes" in planned
+    (tmp_path / "again.yaml").write_text(planned)
+    config.load(distill.DistillConfig, [f"config={tmp_path / 'again.yaml'}"])
+    distill.main([f"config=configs/imagenet256/{name}.yaml", "--dry-run", "teacher.path=nowhere.pt"])
+    assert "# no plan: teacher.path = nowhere.pt" in capsys.readouterr().out
     for said in ("query: timestep", "chunk_size: 4", "summary: sum", "scale: stream", f"prediction: {name[:3]}"):
         assert said in planned
