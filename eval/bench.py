@@ -26,6 +26,7 @@ from dmd_dar.methods.generate import Generator, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
 from dmd_dar.spectrum import MIN_SIZE
 from eval.cost import flops, latencies, peak_memory
+from eval.images import share_of
 from eval.processes import Processes
 from eval.sets import ImageSet, Role
 
@@ -106,7 +107,7 @@ class Bench:
         """All images, from make(samples (B,)), batch by batch and shared out among the processes."""
 
         def share(rank: int, world: int) -> dict[str, Tensor]:
-            start, stop = (self.count * r // world for r in (rank, rank + 1))
+            start, stop = share_of(self.count, rank, world)
             parts = []
             hidden = None if self.processes.main else True
             with tqdm(total=stop - start, desc=what, unit="img", disable=hidden, leave=False) as bar, torch.no_grad():

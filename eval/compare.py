@@ -35,8 +35,8 @@ from eval.controls import frozen_at_mean, unfreezable
 from eval.measure import ImageSet, jsonable
 from eval.pairing import ArmsConfig, Groups, Role, read_groups
 from eval.provenance import command_line, provenance
-from eval.seeds import LEAST_COVERAGE, PILOT_BELOW, Arms, decibel, differences, endpoint, image_spread
-from eval.spectrum import POWER_FLOOR
+from eval.seeds import LEAST_COVERAGE, PILOT_BELOW, Arms, differences, endpoint, image_spread
+from eval.spectrum import POWER_FLOOR, decibel
 from eval.stats import LARGEST_EXACT, holm, max_t_band, sign_flip_p, student_t
 
 SCHEMA_VERSION = 2

@@ -181,7 +181,7 @@ def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> d
     """KID, precision and recall without their null; KID alone between sets of unequal size."""
     subset = KID_SUBSET if ours.extractor.comparable_to_published else KID_SUBSET_OFFLINE
     if len(ours.values) == len(theirs.values):
-        call = partial(compare_neighbours, ours, theirs, seed, None, subset)
+        call = partial(compare_neighbours, ours, theirs, seed, subset)
         return ledger.attempt("KID, precision and recall", ours.name, call)
     both, names = (scaled(ours, theirs), scaled(theirs, theirs)), (ours.name, theirs.name)
     ledger.attempt("precision and recall", ours.name, lambda: precision_recall(*both, names=names))

@@ -25,6 +25,11 @@ class UnfitError(UserError, ValueError):
     """Images, features or statistics that a metric cannot take; the message names the set and the remedy."""
 
 
+def share_of(count: int, rank: int, world: int) -> tuple[int, int]:
+    """The first row of process `rank` of `world`, and the one after its last."""
+    return count * rank // world, count * (rank + 1) // world
+
+
 @dataclass(frozen=True)
 class ImageStream:
     """N images of one size, read as they are needed. `read(start, stop)` gives those rows as uint8 (n, 3, H, W)."""
@@ -36,7 +41,7 @@ class ImageStream:
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor]]:
         """(first row, uint8 (n, 3, H, W)) over the share of process `rank` of `world`, with a bar on a terminal."""
-        start, stop = (self.count * r // world for r in (rank, rank + 1))
+        start, stop = share_of(self.count, rank, world)
         with tqdm(total=stop - start, desc=self.name, unit="img", disable=None, leave=False) as bar:
             for first in range(start, stop, batch_size):
                 images = self.read(first, min(first + batch_size, stop))

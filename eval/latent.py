@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmd_dar.spectrum import LEAST_CELLS
 from eval.distances import Ledger
+from eval.images import share_of
 from eval.processes import Processes, Rows, grouped, ungrouped
 from eval.sets import ImageSet
 from eval.spectrum import BAND_EDGES, BAND_NAMES, Channel, Spectrum, band_gains, gain_curve, labelled, spectrum_of
@@ -48,10 +49,10 @@ def read_latents(sets: Sequence[ImageSet], processes: Processes | None = None) -
 
 def rows_of(latents: Tensor, rank: int = 0, world: int = 1) -> Rows:
     """The mean over channels and every channel of latents (N, C, h, w): the share of process `rank` of `world`."""
-    start, stop = (len(latents) * r // world for r in (rank, rank + 1))
-    share = latents[start:stop].split(BATCH)
+    start, stop = share_of(len(latents), rank, world)
+    batches = latents[start:stop].split(BATCH)
     channels: tuple[Channel, ...] = ("all", *range(latents.shape[1]))
-    return grouped({str(c): spectrum_of(share, channel=c, first=start).rows for c in channels})
+    return grouped({str(c): spectrum_of(batches, channel=c, first=start).rows for c in channels})
 
 
 def latent_spectra(

@@ -5,7 +5,6 @@ Legend: N rows, D features.
 """
 
 import io
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -54,17 +53,6 @@ class Moments:
         mean = self.mean + step * (other.count / count)
         scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / count)
         return Moments(count, mean, scatter)
-
-    def packed(self) -> Tensor:
-        """All of it in one float64 vector (1 + D + D^2,), which processes can gather."""
-        return torch.cat([self.mean.new_tensor([self.count]), self.mean, self.scatter.flatten()])
-
-    @staticmethod
-    def unpacked(vector: Tensor) -> "Moments":
-        """Of `packed`."""
-        size = (math.isqrt(4 * len(vector) - 3) - 1) // 2  # 1 + D + D^2 = len(vector)
-        mean, scatter = vector[1:].split([size, size * size])
-        return Moments(int(vector[0]), mean, scatter.reshape(size, size))
 
     def gaussian(self) -> Gaussian:
         """With the unbiased covariance. UnfitError for fewer than 2 rows."""

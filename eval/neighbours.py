@@ -156,18 +156,16 @@ def halved(
 
 
 def compare_neighbours(
-    ours: Features, reference: Features, seed: int = 0, second: Features | None = None, subset_size: int = KID_SUBSET
+    ours: Features, reference: Features, seed: int = 0, subset_size: int = KID_SUBSET
 ) -> dict[str, Any]:
     """KID, precision and recall of two sets of equal N in the units of their extractor, JSON-able.
 
-    second: another set of the reference's source and size, whose numbers stand under "null". KID's subsets hold
-    `subset_size` images, or half of a smaller set.
+    KID's subsets hold `subset_size` images, or half of a smaller set.
     """
     names, target = (ours.name, reference.name), scaled(reference, reference)
     values = scaled(ours, reference)
     near = precision_recall(values, target, names=names)
     distance = kid(values, target, seed=seed, subset_size=min(subset_size, len(target) // 2), names=names)
-    null = None if second is None else compare_neighbours(second, reference, seed, None, subset_size)
     return {
         "features": ours.extractor.name,
         "kid": distance.value,
@@ -178,7 +176,6 @@ def compare_neighbours(
         "recall": near.recall,
         "neighbours": near.neighbours,
         "images": near.images,
-        "null": null and {name: null[name] for name in ("kid", "kid_std", "precision", "recall", "images")},
         "comparable_to_published": ours.extractor.comparable_to_published,
         "upsampled": ours.upsampled,
     }

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import special
 from scipy import stats as distributions
 
+from eval.spectrum import decibel
 from eval.stats import LEVEL, Interval, resample, sign_flip_interval, sign_flip_p, strata, student_t
 
 Method = Literal["two-level bootstrap", "Student-t", "inverted sign-flip"]
@@ -64,10 +65,6 @@ class Arms:
     def gains(self) -> np.ndarray:
         """Signed gains (2, K, ...)."""
         return decibel(self.energies.mean(2) / self.reference.mean(0))
-
-
-def decibel(ratio: np.ndarray) -> np.ndarray:
-    return 10 * np.log10(ratio)
 
 
 def differences(gains: np.ndarray) -> np.ndarray:

@@ -36,13 +36,6 @@ def test_processes_may_be_joined_in_any_tree():
     assert torch.allclose(left.mean, tree.mean, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 2, 20, 333])
-def test_moments_travel_as_one_vector(size):
-    moments = Moments.of(draw(5, size))
-    back = Moments.unpacked(moments.packed())
-    assert back.count == 5 and torch.equal(back.mean, moments.mean) and torch.equal(back.scatter, moments.scatter)
-
-
 def test_a_batch_that_is_not_finite_is_named():
     broken = draw(8, 4)
     broken[2, 1] = torch.inf
