@@ -25,6 +25,7 @@ from dmd_dar.models.students import Networks
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 
 CARDS = (24, 40, 80, 141)  # GB of memory
+TRACED = (4, 8)  # samples of which a call is followed
 USABLE = 0.9  # of it; the rest is the driver's, the allocator's and the kernels' work space
 PUBLIC = re.compile(r"(?:sit|dit)[-_](s|b|l|xl)[-_](2|4|8)(?:[-_](\d+))?", re.IGNORECASE)
 
@@ -119,7 +120,20 @@ def _added_up(
 
 
 def footprint(network: nn.Module, batch: int, bf16: bool) -> Footprint:
-    """Of one call of the network with gradient, on `batch` samples."""
+    """Of one call of the network with gradient, on `batch` samples; of many, on the line through two smaller numbers.
+
+    The routing works through a large batch in pieces, each of which would be traced.
+    """
+    few, more = TRACED
+    if batch <= more:
+        return _traced(network, batch, bf16)
+    low, high = (_traced(network, samples, bf16) for samples in TRACED)
+    further = (batch - more) / (more - few)
+    kept, peak = (round(b + further * (b - a)) for a, b in ((low.kept, high.kept), (low.peak, high.peak)))
+    return Footprint(kept, peak)
+
+
+def _traced(network: nn.Module, batch: int, bf16: bool) -> Footprint:
     shape = network.config  # type: ignore[attr-defined]
     x = torch.zeros(batch, shape.in_channels, shape.input_size, shape.input_size)
     t, cond = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
