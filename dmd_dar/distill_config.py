@@ -10,9 +10,7 @@ from dmd_dar.losses import LossWeight
 from dmd_dar.models.discriminator import Pool
 from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.students import Weights
-from dmd_dar.models.teachers import (
-    TeacherConfig,
-)
+from dmd_dar.models.teachers import TeacherConfig
 from dmd_dar.pairs import RegressionConfig
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.checkpoint import CheckpointConfig
