@@ -91,6 +91,16 @@ def test_the_plan_is_within_15_percent_of_what_a_step_holds(recipe, more, tmp_pa
     assert measured(cfg) == pytest.approx(plan.plan_of(cfg).total, rel=0.15)
 
 
+@pytest.mark.parametrize("recipe, more", [("residual", ()), ("dar", ()), ("dar", ("launch.checkpointing=true",))])
+def test_a_large_batch_is_planned_from_two_small_ones_as_if_it_were_traced(recipe, more, tmp_path, tiny, monkeypatch):
+    cfg = photos(recipe, tmp_path, *tiny, *more, "batch_size=24")
+    found = plan.plan_of(cfg)
+    monkeypatch.setattr(plan, "TRACED", (24, 24))
+    traced = plan.plan_of(cfg)
+    assert found.activations == pytest.approx(traced.activations, rel=1e-3)
+    assert found.total == pytest.approx(traced.total, rel=0.01)
+
+
 def test_without_matching_the_fake_score_has_no_part_but_its_weights(tmp_path, tiny):
     both, alone = (plan.plan_of(photos("dar", tmp_path, *tiny, *more)) for more in ((), ("matching.weight=0",)))
     assert "fake_score" not in alone.trained and alone.weights == both.weights
