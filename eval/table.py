@@ -1,4 +1,4 @@
-"""The README's tables, from the measurements under docs/results: python -m eval.table rewrites them in place."""
+"""Tables of README.md and docs/pilot.md, from docs/results: python -m eval.table rewrites them in place."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from dmd_dar.atomic import write_atomic
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
+PILOT = ROOT / "docs" / "pilot.md"
 TEACHER = ROOT / "teachers" / "photos32" / "quality.json"
 REPORTS = {"demo": "Demo (`make demo`)", "long": "5:1 recipe, rungs not told apart (`runs/photos32_long.sh`)"}
 HEADINGS = (
@@ -91,7 +92,38 @@ def mean_distance(classes: dict[str, dict[str, float]]) -> float:
     return sum(distance["median"] for distance in classes.values()) / len(classes)
 
 
-def render() -> str:
+def routers_table(result: dict[str, Any]) -> str:
+    """The students of runs/pilot_routers.sh: how far their routers went, and what became of the images."""
+    checks = {check["name"]: check for check in result["checks"]}
+    lines = [
+        "| student | mean abs(n alpha - 1) | range of n alpha over t | HF gain, dB | the same, routers reset | kurtosis"
+        " ratio | `fd_wavelet` above null |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in result["sets"]:
+        if one["role"] == "student":
+            against, routing = one["against"]["teacher"], checks[one["name"]].get("routing")
+            gain, moved = against["gain_db"]["HF"]["value"], ["", "", f"{against['gain_db']['HF']['value']:+.2f}", ""]
+            if routing is not None:
+                moved = [f"{routing['deviation']:.3f}", f"{routing['change_over_t']:.3f}", f"{gain:+.2f}"]
+                moved.append(f"{gain + routing['hf_gain_shift_db']:+.2f}")
+            rest = [f"{against['hf_kurtosis_ratio']['value']:.2f}", f"{against['fd_wavelet']['excess']:.2f}"]
+            lines.append("| " + " | ".join([one["name"], *moved, *rest]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def rungs_table() -> str:
+    """HF gains of the pilot's runs with and without rungs told apart."""
+    lines = ["| HF gain, dB, seeds 0, 1, 2 | residual | DAR | D |", "|---|---|---|---|"]
+    for title, name in (("rungs told apart", "pilot"), ("rungs pooled", "pilot_pooled")):
+        result = json.loads((RESULTS / name / "compare.json").read_text())
+        arms = (result["runs"][arm] for arm in ("residual", "dar"))
+        gains = [", ".join(f"{run['gain_db']['HF']:+.2f}" for run in runs) for runs in arms]
+        lines.append("| " + " | ".join([title, *gains, interval(result["primary"]["difference_db"])]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_tables() -> str:
     """All tables; a report that has not been measured says so."""
     parts = [teacher_table(json.loads(TEACHER.read_text()))]
     for name, title in REPORTS.items():
@@ -101,14 +133,22 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def with_tables(text: str) -> str:
-    """`text` with what stands between the two markers replaced. Raises ValueError where a marker is missing."""
-    before, start, rest = text.partition("<!-- tables -->\n")
-    _, end, after = rest.partition("<!-- /tables -->")
+def with_table(text: str, name: str, table: str) -> str:
+    """`text` with what stands between the markers of that name replaced. Raises ValueError where one is missing."""
+    before, start, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
     if not (start and end):
-        raise ValueError("README.md needs the markers <!-- tables --> and <!-- /tables -->")
-    return f"{before}{start}\n{render()}\n{end}{after}"
+        raise ValueError(f"the page needs the markers <!-- {name} --> and <!-- /{name} -->")
+    return f"{before}{start}\n{table}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """What README.md and docs/pilot.md should hold."""
+    routers = routers_table(json.loads((RESULTS / "pilot_routers" / "report.json").read_text()))
+    pilot = with_table(with_table(PILOT.read_text(), "rungs", rungs_table()), "routers", routers)
+    return {README: with_table(README.read_text(), "tables", readme_tables()), PILOT: pilot}
 
 
 if __name__ == "__main__":
-    write_atomic(README, with_tables(README.read_text()))
+    for path, text in pages().items():
+        write_atomic(path, text)

@@ -12,14 +12,15 @@ train() { # name key=value ...
 (
   train rate student.routing.lr=1e-2
   train chunks student.routing.chunk_size=2
+  train convex student.routing.scale=convex student.routing.allow_change=true
 ) &
 others=$!
 trap 'kill $others 2>/dev/null || true' EXIT
-train scale student.routing.scale=count
+train longer steps=250 student.decay_start=140 student.decay_steps=135
 wait $others
 trap - EXIT
 runs=out/pilot/dar_seed0
-for name in rate chunks scale; do runs+=",out/pilot_routers/$name"; done
+for name in rate chunks convex longer; do runs+=",out/pilot_routers/$name"; done
 export OMP_NUM_THREADS=${EVAL_THREADS:-2}
 python -m eval.report "runs=[out/pilot/residual_seed0,$runs]" out=out/pilot_routers/report n=512 metrics=[offline] \
   title="Pilot at toy scale, routers with one choice changed at a time"

@@ -1,6 +1,6 @@
 from eval import table
 
 
-def test_the_readme_holds_the_tables_of_the_measurements():
-    text = table.README.read_text()
-    assert table.with_tables(text) == text, "run `make tables`"
+def test_the_pages_hold_the_tables_of_the_measurements():
+    for path, text in table.pages().items():
+        assert path.read_text() == text, f"{path.name}: run `make tables`"
