@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dmd_dar import config, losses
+from dmd_dar import config, losses, plan
 from dmd_dar.data.sources import Source, data_hash, open_data
-from dmd_dar.distill_config import DistillConfig
+from dmd_dar.distill_config import DistillConfig, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.gan import GAN, Batch
@@ -21,8 +21,7 @@ from dmd_dar.models.discriminator import Heads, block_readers, chosen_layers, fe
 from dmd_dar.models.perceptual import lpips_loss
 from dmd_dar.models.rungs import rung_parameters
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.models.shared_lora import Plain
-from dmd_dar.models.students import Memory, Networks, build_networks
+from dmd_dar.models.students import Networks
 from dmd_dar.models.teachers import (
     Denoiser,
     Teacher,
@@ -42,14 +41,6 @@ from dmd_dar.train.loop import Phase
 from dmd_dar.train.optimise import Optimiser
 from dmd_dar.train.preflight import preflight
 from dmd_dar.train.runtime import Runtime
-
-
-def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:
-    """The three networks in the form that the configuration says; `teacher` may be stored otherwise afterwards."""
-    frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
-    memory = Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
-    rungs = len(cfg.rungs) if cfg.fake_score.per_rung else 1
-    return build_networks(teacher, cfg.student.routing.form(), cfg.student.routing.allow_change, memory, rungs)
 
 
 def recipe_of(cfg: DistillConfig, teacher: Denoiser, digest: str) -> Recipe:
@@ -85,7 +76,8 @@ def build_method(
     teacher_velocity = guided_velocity(networks.teacher, prediction, cfg.guidance_scale)
     unguided = calls.watch("unguided_teacher", velocity_of(networks.teacher, prediction))
     real = real_batches(cfg, recipe, data or open_data(cfg.data, runtime.device)) if cfg.needs_data else None
-    asked = rung_condition(cfg.rungs, recipe.num_classes) if cfg.fake_score.per_rung else same_condition
+    told = bool(rung_parameters(networks.fake_score))
+    asked = rung_condition(cfg.rungs, recipe.num_classes) if told else same_condition
     gan = None
     if real is not None and cfg.gan.used:
         gan = build_gan(cfg, prediction, networks, real, runtime.device, asked)
@@ -235,11 +227,12 @@ def distill(cfg: DistillConfig) -> None:
         method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls, data)
         ema = Ema(student, *cfg.student.decays)
         runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
-        routing_lr = cfg.student.routing.lr
-        optimiser = Optimiser(cfg.student, student.backbone_parameters(), (student.router_parameters(), routing_lr))
+        routers = student.router_parameters(), cfg.student.routing.lr
+        optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers)
         student_phase = Phase("student", student, optimiser, method.student_loss, ema)
-        others = (fake_score.router_parameters(), routing_lr), (rung_parameters(fake_score), cfg.fake_score.rung_lr)
-        optimiser = Optimiser(cfg.fake_score, fake_score.backbone_parameters(), *others)
+        routers = fake_score.router_parameters(), cfg.student.routing.lr
+        rungs = rung_parameters(fake_score), cfg.fake_score.rung_lr
+        optimiser = Optimiser(cfg.fake_score, fake_score.backbone_parameters(), routers, rungs)
         fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
         cycle = [fake_phase] * (cfg.fake_score.updates if cfg.trains_fake_score else 0)
         if method.gan is not None:
@@ -274,8 +267,6 @@ def distill(cfg: DistillConfig) -> None:
 
 def planned(cfg: DistillConfig) -> str:
     """What the run needs in memory, or why that is not known."""
-    from dmd_dar import plan  # which builds this module's networks
-
     try:
         return plan.table(plan.plan_of(cfg))
     except UserError as error:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar import config
-from dmd_dar.distill import networks_of
-from dmd_dar.distill_config import DistillConfig
+from dmd_dar.distill_config import DistillConfig, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
 from dmd_dar.models.frozen import block_layers
@@ -25,7 +24,8 @@ from dmd_dar.models.students import Networks
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 
 CARDS = (24, 40, 80, 141)  # GB of memory
-TRACED = (4, 8)  # samples of which a call is followed
+FEW = 64  # samples up to which a call is followed; of more, on the line through two smaller numbers
+TRACED = (8, 16)
 USABLE = 0.9  # of it; the rest is the driver's, the allocator's and the kernels' work space
 PUBLIC = re.compile(r"(?:sit|dit)[-_](s|b|l|xl)[-_](2|4|8)(?:[-_](\d+))?", re.IGNORECASE)
 
@@ -41,7 +41,7 @@ class Plan:
     gradients: int
     optimiser: int
     activations: int
-    history: int
+    history: int | None  # None where the fake score is routed, too
     backward: int
     cpu: int
     parts: int  # processes among which weights, gradients and optimiser state are split
@@ -101,8 +101,10 @@ def _added_up(
     offloaded = [p for layer in block_layers(networks.teacher) for p in layer.parameters(recurse=False)]
     calls = (cfg.matching.weight > 0 or cfg.gan.used) + cfg.regression.used  # whose graphs stand at the same time
     of_student = calls * student.kept + cfg.gan.used * fake.kept
-    of_fake = fake.kept * (3 if cfg.gan.used and cfg.gan.feature_weight else 1)
-    history = max(0, student.kept - fake.kept) * calls
+    games = 2 + bool(cfg.gan.r1_weight)  # real, made and, for R1, perturbed samples
+    of_fake = fake.kept * (1 + games * bool(cfg.gan.used and cfg.gan.feature_weight))
+    routed_too = bool(networks.fake_score.router_parameters())
+    history = None if routed_too else max(0, student.kept - fake.kept) * calls
     largest = max(nbytes(parameters) for parameters in grown.values())
     return Plan(
         batch=batch,
@@ -120,13 +122,13 @@ def _added_up(
 
 
 def footprint(network: nn.Module, batch: int, bf16: bool) -> Footprint:
-    """Of one call of the network with gradient, on `batch` samples; of many, on the line through two smaller numbers.
+    """Of one call of the network with gradient, on `batch` samples.
 
-    The routing works through a large batch in pieces, each of which would be traced.
+    More than FEW are not traced, since the routing works through a large batch in many pieces.
     """
-    few, more = TRACED
-    if batch <= more:
+    if batch <= FEW:
         return _traced(network, batch, bf16)
+    few, more = TRACED
     low, high = (_traced(network, samples, bf16) for samples in TRACED)
     further = (batch - more) / (more - few)
     kept, peak = (round(b + further * (b - a)) for a, b in ((low.kept, high.kept), (low.peak, high.peak)))
@@ -180,7 +182,7 @@ def table(plan: Plan) -> str:
         "backward pass": plan.backward,
         "total": plan.total,
     }
-    lines += [f"{name:22}{_mb(count):>14} MB" for name, count in parts.items()]
+    lines += [f"{name:22}{_mb(count):>14} MB" for name, count in parts.items() if count is not None]
     if plan.cpu:
         lines.append(f"{'in CPU memory':22}{_mb(plan.cpu):>14} MB")
     fits = [f"{card} GB {'yes' if plan.total <= USABLE * card * 1e9 else 'no'}" for card in CARDS]

@@ -38,7 +38,7 @@ def test_shared_lora_trains_stops_resumes_bit_for_bit_and_samples(teacher, tmp_p
     assert len(list((tmp_path / "images").glob("0*.png"))) == 2
 
 
-def test_a_checkpoint_of_shared_lora_holds_adapters_and_routers_only(teacher, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_shared_lora_holds_what_is_trained_only(teacher, tmp_path):  # noqa: F811
     run(teacher, tmp_path / "run", "steps=1", *SHARED)
     state = states(tmp_path / "run")
     for name in ("student", "fake_score"):

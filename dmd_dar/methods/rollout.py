@@ -13,6 +13,7 @@ from dmd_dar import flow
 from dmd_dar.draws import Draws
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity
+from dmd_dar.models.rungs import condition_of
 
 Condition = Callable[[Tensor, Draws], Tensor]  # (a sample's (B,), draws) -> with what a network is asked, (B,)
 
@@ -41,8 +42,8 @@ def same_condition(cond: Tensor, draws: Draws) -> Tensor:
 
 
 def rung_condition(rungs: tuple[float, ...], num_classes: int) -> Condition:
-    """A network is told the step's rung too: its condition is rung (num_classes + 1) + cond."""
-    return lambda cond, draws: cond + rung_of(draws, rungs) * (num_classes + 1)
+    """A network is told the step's rung, too (models/rungs.py)."""
+    return lambda cond, draws: condition_of(cond, rung_of(draws, rungs), num_classes)
 
 
 def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | None) -> Tensor:

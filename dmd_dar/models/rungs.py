@@ -1,7 +1,6 @@
 """A denoiser that is told which rung of a few-step student made the sample it is asked about.
 
-B batch, k rungs, d width of a time embedding, N classes. The condition is rung (N + 1) + cond, with rung in
-0 .. k - 1, one for the whole batch and for all calls of a step, and cond in 0 .. N.
+B batch, k rungs, d width of a time embedding, N classes. A step has one rung, for its whole batch and all its calls.
 """
 
 from typing import Any
@@ -9,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.sit import SiT
+
+
+def condition_of(cond: Tensor, rung: int, num_classes: int) -> Tensor:
+    """What such a denoiser is asked with: cond (B,) in 0 .. N, rung in 0 .. k - 1 -> rung (N + 1) + cond, (B,)."""
+    return cond + rung * (num_classes + 1)
 
 
 class Asked:
@@ -42,11 +47,16 @@ class Rungs(nn.Module):
         self.rows, self.asked = network.config.num_classes + 1, Asked()
         named = [(name.rpartition(".")[2], module) for name, module in network.named_modules()]
         embedders = [module for name, module in named if name in ("t_embedder", "timestep_embedder")]
+        if not embedders:
+            raise UserError(
+                f"fake_score.per_rung: no time embedding is known in a {type(network).__name__}, so it cannot be told"
+                " the rung; set it to false"
+            )
         self.tables = nn.ModuleList(RungTable(embedder, count, self.asked, device) for embedder in embedders)
         network.register_forward_pre_hook(self.take)
 
     def take(self, network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook of the network."""
+        """Forward pre-hook of the network, the inverse of `condition_of`."""
         x, t, cond, *more = inputs
         self.asked.rung = cond[:1] // self.rows  # of the step, so of every sample
         return (x, t, cond % self.rows, *more)

@@ -112,10 +112,10 @@ class LoraDenoiser(nn.Module):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in own}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Raises RuntimeError where the names are not those of this view's adapters and routers."""
+        """Raises RuntimeError where the names are not those of what this view owns."""
         own = {name for name, _ in self.named_parameters()}
         if strict and own != state_dict.keys():
-            raise RuntimeError(f"other adapters or routers: {sorted(own ^ state_dict.keys())[:4]}")
+            raise RuntimeError(f"other adapters, routers or rungs: {sorted(own ^ state_dict.keys())[:4]}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def checkpoint_activations(self) -> None:

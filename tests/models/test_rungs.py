@@ -6,17 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd_dar.draws import Draws, sample_range
-from dmd_dar.methods.rollout import rung_condition, rung_of
+from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
-from dmd_dar.models.rungs import rung_parameters, tell_rungs_apart
+from dmd_dar.models.rungs import condition_of, rung_parameters, tell_rungs_apart
 from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import tiny_dit
 from tests.tiny import tiny_sit
-
-RUNGS = (1.0, 0.75, 0.5)
 
 
 def network_of(kind: str):
@@ -31,7 +28,7 @@ def inputs_of(network) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def asked(cond: Tensor, rung: int, network) -> Tensor:
-    return cond + rung * (network.config.num_classes + 1)
+    return condition_of(cond, rung, network.config.num_classes)
 
 
 @pytest.mark.parametrize("kind", ["sit", "dit"])
@@ -108,8 +105,8 @@ def test_one_rung_needs_no_vectors():
     assert not hasattr(build_networks(network_of("sit"), RoutingConfig()).fake_score, "rungs")
 
 
-def test_the_condition_names_the_rung_of_the_step():
-    cond = torch.tensor([0, 2, 4])
-    for step in range(8):
-        draws = Draws(0, "student", step, sample_range(0, 3))
-        assert torch.equal(rung_condition(RUNGS, 4)(cond, draws), cond + 5 * rung_of(draws, RUNGS))
+def test_a_network_whose_time_embedding_is_not_known_is_refused():
+    network = network_of("sit")
+    network.clock = network._modules.pop("t_embedder")
+    with pytest.raises(UserError, match="fake_score.per_rung: no time embedding is known in a SiT"):
+        tell_rungs_apart(network, 2)

@@ -54,7 +54,7 @@ def stored_bytes(*networks: nn.Module) -> int:
 
 def test_all_three_networks_over_one_base_take_little_more_than_the_base():
     teacher = build_sit("S/2").requires_grad_(False)
-    networks = build_networks(teacher, RoutingConfig("timestep", 4), memory=Memory("shared_lora"))
+    networks = build_networks(teacher, RoutingConfig("timestep", 4), memory=Memory("shared_lora"), rungs=4)
     every = (networks.teacher, networks.student, networks.fake_score)
     assert {p.dtype for network in every for p in network.parameters()} == {torch.float32}
     assert 1.0 < stored_bytes(*every) / stored_bytes(teacher) <= 1.35
