@@ -79,10 +79,10 @@ def sync_folder(folder: Path) -> None:
 def replaced_folder(target: str | os.PathLike[str], own: tuple[str, ...] = ()) -> Iterator[Path]:
     """An empty folder to fill; when the block ends, it takes the place of `target` in one step, fully on the disk.
 
-    An exception leaves the old folder or the new one, whole. Of the old, entries that the new one lacks are kept, but for
-    those named in `own`; at every moment they are in both or in the one that counts. Where the file system
-    cannot exchange two folders in one step (outside Linux, some network mounts), a crash between two renames leaves the
-    old folder as `.NAME.old` beside an absent `target`, until `recover_folder` or the next replacement.
+    An exception leaves the old folder or the new one, whole. Of the old, entries that the new one lacks are kept, but
+    for those named in `own`; at every moment they are in both or in the one that counts. Where the file system cannot
+    exchange two folders in one step (outside Linux, some network mounts), a crash between two renames leaves the old
+    folder as `.NAME.old` beside an absent `target`, until `recover_folder` or the next replacement.
     """
     target = Path(target).resolve()
     recover_folder(target)

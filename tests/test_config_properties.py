@@ -89,6 +89,38 @@ def test_any_value_of_any_key_is_taken_or_named(schema, data, value):
         assert slot.path in line or any(name in line for name in (slot.name, slot.path.partition(".")[0])), line
 
 
+def outside(slot: Slot) -> list[float]:
+    """Numbers that the key's range leaves out, and those that no range holds."""
+    told = {name: slot.metadata.get(name) for name in ("above", "least", "below", "most")}
+    found = [told["above"], None if told["least"] is None else told["least"] - 1]
+    found += [told["below"], None if told["most"] is None else told["most"] + 1]
+    return [value for value in found if value is not None] + [math.nan, math.inf, -math.inf]
+
+
+NUMERIC = {schema: [slot for slot in LEAVES[schema] if {int, float} & {*options(slot.kind)}] for schema in SCHEMAS}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_number_of_every_key_is_finite_and_within_its_range(schema):
+    checked = 0
+    for slot in NUMERIC[schema]:
+        for value in outside(slot):
+            if int in options(slot.kind) and math.isfinite(value):
+                value = int(value)
+            cfg, line = written(nested(slot.path, value), schema)
+            assert cfg is None and slot.path in line, (slot.path, value, line)
+            checked += math.isfinite(value)
+    assert checked >= len(NUMERIC[schema]) // 2  # most keys have a bound
+
+
+@always
+@given(path=st.sampled_from(["log.name", "log.project"]), before=words, after=words)
+def test_a_name_leads_nowhere(path, before, after):
+    for text in (f"{before}../{after}", f"{before}/{after}", f"{before}\\{after}"):
+        cfg, line = written(nested(path, text), DistillConfig)
+        assert cfg is None and (path in line or "interpolations" in line), line
+
+
 @always
 @given(schema=schemas, name=words, value=values)
 @example(schema=DistillConfig, name="../../etc/passwd", value=1)

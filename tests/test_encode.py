@@ -142,15 +142,16 @@ def test_whoever_makes_them_the_bytes_are_the_same(vae, images, whole, tmp_path,
     assert run(vae, tmp_path / "two", images) == contents(whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_the_shard_and_the_same_command_continues(
-    vae, images, whole, tmp_path, monkeypatch, capsys
+    vae, images, whole, tmp_path, monkeypatch, capsys, number
 ):
     own, calls = Codec.encode, []
 
     def signalling(self, pixels):
         calls.append(len(pixels))
         if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return own(self, pixels)
 
     monkeypatch.setattr(Codec, "encode", signalling)
@@ -160,6 +161,27 @@ def test_a_signal_ends_it_with_the_shard_and_the_same_command_continues(
     assert "5 images in" in capsys.readouterr().out
     run(vae, tmp_path, images)
     assert calls == [2, 2, 1]
+
+
+def test_a_second_signal_ends_it_at_once_and_nothing_half_made_counts(vae, images, whole, tmp_path):
+    def twice() -> None:
+        own = Codec.encode
+
+        def signalling(self, pixels):
+            if (tmp_path / shard_name(0)).exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return own(self, pixels)
+
+        Codec.encode = signalling
+        run(vae, tmp_path, images)
+
+    process = multiprocessing.get_context("fork").Process(target=twice)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+    assert [name for name in sorted(contents(tmp_path)) if name.startswith("shard")] == [shard_name(0)]
+    assert run(vae, tmp_path, images) == contents(whole)
 
 
 @pytest.mark.parametrize(

@@ -142,4 +142,4 @@ def test_a_run_whose_latents_were_replaced_is_not_continued(made, tmp_path, caps
     run(EncodeConfig, encode, f"codec={made / 'pipeline'}", f"out={tmp_path / 'latents'}", *images)
     with pytest.raises(SystemExit):
         distill.main(arguments(made, tmp_path / "run", *small))
-    assert "data" in capsys.readouterr().err.splitlines()[-1]
+    assert "data has changed" in capsys.readouterr().err.splitlines()[-1]

@@ -111,8 +111,11 @@ def ended_at_last(started: list[Any]) -> Iterator[None]:
 
 
 def _failure(rank: int, code: int, lines: list[Connection]) -> BaseException:
-    """UserError with the message that a process left, else exit code 1 after a line about the first that failed."""
-    for line in (lines[rank], *lines):
+    """UserError with the message that a process left, else exit code 1 after a line about the first that failed.
+
+    Of one that a signal ended, the others can only say that it is gone.
+    """
+    for line in (lines[rank], *(lines if code > 0 else ())):
         with contextlib.suppress(EOFError, OSError):
             if line.poll():
                 return UserError(line.recv_bytes().decode())

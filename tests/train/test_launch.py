@@ -37,6 +37,11 @@ def gone(pid: int, patience: float = 30) -> bool:
     return False
 
 
+def test_a_dead_process_ends_all_within_half_a_minute():
+    """The others get GRACE seconds once it is seen to be dead, which takes LOOK at most."""
+    assert launch.GRACE + launch.LOOK < 30
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(launch, "GRACE", 1.0)

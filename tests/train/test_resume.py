@@ -149,8 +149,10 @@ def test_killed_while_a_finished_run_writes_its_student_again(runs, whole):
 
 def killed_at_random(runs: Runs, name: str, kills: int, seed: int) -> None:
     assert runs.run("long", LONG) == 0, runs.said("long").read_text()
-    chance, killed = random.Random(seed), 0
+    chance, killed, tries = random.Random(seed), 0, 0
     while killed < kills:
+        tries += 1
+        assert tries <= 3 * kills, "the run is over before it can be killed"
         process = runs.start(name, LONG)
         most = 10 + chance.randrange(20)
         while process.is_alive() and not (runs.said(name).exists() and len(runs.points(name)) >= most):
@@ -158,7 +160,8 @@ def killed_at_random(runs: Runs, name: str, kills: int, seed: int) -> None:
         time.sleep(chance.random() * 0.2)
         process.kill()
         process.join()
-        killed += 1
+        assert process.exitcode in (0, -signal.SIGKILL)
+        killed += process.exitcode != 0
         if process.exitcode == 0:  # it was done before
             shutil.rmtree(runs.root / name)
         runs.said(name).unlink()
