@@ -8,6 +8,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import yaml
+
 from dmd_dar.errors import UserError
 
 MISSING = dataclasses.MISSING
@@ -102,6 +104,9 @@ def _typed(value: Any, kind: Any) -> Any:
         for choice in inner:
             if type(value) is type(choice) and value == choice:
                 return choice
+        words = [choice for choice in inner if isinstance(choice, str) and yaml.safe_load(choice) is value]
+        if isinstance(value, bool) and len(words) == 1:  # YAML reads no, off, yes and on as truth values
+            return words[0]
     if origin in (tuple, list) and isinstance(value, list | tuple):
         kinds = inner if origin is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value)
         if len(kinds) == len(value):

@@ -16,17 +16,18 @@ from dmd_dar import spectrum
 from dmd_dar.data.images import to_pixels
 from eval import classifier, distances, measured, neighbours, sliced, stats, structure, verdict
 
+COMMIT = "DMD_DAR_COMMIT"  # names the commit where the code was copied without its history
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
 
 
 def git_state() -> str:
-    """Commit and whether the tree differs from it; "unknown" outside a checkout."""
+    """Commit and whether the tree differs from it; outside a checkout what DMD_DAR_COMMIT says, else "unknown"."""
     root = Path(__file__).parent.parent
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT, "unknown")
 
 
 def code_state() -> dict[str, Any]:

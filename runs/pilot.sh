@@ -1,41 +1,35 @@
 #!/usr/bin/env bash
-# The pilot: residual and DAR students from three training seeds each, one thread per arm side by side, then the
-# comparison and the report. FROZEN=1 adds the control with static routers, SEEDS="0 1 2 3 4 5" more seeds,
-# KEYS=fake_score.per_rung=false another method, OUT another folder; what is done is kept.
+# The pilot: residual and DAR students from three training seeds each, two at a time with one thread each, then the
+# comparison and the report; what is done is kept. FROZEN=1 adds the control with static routers, SEEDS="0 1 2 3 4 5"
+# more seeds (REPORTED="0" of them in the report), KEYS="steps=250 fake_score.updates=5" another recipe, OUT another
+# folder, TITLE the report's title, JOBS=16 students at a time where there are the cores, EVAL_THREADS=16 threads for the
+# comparison.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 seeds=${SEEDS:-"0 1 2"}
 out=${OUT:-out/pilot}
 began=$SECONDS
+arms=(residual dar)
+[[ -n ${FROZEN:-} ]] && arms+=(frozen)
 
-train() { # arm
-  for seed in $seeds; do
-    python distill.py "config=configs/photos32/pilot_$1.yaml" "seed=$seed" "out_dir=$out/$1_seed$seed" ${KEYS:-}
+runs() { # arm [seeds] -> RUN,RUN,...
+  local list="" seed
+  for seed in ${2:-$seeds}; do list+=",$out/$1_seed$seed"; done
+  echo "${list:1}"
+}
+
+for seed in $seeds; do
+  for arm in "${arms[@]}"; do
+    echo "config=configs/photos32/pilot_$arm.yaml seed=$seed out_dir=$out/${arm}_seed$seed ${KEYS:-}"
   done
-}
-
-runs() { # arm -> [RUN,RUN,...]
-  local list=""
-  for seed in $seeds; do list+=",$out/$1_seed$seed"; done
-  echo "[${list:1}]"
-}
-
-train residual &
-residual=$!
-trap 'kill $residual 2>/dev/null || true' EXIT
-train dar
-wait $residual
-trap - EXIT
-arms=("arms.residual=$(runs residual)" "arms.dar=$(runs dar)")
-if [[ -n ${FROZEN:-} ]]; then
-  train frozen
-  arms+=("arms.frozen=$(runs frozen)")
-fi
+done | xargs -P "${JOBS:-2}" -L 1 python distill.py
 echo "students: $((SECONDS - began)) s"
-OMP_NUM_THREADS=${EVAL_THREADS:-2} python -m eval.compare "${arms[@]}" "out=$out/compare" n=1024
-echo "pilot: $((SECONDS - began)) s"
-OMP_NUM_THREADS=${EVAL_THREADS:-2} python -m eval.report "runs=[$(runs residual | tr -d '[]'),$(runs dar | tr -d '[]')]" \
-  "compare=$out/compare/compare.json" "out=$out/report" n=1024 metrics=[offline] \
-  title="Pilot at toy scale, residual and DAR students from three training seeds each"
+compared=()
+for arm in "${arms[@]}"; do compared+=("arms.$arm=[$(runs "$arm")]"); done
+export OMP_NUM_THREADS=${EVAL_THREADS:-2}
+python -m eval.compare "${compared[@]}" "out=$out/compare" n=1024
+echo "compared: $((SECONDS - began)) s"
+python -m eval.report "runs=[$(runs residual "${REPORTED:-}"),$(runs dar "${REPORTED:-}")]" "compare=$out/compare/compare.json" "out=$out/report" \
+  n=1024 metrics=[offline] "title=${TITLE:-Pilot at toy scale, residual and DAR students from several training seeds each}"
 echo "report: $((SECONDS - began)) s"

@@ -9,6 +9,7 @@ import pytest
 from dmd_dar import config
 from dmd_dar.config import ConfigError
 from dmd_dar.keys import key
+from dmd_dar.train.runtime import LaunchConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,15 @@ def test_defaults_files_and_overrides_merge_in_that_order(tmp_path: Path) -> Non
 
 def test_a_factorys_own_defaults_survive_a_partial_section() -> None:
     assert config.load(Job, [GOOD, "student.warm=true"]).student == Student(lr=2e-4, warm=True)
+
+
+def test_a_choice_that_yaml_reads_as_a_truth_value_needs_no_quotes(tmp_path: Path) -> None:
+    assert config.load(LaunchConfig, ["precision=no"]) == LaunchConfig(precision="no")
+    file = yaml_file(tmp_path, "precision: no\n")
+    assert config.load(LaunchConfig, [f"config={file}"]).precision == "no"
+    for text in ("precision=yes", "precision=true", "precision=0"):
+        with pytest.raises(ConfigError, match="expected one of auto, no, bf16"):
+            config.load(LaunchConfig, [text])
 
 
 def test_optional_section_is_null_or_a_section() -> None:

@@ -44,6 +44,7 @@ def test_metrics_see_what_they_are_there_for(result):
     assert list(spoiled) == list(SPOILERS)
     blurs = [z[f"blur {sigma}"]["gain HF, dB"] for sigma in ("0.3", "0.5", "0.7", "1.0")]
     assert blurs == sorted(blurs, reverse=True) and blurs[2] < -5 and blurs[3] < -10
+    assert z["blur 0.5"]["fd_wavelet"] > 10 > 3 > abs(z["blur 0.5"]["fd_pca"])
     assert z["blur 1.0"]["slope difference"] < -10 and z["blur 1.0"]["sliced Wasserstein, level 0"] > 5
     for name in ("blur 0.7 + shaped noise", "HF phases scrambled"):
         assert z[name]["flat noise, dB"] > 3 and z[name]["parent-child difference"] < -5

@@ -12,7 +12,7 @@ from dmd_dar.models.rungs import condition_of, rung_parameters, tell_rungs_apart
 from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.routing.layout import RoutingConfig
-from tests.models.tiny_pipelines import tiny_dit
+from tests.models.tiny_pipelines import tiny_dit, tiny_pixart
 from tests.tiny import tiny_sit
 
 
@@ -103,6 +103,16 @@ def test_two_calls_in_one_backward_pass_may_be_computed_again(kind):
 
 def test_one_rung_needs_no_vectors():
     assert not hasattr(build_networks(network_of("sit"), RoutingConfig()).fake_score, "rungs")
+
+
+@torch.no_grad()
+def test_a_pixart_is_told_in_its_one_time_embedding(tmp_path):
+    from diffusers import PixArtTransformer2DModel
+
+    pipeline = tiny_pixart(tmp_path / "pixart")
+    network = DiffusersDenoiser(PixArtTransformer2DModel.from_pretrained(pipeline / "transformer"))
+    embedders = [name for name, _ in network.named_modules() if name.endswith("timestep_embedder")]
+    assert embedders == ["transformer.adaln_single.emb.timestep_embedder"]
 
 
 def test_a_network_whose_time_embedding_is_not_known_is_refused():

@@ -199,6 +199,11 @@ def by_two(folder: Path) -> dict[str, Any]:
     return found
 
 
+def by_two_six_times() -> dict[str, Any]:
+    """Six whole cycles: with five fake-score updates, and in one go with two."""
+    return {str(k): trained(config("none", 2), k, 6) for k in CYCLES}
+
+
 def by_four() -> dict[str, Any]:
     """Two copies of two parts each."""
     shared = {"shard_among": 2}
@@ -206,14 +211,15 @@ def by_four() -> dict[str, Any]:
     return found | {"replicas": [divergence("fsdp2", nudge, **shared), divergence("fsdp2", None, **shared)]}
 
 
-def work(rank: int, folder: str, port: int, processes: int) -> None:
+def work(rank: int, folder: str, port: int, processes: int, long: bool) -> None:
     torch.set_num_threads(1)
     places = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
-    torch.save(by_two(Path(folder)) if processes == 2 else by_four(), Path(folder) / f"found{rank}.pt")
+    made = by_four() if processes == 4 else by_two_six_times() if long else by_two(Path(folder))
+    torch.save(made, Path(folder) / f"found{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    given = (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    given = (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "long" in sys.argv)
     torch.multiprocessing.start_processes(work, given, nprocs=given[2], start_method="fork")

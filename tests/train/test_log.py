@@ -83,9 +83,10 @@ def test_wandb_is_imported_only_where_asked_for(folder: RunFolder, monkeypatch: 
 def test_offline_wandb_stays_in_the_run_folder_and_keeps_its_id(folder: RunFolder) -> None:
     for step in (0, 1):
         with RunLog.open(folder, LogConfig(wandb="offline"), {"student": {"lr": 1e-4}}, step) as run:
-            run.write({"step": step + 1, "loss": 0.5})
+            run.write({"step": step + 1, "loss": 0.5, "health/gap": 0.0625})
     runs = sorted((folder.path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == 2 and len({run.name for run in runs}) == 1
+    assert all(b"health/gap" in run.read_bytes() and b"0.0625" in run.read_bytes() for run in runs)
     assert [record["step"] for record in log.read(folder.path / "log.jsonl")] == [1, 2]
 
 

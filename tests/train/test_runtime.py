@@ -40,12 +40,12 @@ def six(alone) -> dict[int, Any]:
     return {k: alone[k] if cycles == 6 else trained(config("none"), k, 6) for k, cycles in CYCLES.items()}
 
 
-def by_processes(folder: Path, processes: int) -> Path:
+def by_processes(folder: Path, processes: int, *more: str) -> Path:
     """`folder`, with found0.pt by the main process, found1.pt by the next, and so on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.train.processes", str(folder), str(port), str(processes)]
+    command = [sys.executable, "-m", "tests.train.processes", str(folder), str(port), str(processes), *more]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder
@@ -100,6 +100,14 @@ def test_bfloat16_is_the_same_choice_sharded_or_not(two):
     assert 0 < rounding < 0.1 * flat(exact).norm()
     assert (flat(two["bf16"]) - flat(expected)).norm() < rounding
     assert all(gradient.dtype == torch.float32 for gradient in two["bf16"].values())
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_over_six_cycles(six, tmp_path):
+    """Of 2 and of 5 fake-score updates, in parts of five samples."""
+    found = torch.load(by_processes(tmp_path, 2, "long") / "found0.pt", weights_only=True)
+    for k in CYCLES:
+        assert found[str(k)]["student"]["steps"] == 6 and furthest(found[str(k)], six[k]) < 1e-9
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
