@@ -21,7 +21,7 @@ runs() { # arm [seeds] -> RUN,RUN,...
 
 for seed in $seeds; do
   for arm in "${arms[@]}"; do
-    echo "config=configs/photos32/pilot_$arm.yaml seed=$seed out_dir=$out/${arm}_seed$seed ${KEYS:-}"
+    echo "config=configs/photos32/pilot_$arm.yaml seed=$seed out_dir=$out/${arm}_seed$seed${KEYS:+ $KEYS}"
   done
 done | xargs -P "${JOBS:-2}" -L 1 python distill.py
 echo "students: $((SECONDS - began)) s"
