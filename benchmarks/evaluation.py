@@ -2,10 +2,13 @@
 
 Three models, a teacher, two sets of real crops; every metric that needs no weights, then the report on disk. The
 models' images are crops of the photographs, spoiled in different degrees: measuring does not depend on what they show.
+With runs=[RUN,..] also the whole command `python -m eval.report` of these runs: sampling, latencies and start included.
 The result is benchmarks/results/evaluation.json.
 """
 
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ class Bench:
     size: int = key(32, "side of an image: 32 or 64", unit="pixels", least=32, most=64)
     models: int = key(3, "students", least=1)
     rounds: int = key(3, "repetitions of everything", least=1)
+    runs: tuple[str, ...] = key((), "run folders whose report is timed as a command", path=True)
 
 
 def image_sets(cfg: Bench) -> tuple[ImageSet, ImageSet, list[ImageSet], tuple[torch.Tensor, torch.Tensor]]:
@@ -76,9 +80,22 @@ def evaluation(cfg: Bench, folder: Path) -> dict[str, float]:
     return times
 
 
+def command(cfg: Bench, folder: Path) -> Callable[[], None]:
+    """A call of eval.report in a process of its own, that finds no images of an earlier one."""
+    words = [f"runs=[{','.join(cfg.runs)}]", f"n={cfg.n}", "metrics=[offline]", f"out={folder / 'report'}"]
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            subprocess.run([sys.executable, "-m", "eval.report", *words, f"cache={cache}"], check=True)
+
+    return call
+
+
 def run(cfg: Bench) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        rounds = [evaluation(cfg, Path(folder)) for _ in range(cfg.rounds)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rounds = [evaluation(cfg, folder) for _ in range(cfg.rounds)]
+        whole = [seconds(command(cfg, folder), torch.device("cpu")) for _ in range(cfg.rounds if cfg.runs else 0)]
     totals = [sum(one.values()) for one in rounds]
     result = {
         "images": cfg.n,
@@ -88,6 +105,8 @@ def run(cfg: Bench) -> None:
         "aim_s": AIM_S,
         "seconds": spread(totals),
         "parts_s": {name: spread([one[name] for one in rounds]) for name in rounds[0]},
+        "command_s": spread(whole) if whole else None,
+        "runs": len(cfg.runs),
     }
     print(
         f"{statistics.median(totals):.1f} s",

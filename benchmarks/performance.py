@@ -226,7 +226,13 @@ def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
     told = (
         f"**Every metric without weights and the report** ({what}; medians of {result['seconds']['rounds']} rounds).\n"
     )
-    return f"{title}{stand(result)}\n{told}\n{table(['part', 'seconds'], rows)}"
+    text = f"{title}{stand(result)}\n{told}\n{table(['part', 'seconds'], rows)}"
+    if whole := result.get("command_s"):
+        text += (
+            f"\nThe whole command `python -m eval.report` of {result['runs']} students with a new cache, sampling,"
+            f" latencies and start included: {whole['median']:.1f} s ({whole['least']:.1f} to {whole['most']:.1f}).\n"
+        )
+    return text
 
 
 def psd(read: Callable[[str], dict[str, Any] | None]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dmd_dar.atomic import make_folder, write_atomic
-from eval.provenance import git_state
+from eval.provenance import code_state
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy")
@@ -97,7 +97,7 @@ def _commit() -> str:
             [*git, "status", "--porcelain", "-uno", "*.py"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return git_state()
+        return code_state()["commit"]
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

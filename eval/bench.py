@@ -4,6 +4,7 @@ Legend: N images, B of a batch; latents are (N, C, h, w).
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+import dmd_dar
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import to_pixels
 from dmd_dar.draws import Draws, sample_range
@@ -26,7 +28,7 @@ from dmd_dar.methods.generate import Generator, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
 from dmd_dar.spectrum import MIN_SIZE
 from eval.cost import flops, latencies, peak_memory
-from eval.images import share_of
+from eval.images import UnfitError, share_of
 from eval.processes import Processes
 from eval.sets import ImageSet, Role
 
@@ -47,6 +49,16 @@ class Made:
 
     def rows(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the source of dmd_dar: samples of another version are not found again."""
+    root = Path(dmd_dar.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -98,10 +110,17 @@ class Bench:
         """What a network makes (B, C, S, S) as images (B, 3, H, W), about [-1, 1]."""
         return x0 if self.codec is None else self.codec.decode(x0)
 
-    def seen(self, x0: Tensor, labels: Tensor) -> Made:
-        """A batch of it as it is measured."""
+    def seen(self, x0: Tensor, labels: Tensor, what: str, samples: Tensor) -> Made:
+        """A batch of it as it is measured. UnfitError naming `what` and a sample that holds numbers not finite."""
+        images = self.decoded(x0)
+        broken = ~(images.flatten(1).isfinite().all(1) & x0.flatten(1).isfinite().all(1))
+        if broken.any():
+            raise UnfitError(
+                f"{what}: sample {samples[broken][0].item()} holds numbers that are not finite; its network has"
+                " diverged, leave it out"
+            )
         latents = None if self.codec is None else x0.float().cpu()
-        return Made(to_pixels(self.decoded(x0)).cpu(), labels.cpu(), latents)
+        return Made(to_pixels(images).cpu(), labels.cpu(), latents)
 
     def joined(self, make: Callable[[Tensor], Made], what: str) -> Made:
         """All images, from make(samples (B,)), batch by batch and shared out among the processes."""
@@ -134,13 +153,14 @@ class Bench:
                 device=self.device,
                 first=int(samples[0]),
             )
-            return self.seen(x0, labels)
+            return self.seen(x0, labels, what, samples)
 
         return self.joined(make, what)
 
     def cached(self, facts: dict[str, Any], generator: Generator, what: str = "sampling") -> Made:
-        """The images that `facts` and this bench determine, made once; a damaged file is made anew."""
+        """The images that `facts`, this bench and the code determine, made once; a damaged file is made anew."""
         identity = {**facts, "count": self.count, "seed": self.seed, "shape": self.shape, "classes": self.num_classes}
+        identity |= {"code": code_digest(), "torch": torch.__version__, "device": self.device.type}
         identity |= {"codec": self.codec_digest} if self.codec_digest else {}
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         path, kept = self.cache / f"{name}.safetensors", None

@@ -34,6 +34,7 @@ from eval.conclusion import conclusion, table
 from eval.controls import frozen_at_mean, unfreezable
 from eval.measure import ImageSet, jsonable
 from eval.pairing import ArmsConfig, Groups, Role, read_groups
+from eval.processes import Processes
 from eval.provenance import command_line, provenance
 from eval.seeds import LEAST_COVERAGE, PILOT_BELOW, Arms, differences, endpoint, image_spread
 from eval.spectrum import POWER_FLOOR, decibel
@@ -188,9 +189,11 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
         found = students({role: runs[index] for role, runs in groups.items()}, bench.device)
         if AT_MEAN not in found:
             absent[AT_MEAN] = unfreezable(found["dar"].network)
-        costs = costs_of({name: one.generator for name, one in found.items()}, bench)
+        generators = {name: one.generator for name, one in found.items()}
+        costs = costs_of(generators, bench) if bench.processes.main else dict.fromkeys(found, {})
         for name, one in found.items():
-            print(f"{name}: {one.run.folder}", file=sys.stderr)
+            if bench.processes.main:
+                print(f"{name}: {one.run.folder}", file=sys.stderr)
             made = bench.cached(one.identity, one.generator, name)
             sets.setdefault(name, []).append(Measured.of(made.images, made.labels))
             row = {"folder": str(one.run.folder), "seed": one.run.cfg.seed, "updates": one.run.cfg.steps}
@@ -331,17 +334,25 @@ def conclude(study: Study, cfg: CompareConfig) -> dict[str, Any]:
 
 
 def compare(cfg: CompareConfig) -> None:
-    """Sample, measure, compare; write compare.json and print tables and conclusion."""
+    """Sample, measure, compare; write compare.json and print tables and conclusion.
+
+    Of several processes, each samples its share; the first one does the rest.
+    """
     began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    processes = Processes.of(cfg.cpu)
+    device = processes.device(cfg.cpu)
     groups = read_groups(cfg.arms)
     out = make_folder(cfg.out)
     teacher = Teacher.of(groups["residual"][0], device)
     require_teacher([run for runs in groups.values() for run in runs], teacher.weights)
-    bench = Bench.of(cfg, teacher.network, device, teacher.codec)
-    print(f"sampling {cfg.n} images of the teacher and of {sum(map(len, groups.values()))} runs", file=sys.stderr)
+    bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
+    if processes.main:
+        print(f"sampling {cfg.n} images of the teacher and of {sum(map(len, groups.values()))} runs", file=sys.stderr)
     reference = teacher.sample_set(bench, cfg.solver_steps)
-    result = conclude(sample_and_measure(groups, reference, bench), cfg)
+    study = sample_and_measure(groups, reference, bench)
+    if not processes.main:
+        return
+    result = conclude(study, cfg)
     result["reference"] = jsonable(reference.facts)
     result["provenance"] = jsonable(provenance(device, time.monotonic() - began, **origin(cfg, groups)))
     write_atomic(out / "compare.json", json.dumps(result, indent=1, allow_nan=False))

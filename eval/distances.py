@@ -117,8 +117,8 @@ def prepare(
     prompt: str,
     statistics: str,
 ) -> Suite:
-    """Everything that can be fitted or loaded. `fit`: real uint8 images (N, 3, H, W), none of them compared, and their
-    labels (N,) or None. `statistics`: an npz with mu and sigma of FID's features."""
+    """Everything that can be fitted or loaded. `fit`: uint8 images (N, 3, H, W), best none of those that are compared,
+    and their labels (N,) or None. `statistics`: an npz with mu and sigma of FID's features."""
     images, labels = fit
     names, requested = wanted(metrics, sources, ledger), "auto" not in metrics
     with one_thread():
@@ -154,9 +154,9 @@ def _fitted(
 ) -> tuple[Extractor | None, Classifier | None]:
     pca = ledger.attempt("fd_pca", "", lambda: features.fit_pca(images, seed=seed))
     if labels is None:
-        ledger.add("fd_classifier", "", "no labelled real images to train the classifier on", requested=False)
+        ledger.add("fd_classifier", "", "no labelled images to train the classifier on", requested=False)
         return pca, None
-    return pca, ledger.attempt("fd_classifier", "", lambda: fit_classifier(images, labels, seed), requested=False)
+    return pca, ledger.attempt("fd_classifier", "", lambda: fit_classifier(images, labels, seed))
 
 
 def features_of(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes | None = None) -> dict[str, Features]:
@@ -193,7 +193,7 @@ def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> d
         "features": ours.extractor.name,
         **{"kid": found.value, "kid_std": found.std, "kid_subset_size": size, "kid_subsets": found.subsets},
         **{"precision": None, "recall": None, "images": len(ours.values)},
-        "comparable_to_published": ours.extractor.comparable_to_published,
+        "comparable_to_published": ours.comparable,
         "upsampled": ours.upsampled,
     }
 
@@ -220,7 +220,9 @@ def _clip(one: ImageSet, suite: Suite, class_names: dict[int, str]) -> dict[str,
     prompts = [suite.prompt.replace("{}", class_names.get(label, str(label))) for label in labels]
     score = perceptual.clip_score(suite.clip, images, prompts)
     error = float(score.per_image.std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else None
-    return {"value": score.value, "standard_error": error, "prompt": suite.prompt, **score.facts}
+    published = score.facts.get("model") == perceptual.HUB + perceptual.CLIP_REPO
+    told = {"value": score.value, "standard_error": error, "prompt": suite.prompt, **score.facts}
+    return {**told, "comparable_to_published": published}
 
 
 def _diversity(one: ImageSet, suite: Suite, seed: int) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Features:
     extractor: Extractor
     upsampled: bool
 
+    @property
+    def comparable(self) -> bool:
+        """Whether distances of these may stand beside published ones; those of enlarged images may not."""
+        return self.extractor.comparable_to_published and not self.upsampled
+
 
 def _batches(
     stream: ImageStream, extractor: Extractor, batch_size: int, rank: int, world: int
@@ -111,7 +116,7 @@ def compare(
         "images": len(ours.values),
         "reference_images": count,
         "dimensions": ours.values.shape[1],
-        "comparable_to_published": ours.extractor.comparable_to_published,
+        "comparable_to_published": ours.comparable,
         "upsampled": ours.upsampled,
         **ours.extractor.facts,
     }

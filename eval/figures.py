@@ -58,7 +58,7 @@ def _own_colour(row: dict) -> str | None:
 
 
 def charts(result: dict[str, Any], planes: dict[str, Tensor]) -> dict[str, bytes]:
-    """All charts of the report by name: gain, bands, psd, maps and, where there are several seeds, forest.
+    """All charts of the report by name: gain, bands, psd, maps and, where there are several seeds, forest and curves.
 
     planes: each set's mean log power, (H, W) in dB, by name.
     """
@@ -69,6 +69,8 @@ def charts(result: dict[str, Any], planes: dict[str, Tensor]) -> dict[str, bytes
             drawn["latent"] = latent_figure(result)
         if result.get("forest"):
             drawn["forest"] = forest_figure(result["forest"])
+            if result["forest"].get("curve"):
+                drawn["curves"] = seed_curves_figure(result)
     return drawn
 
 
@@ -250,6 +252,32 @@ def forest_figure(forest: dict[str, Any]) -> bytes:
     for arm in arms:
         colour, marker = colours.get(arm, (RESIDUAL if arm == "residual" else OTHERS[0], "o"))
         gains.plot([], [], marker, color=colour, label=_plain(arm))
+    return _finish(figure, gains)
+
+
+def seed_curves_figure(result: dict[str, Any]) -> bytes:
+    """Gain over frequency of both arms, and how much nearer DAR is, with simultaneous bands over training seeds."""
+    curve = result["forest"]["curve"]
+    frequencies = curve["frequencies"]
+    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    gains, difference = figure.subplots(2, sharex=True)
+    _shade_bands(gains, result)
+    _shade_bands(difference, result)
+    _margin_strip(gains, result)
+    difference.axhline(0, color="0.35", lw=1)
+    looks = {"dar": (DAR, "-."), "difference": (TEACHER, "-")}
+    for name in curve:
+        if name != "frequencies":
+            colour, dash = looks.get(name, (RESIDUAL, "--"))
+            axes = difference if name == "difference" else gains
+            value, low, high = (np.array(curve[name][end], dtype=float) for end in ("value", "low", "high"))
+            axes.fill_between(frequencies, low, high, color=colour, alpha=0.18, lw=0)
+            label = None if axes is difference else _plain(name)
+            axes.plot(frequencies, value, color=colour, ls=dash, lw=2, label=label)
+    gains.set_ylabel(f"against {_plain(result['teacher'])} (dB)")
+    difference.set_ylabel("nearer by (dB)")
+    difference.set_xlabel("frequency (cycles per pixel; 0.5 is the finest)")
+    difference.set_xlim(result["bands"]["edges"][0], 0.5)
     return _finish(figure, gains)
 
 

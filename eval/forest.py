@@ -10,13 +10,21 @@ from eval.images import UnfitError
 from eval.seeds import PILOT_BELOW, Arms, endpoint
 from eval.sets import ImageSet
 from eval.spectrum import BAND_NAMES, spectrum_of
+from eval.stats import LARGEST_EXACT
 
 HF = BAND_NAMES.index("HF")
 Pair = tuple[int, ImageSet, ImageSet]  # training seed, residual and DAR student
 
 
 def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int) -> dict[str, Any]:
-    """D = mean over seeds of |HF gain residual| - |HF gain DAR| of students that were trained in pairs, in dB."""
+    """D = mean over seeds of |HF gain residual| - |HF gain DAR| of students that were trained in pairs, in dB.
+
+    UnfitError for more pairs than the exact test takes.
+    """
+    if len(pairs) > LARGEST_EXACT:
+        raise UnfitError(
+            f"{len(pairs)} training seeds: an exact test takes {LARGEST_EXACT} at the most; give fewer runs"
+        )
     pairs = sorted(pairs, key=lambda pair: pair[0])
     baseline, routed = (np.stack([_high(pair[side]) for pair in pairs]) for side in (1, 2))
     found = endpoint(Arms(baseline, routed, _high(teacher), teacher.labels.cpu().numpy()), seed)
@@ -57,6 +65,7 @@ def from_file(path: str | Path) -> dict[str, Any]:
         whole = json.loads(Path(path).read_text())
         comparisons = [_comparison(one) for one in (whole["primary"], *whole["controls"].values())]
         told = {"label": str(whole["label"]), "conclusion": str(whole["conclusion"])}
+        told["curve"] = _curve(whole["primary"]["curve"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnfitError(f"{path}: no compare.json of eval.compare ({type(error).__name__}: {error})") from error
     return {"source": str(path), **told, "comparisons": comparisons}
@@ -68,6 +77,23 @@ def _comparison(one: dict[str, Any]) -> dict[str, Any]:
     each = [{"seed": int(seed["seed"]), **_gains(seed, baseline)} for seed in one["per_seed"]]
     told = {"baseline": baseline, "method": str(one["method"]), "pilot": bool(one["pilot"]), "p": float(one["p"])}
     return {**told, "seeds": [seed["seed"] for seed in each], "per_seed": each, **_gains(one, baseline)}
+
+
+def _curve(one: dict[str, Any]) -> dict[str, Any]:
+    """Gain of both arms and their difference over frequency, each with its band; an end that is None is unbounded."""
+    frequencies = [float(f) for f in one["frequencies"]]
+
+    def column(values: list[float | None]) -> list[float | None]:
+        found = [None if value is None else float(value) for value in values]
+        if len(found) != len(frequencies):
+            raise ValueError(f"a curve of {len(found)} values over {len(frequencies)} frequencies")
+        return found
+
+    arms = [name for name in one if name != "frequencies"]
+    return {
+        "frequencies": frequencies,
+        **{name: {end: column(one[name][end]) for end in ("value", "low", "high")} for name in arms},
+    }
 
 
 def _gains(one: dict[str, Any], baseline: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dmd_dar.errors import UserError
 
 KINDS = (".png", ".npy")
+PNG_DEPTH = 24  # place of the byte that says how many bits a channel has
 SAMPLES = "samples.json"  # beside it, grid.png is a contact sheet and no sample
 
 
@@ -105,6 +106,10 @@ def _header(file: Path) -> tuple[int, int, int]:
     if file.suffix.lower() == ".npy":
         images = _map_array(file)
         return len(images), *images.shape[2:]
+    with file.open("rb") as opened:
+        depth = opened.read(PNG_DEPTH + 1)[PNG_DEPTH:]
+    if depth == b"\x10":  # Pillow would cut the low byte off
+        raise UnfitError(f"{file}: 16 bits a channel; convert it to 8-bit RGB, rounding")
     with _open_png(file) as image:
         if image.mode != "RGB":
             channels = len(image.getbands())

@@ -154,6 +154,7 @@ def describe(one: Measured, seed: int) -> dict[str, Any]:
         "gradient_kurtosis": float(np.median(one.structure.gradient_kurtosis)),
         "parent_child_corr": float(np.median(one.structure.parent_child)),
         "wavelet": {"log_energy": one.wavelet_energy.tolist(), "kurtosis": one.wavelet_kurtosis.tolist()},
+        "map_sectors_db": sector_means(one.plane),
         "grid_lines": _told(lines),
     }
 

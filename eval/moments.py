@@ -5,6 +5,7 @@ Legend: N rows, D features.
 """
 
 import io
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -99,7 +100,7 @@ def load_reference(path: str | Path) -> Gaussian:
         with np.load(path, allow_pickle=False) as archive:
             fields = {name: archive[name] for name in archive.files if name in ("mu", "sigma", "count")}
             held = ", ".join(archive.files)
-    except (ValueError, OSError, EOFError, BadZipFile, TypeError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, TypeError, NotImplementedError, zlib.error) as error:
         raise UnfitError(f"{path}: no npz of plain arrays ({error}); pickles are refused") from error
     missing = [name for name in ("mu", "sigma") if name not in fields]
     if missing:

@@ -176,6 +176,6 @@ def compare_neighbours(
         "recall": near.recall,
         "neighbours": near.neighbours,
         "images": near.images,
-        "comparable_to_published": ours.extractor.comparable_to_published,
+        "comparable_to_published": ours.comparable,
         "upsampled": ours.upsampled,
     }

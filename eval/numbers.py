@@ -77,7 +77,7 @@ def _alone(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from _grid_lines(row)
     yield from ({"metric": name, "value": row["facts"][name]} for name in COSTS if name in row["facts"])
     if "clip" in row:
-        yield {"metric": "clip", "value": row["clip"]["value"], "comparable_to_published": True}
+        yield {"metric": "clip", **{name: row["clip"][name] for name in ("value", "comparable_to_published")}}
     if "lpips_diversity" in row:
         yield {"metric": "lpips_diversity", "value": row["lpips_diversity"]["value"]}
     if row["fid_npz"]:

@@ -65,6 +65,7 @@ def page(result: dict, drawn: dict[str, bytes], rows: list[Row]) -> str:
         panels.maps(result, drawn["maps"]),
         panels.latent(result, drawn["latent"]) if "latent" in drawn else "",
         panels.forest(result, drawn["forest"]) if "forest" in drawn else "",
+        panels.curves(result, drawn["curves"]) if "curves" in drawn else "",
         _structure(result),
         panels.samples(result, drawn, rows),
         *_tables(result),
@@ -240,7 +241,8 @@ def _modes(result: dict) -> str:
     ]
     told = rows[0][1]
     note = (
-        f"<p class='soft'>By a small classifier trained on {told['trained_on']} other real crops, right for"
+        f"<p class='soft'>By a small classifier trained on {told['trained_on']} images"
+        f" ({text(result.get('fitted_to') or 'not among those compared')}), right for"
         f" {100 * told['accuracy']:.1f} % of those it was not trained on. Total variation is against"
         f" {text(the(result['teacher']))}.</p>"
     )

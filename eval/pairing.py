@@ -62,7 +62,7 @@ def read_groups(arms: ArmsConfig) -> Groups:
         _same_size(groups["matched"][0], groups["dar"][0])
     if "frozen" in groups:
         _alike("frozen", groups["frozen"][0], "dar", groups["dar"][0], (ROUTING + "query",))
-    _same_data(groups)
+    same_data(groups)
     return groups
 
 
@@ -75,7 +75,7 @@ def _read(role: Role, folders: Sequence[str]) -> list[Arm]:
         if first.cfg.seed == second.cfg.seed:
             fault = f"{first.folder} and {second.folder} both have seed = {first.cfg.seed}"
             raise config.ConfigError(f"arms.{role}: {fault}; name one run for each training seed")
-    _different_networks(role, runs)
+    different_networks(role, runs)
     for run in runs:
         query = run.cfg.student.routing.query
         if not _fits(role, query):
@@ -85,7 +85,7 @@ def _read(role: Role, folders: Sequence[str]) -> list[Arm]:
     return runs
 
 
-def _different_networks(role: Role, runs: list[Arm]) -> None:
+def different_networks(role: Role, runs: list[Arm]) -> None:
     """Refuse a copy under another seed: it would count one training twice."""
     seen: dict[str, Arm] = {}
     for run in runs:
@@ -121,7 +121,7 @@ def _alike(
         raise config.ConfigError(f"arms.{role}: {fault}; these runs may differ in {may} only, train one of them anew")
 
 
-def _same_data(groups: Groups) -> None:
+def same_data(groups: Groups) -> None:
     """Refuse students trained on other images than the first; the configuration names the data, a hash tells it."""
     first = groups["residual"][0]
     theirs = first.origin.get("data")

@@ -138,7 +138,13 @@ def maps(result: dict[str, Any], png: bytes) -> str:
         sectors.append([text(row["name"]), *cells])
     names = rows[0]["against"]["teacher"]["map_sectors_db"] if rows else {}
     heads = ["set", *(f"{band}, {d}" for band in names for d in DIRECTIONS)]
+    every = [row for row in result["sets"] if row["role"] != "null"]
+    alone = [
+        [text(row["name"]), *(number(row["map_sectors_db"][band][d], 1) for band in names for d in DIRECTIONS)]
+        for row in every
+    ]
     data = (
+        f"<p class='soft'>Mean log power in dB.</p>{table('log power by band and direction', heads, alone)}"
         "<p class='soft'>Mean difference in dB over bands and directions: x within 22.5 degrees of the horizontal"
         f" frequencies, y of the vertical ones.</p>{table('difference by band and direction', heads, sectors)}"
         "<p class='soft'>Lines of the pixel grid against the reference, dB: height above their surroundings, with"
@@ -215,6 +221,27 @@ def forest(result: dict[str, Any], png: bytes) -> str:
     heads = ["", "HF gain of the baseline, dB", "HF gain of DAR, dB", "difference of the distances, dB"]
     words = f"<p>{text(minus(told['conclusion']))}</p>" if told["conclusion"] else ""
     return figure(png, "chart", "Seed by seed", caption, table("gains by seed", heads, rows)) + words
+
+
+def curves(result: dict[str, Any], png: bytes) -> str:
+    told = result["forest"]["curve"]
+    arms = [name for name in told if name not in ("frequencies", "difference")]
+    caption = (
+        "Above, the gain of both arms against the teacher over frequency, means over training seeds. Below, by how much"
+        " DAR is nearer to the teacher; above 0 favours DAR. The bands hold the whole curve in 95 % of such experiments"
+        " (max-t over frequencies, over seeds and images)."
+    )
+    cells = [
+        [number(f, 4), *(_curve_cell(told[name], i) for name in (*arms, "difference"))]
+        for i, f in enumerate(told["frequencies"])
+    ]
+    heads = ["cycles per pixel", *(f"{text(arm)}, dB" for arm in arms), "difference of the distances, dB"]
+    return figure(png, "chart", "Gain over training seeds", caption, table("gain over seeds", heads, cells))
+
+
+def _curve_cell(curve: dict[str, list[float | None]], i: int) -> str:
+    ends = {end: curve[end][i] for end in ("low", "high")}
+    return f"{number(curve['value'][i], signed=True)}<small>{span(ends, signed=True)}</small>"
 
 
 def samples(result: dict[str, Any], drawn: dict[str, bytes], rows: list[Row]) -> str:

@@ -60,16 +60,18 @@ class Processes:
 
     def joined(self, count: int, make: Callable[[int, int], Rows]) -> Rows:
         """The rows of all `count` images in their order, from make(rank, world), the rows
-        count * rank // world .. count * (rank + 1) // world - 1. An error in one process is raised in all of them.
+        count * rank // world .. count * (rank + 1) // world - 1. An error in one process ends all of them.
         """
         if self.runtime is None or count < self.runtime.processes:
             return make(0, 1)
-        rows, fault = {}, ""
+        rows, fault, own = {}, "", None
         try:
             rows = make(self.runtime.rank, self.runtime.processes)
-        except UserError as error:
-            fault = str(error)
+        except Exception as error:  # the others, who wait for these rows, hear of it first
+            own, fault = error, str(error) if isinstance(error, UserError) else repr(error)
         faults = self.runtime.gather_rows(torch.tensor([*fault.encode()], dtype=torch.uint8))
+        if own is not None and not isinstance(own, UserError):
+            raise own
         if len(faults):
             raise UnfitError(fault or bytes(faults.tolist()).decode())
         return {name: self.runtime.gather_rows(part) for name, part in rows.items()}

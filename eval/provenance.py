@@ -14,26 +14,41 @@ import torch
 
 from dmd_dar import spectrum
 from dmd_dar.data.images import to_pixels
-from eval import classifier, distances, measured, neighbours, sliced, stats, structure, verdict
+from eval import (
+    classifier,
+    distances,
+    features,
+    frechet,
+    maps,
+    measured,
+    neighbours,
+    sliced,
+    stats,
+    structure,
+    verdict,
+)
+from eval.spectrum import POWER_FLOOR
 
 COMMIT = "DMD_DAR_COMMIT"  # names the commit where the code was copied without its history
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
 
 
-def git_state() -> str:
-    """Commit and whether the tree differs from it; outside a checkout what DMD_DAR_COMMIT says, else "unknown"."""
+def git_state() -> str | None:
+    """Commit, with -dirty where the tree differs from it; None outside a checkout."""
     root = Path(__file__).parent.parent
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT, "unknown")
+        return None
 
 
 def code_state() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it (None outside a checkout)."""
+    """The commit, and whether tracked files differ from it; outside a checkout what DMD_DAR_COMMIT says, and None."""
     state = git_state()
-    return {"commit": state.removesuffix("-dirty"), "dirty": None if state == "unknown" else state.endswith("-dirty")}
+    if state is None:
+        return {"commit": os.environ.get(COMMIT, "unknown"), "dirty": None}
+    return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}
 
 
 def contract() -> dict[str, Any]:
@@ -50,11 +65,16 @@ def contract() -> dict[str, Any]:
         "window": "periodic Hann, weighted mean removed, first bin dropped",
         "bands": spectrum.BAND_EDGES,
         "fits_below": spectrum.HIGHEST_FIT,
+        "power_floor": POWER_FLOOR,
         "quantisation_power": spectrum.QUANTISATION_POWER,
         "wavelet": (structure.WAVELET, structure.LEVELS),
+        "least_kurtosis": structure.LEAST_KURTOSIS,
+        "components": (features.PCA_COMPONENTS, features.PCA_SIDE),
+        "least_spread": frechet.LEAST_SPREAD,
         "flat_patches": (structure.PATCH, structure.FLAT_SHARE),
         "grid_lines": (spectrum.PERIODS, spectrum.OFFSETS, spectrum.LEAST_PERIODS),
-        "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST),
+        "grid_peak_db": maps.PEAK_DB,
+        "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST, sliced.BINOMIAL),
         "sliced_images": measured.SLICED_IMAGES,
         "diversity_images": measured.DIVERSITY_IMAGES,
         "classifier": (classifier.SIDE, classifier.WIDTHS, classifier.STEPS, classifier.LEAST_SHARE),

@@ -75,9 +75,10 @@ def crops(data: Source, bench: Bench, phase: str) -> Made:
             return _pixels(data, bench, phase, samples)
         draws, labels = Draws(bench.seed, phase, 0, samples), balanced_labels(samples, bench.num_classes)
         if isinstance(data, Latents):
-            return bench.seen(data.latents(labels, draws), labels)
+            return bench.seen(data.latents(labels, draws), labels, phase, samples)
         mean, std = bench.codec.encode(to_model_range(data.crops(labels, draws)))
-        return bench.seen(sample_latents(mean, std, draws.normal("latent", *mean.shape[1:])), labels)
+        x0 = sample_latents(mean, std, draws.normal("latent", *mean.shape[1:]))
+        return bench.seen(x0, labels, phase, samples)
 
     return bench.joined(make, f"{phase} images")
 

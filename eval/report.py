@@ -3,7 +3,8 @@
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from eval.latent import latent_spectra, read_latents
 from eval.measure import fitting, jsonable, measure
 from eval.measured import Reading, mean_plane, read_one
 from eval.page import write_report
-from eval.pairing import ROUTING, book_keeping
+from eval.pairing import ROUTING, Groups, book_keeping, different_networks, same_data
 from eval.processes import Processes, Rows
 from eval.provenance import command_line, provenance
 from eval.real import open_fitting, read_real
@@ -33,6 +34,8 @@ from eval.spectrum import BAND_NAMES, spectrum_of
 __all__ = ["ReportConfig", "hf_gain_db", "main", "report"]
 
 TEACHER = "teacher"
+CROPS = "real crops that are not compared"
+OWN = "samples of the teacher that are not compared"
 GENERAL = ("auto", "offline")  # words for `metrics` that stand alone
 
 
@@ -76,13 +79,14 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a report compares. `fit`: real images that are not compared, and their labels, for what is fitted."""
+    """What a report compares. `fit`: images and labels that features are fitted to; `fitted_to` says which."""
 
     reference: ImageSet
     real: ImageSet | None
     sets: list[ImageSet]
     read: list[arms.Arm]
     fit: tuple[Tensor, Tensor | None]
+    fitted_to: str
     colour_labels: set[int] | None
     class_names: dict[int, str]
     data_hash: str | None = None
@@ -99,27 +103,31 @@ def sampled(cfg: ReportConfig, device: torch.device, ledger: Ledger, processes: 
     teacher = arms.Teacher.of(read[0], device)
     arms.require_teacher(read, teacher.weights)
     bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
-    data = ledger.attempt(
-        "against real images", "", lambda: open_fitting(read[0].cfg.data, bench, teacher.label_names), requested=False
-    )
+    data = ledger.attempt("against real images", "", lambda: open_fitting(read[0].cfg.data, bench, teacher.label_names))
     if processes.main:
         print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
     real = None if data is None else read_real(data, bench)
     reference = teacher.sample_set(bench, cfg.solver_steps)
     sets = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
-    sets += [arms.student_set(arm, bench, reference, lambda x: hf_gain_db(x, reference.images)) for arm in read]
+    made = {}
+    for arm in read:
+        call = partial(arms.student_set, arm, bench, reference, lambda x: hf_gain_db(x, reference.images))
+        made[arm.name] = ledger.attempt("every metric", arm.name, call)
+    read = [arm for arm in read if made[arm.name] is not None]
+    sets += [made[arm.name] for arm in read]
     names = dict(enumerate(real.label_names if real else teacher.label_names))
     if real is None:
-        return Inputs(reference, None, sets, read, (reference.first(cfg.n), reference.labels), None, names, bench=bench)
-    return Inputs(reference, real.reference, sets, read, real.fit, real.colour_labels, names, real.hash, bench)
+        fit = teacher.sample_set(replace(bench, seed=bench.seed + 1), cfg.solver_steps)
+        return Inputs(reference, None, sets, read, (fit.first(cfg.n), fit.labels), OWN, None, names, bench=bench)
+    return Inputs(reference, real.reference, sets, read, real.fit, CROPS, real.colour_labels, names, real.hash, bench)
 
 
 def opened(cfg: ReportConfig) -> Inputs:
     """The folders of a report without runs."""
     reference = read_set(cfg.reference, "teacher")
     real = read_set(cfg.real, "real") if cfg.real else None
-    fit = (real or reference).first(cfg.n), None
-    return Inputs(reference, real, [], [], fit, None, {})
+    source = real or reference
+    return Inputs(reference, real, [], [], (source.first(cfg.n), None), f"{source.name} itself", None, {})
 
 
 def hf_energy(images: Tensor) -> float:
@@ -238,7 +246,16 @@ def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> dict[str,
     pairs = seed_pairs(inputs.read, inputs.sets)
     if len({seed for seed, _, _ in pairs}) < max(2, len(pairs)):
         return None
-    return ledger.attempt("seed by seed", "", lambda: forest.from_runs(pairs, inputs.reference, cfg.seed))
+
+    def drawn() -> dict[str, Any]:
+        names = {"residual": {pair[1].name for pair in pairs}, "dar": {pair[2].name for pair in pairs}}
+        groups: Groups = {role: [arm for arm in inputs.read if arm.name in held] for role, held in names.items()}
+        for role, runs in groups.items():
+            different_networks(role, runs)
+        same_data(groups)
+        return forest.from_runs(pairs, inputs.reference, cfg.seed)
+
+    return ledger.attempt("seed by seed", "", drawn)
 
 
 def check_sentence(check: dict[str, Any]) -> str:
@@ -301,6 +318,7 @@ def report(cfg: ReportConfig) -> None:
     suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt, cfg.statistics)
     chosen = fitting(inputs.sets, inputs.reference, inputs.real, ledger)
     read = {one.name: read_one(one, suite, ledger, processes) for one in chosen}
+    inputs = replace(inputs, sets=[one for one in chosen if any(one is other for other in inputs.sets)])
     cells = read_latents(inputs.everything, processes)
     if processes.main:
         publish(cfg, with_network_costs(inputs), suite, read, cells, ledger, device, began)
@@ -310,7 +328,7 @@ def with_network_costs(inputs: Inputs) -> Inputs:
     if inputs.bench is None:
         return inputs
     reference, *sets = with_costs([inputs.reference, *inputs.sets], inputs.bench)
-    return dataclasses.replace(inputs, reference=reference, sets=sets)
+    return replace(inputs, reference=reference, sets=sets)
 
 
 def publish(
@@ -330,6 +348,7 @@ def publish(
     result["latent"] = jsonable(latent_spectra(inputs.everything, *fixed, cfg.seed, ledger, cells))
     result["forest"] = jsonable(seed_by_seed(cfg, inputs, ledger))
     result["skipped"] = jsonable(ledger.skipped)
+    result["fitted_to"] = inputs.fitted_to
     conclude(result, inputs)
     facts = provenance(device, time.monotonic() - began, **origin(cfg, inputs))
     out = make_folder(cfg.out)

@@ -107,7 +107,8 @@ GLOSSARY = (
     (
         "fd_wavelet, fd_pca, fd_classifier",
         "Squared Frechet distances over 20 wavelet statistics, over principal components of the pixels, and over the "
-        "features of a small classifier trained on other real crops. None is an FID; none compares with a published "
+        "features of a small classifier. Components and classifier are fitted to images of their own, where these can "
+        "be had. None is an FID; none compares with a published "
         "number. Over null: minus what another set of the reference's source and this size would read.",
     ),
     (

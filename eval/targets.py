@@ -114,6 +114,8 @@ def over_features(one: Measured, target: Target, suite: Suite) -> dict[str, Any]
         if call is not None:
             near[metric] = {**call, "null": target.neighbours_null(one, metric)}
     found = {metric: value for metric, value in found.items() if value is not None}
+    for value in (*found.values(), *near.values()):  # published numbers are against real images
+        value["comparable_to_published"] &= other.source.role == "real"
     found["neighbours"] = near
     found["modes"] = distances.modes_of(one.source, other.source, suite, target.seed, ledger)
     paired = one.source.paired and other.source.paired and suite.lpips is not None

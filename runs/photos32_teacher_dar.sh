@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The shipped teacher's recipe with DAR in the place of residual additions: trained, judged, and looked into beside it.
-# An hour and a half on two cores.
+# An hour and a half on two cores. runs/record.sh keeps it: teacher_dar and diagnostics.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m dmd_dar.pretrain config=configs/photos32/teacher_dar.yaml

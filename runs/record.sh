@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
-# Keep a report's numbers and figures for the README and docs, a comparison's or the diagnostics' too:
+# Keep the numbers and figures of what was measured for README and docs, in docs/results/NAME, then write their tables:
 #   bash runs/record.sh demo out/demo/report
 #   bash runs/record.sh pilot out/pilot/report out/pilot/compare
 #   bash runs/record.sh pilot_routers out/pilot_routers/report out/pilot_routers/diagnostics
+#   bash runs/record.sh diagnostics out/photos32/teacher_dar/diagnostics
+#   bash runs/record.sh teacher_dar out/photos32/teacher_dar/quality
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kept="docs/results/$1"
 mkdir -p "$kept"
-cp "$2"/report.json "$2"/gain.png "$2"/samples.png "$kept/"
-if [[ -f ${3:-}/compare.json ]]; then
-  rm -rf "$kept/runs"
-  cp -r "$3"/compare.json "$3"/runs "$2"/forest.png "$2"/bands.png "$kept/"
-elif [[ -n ${3:-} ]]; then
-  cp "$3"/diagnostics.json "$3"/routers.png "$kept/"
-fi
+for folder in "${@:2}"; do
+  if [[ -f $folder/report.json ]]; then
+    cp "$folder"/{report.json,gain.png,samples.png} "$kept/"
+  elif [[ -f $folder/compare.json ]]; then
+    rm -rf "$kept/runs"
+    cp -r "$folder"/{compare.json,runs} "$2"/{forest.png,bands.png} "$kept/"
+  elif [[ -f $folder/diagnostics.json ]]; then
+    cp "$folder"/{diagnostics.json,routers.png} "$kept/"
+    if [[ $# -eq 2 ]]; then cp "$folder"/{mixing.png,symptoms.png} "$kept/"; fi
+  else
+    cp "$folder/quality.json" "$kept/"
+  fi
+done
 python -m eval.table

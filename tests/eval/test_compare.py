@@ -19,6 +19,7 @@ from dmd_dar.models.denoiser import Meaning, velocity_of
 from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.spectrum import radial_psd
 from eval import arms, compare, pairing, report
 from eval.bench import Bench
 from eval.compare import CompareConfig
@@ -85,17 +86,25 @@ def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
     teacher = arms.Teacher.of(arm, device)
     bench = Bench.of(cfg, teacher.network, device)
     reference = teacher.sample_set(bench, 2).images
+    powers = {"residual": [], "dar": []}
     for seed, row in enumerate(written["primary"]["per_seed"]):
         expected = {}
         for role in ("residual", "dar"):
             network, card = load_network(runs / f"{role}_{seed}" / "student")
             made = bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs))
             expected[role] = hf_gain_db(made.images, reference)
+            powers[role].append(radial_psd(made.images.double() / 255)[1])
         assert row["seed"] == seed and row["gain_db"] == pytest.approx(expected, abs=1e-3)
         difference = abs(expected["residual"]) - abs(expected["dar"])
         assert row["difference_db"]["value"] == pytest.approx(difference, abs=1e-3) and abs(difference) > 0.02
-        curve = written["primary"]["curve"]
-        assert len(curve["frequencies"]) == len(curve["difference"]["low"]) == len(curve["residual"]["value"])
+
+    curve, theirs = written["primary"]["curve"], radial_psd(reference.double() / 255)[1]
+    gains = {role: 10 * torch.log10(torch.stack(found) / theirs) for role, found in powers.items()}
+    for role, gain in gains.items():
+        assert curve[role]["value"] == pytest.approx(gain.mean(0).tolist(), abs=2e-3)
+    nearer = (gains["residual"].abs() - gains["dar"].abs()).mean(0)
+    assert curve["difference"]["value"] == pytest.approx(nearer.tolist(), abs=2e-3) and nearer.abs().max() > 0.02
+    assert len(curve["frequencies"]) == len(theirs) == len(curve["difference"]["low"])
 
 
 def test_two_seeds_are_a_pilot_everywhere(written, capsys):

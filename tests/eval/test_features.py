@@ -127,8 +127,9 @@ def test_faults_name_the_metric_the_set_and_the_batch(real):
         extract(open_images(images[:1], "student"), wavelet(), rank=2, world=9)
     with pytest.raises(UnfitError, match="set: features of fd_pca, but fd_wavelet in set"):
         compare(of(fit_pca(images), images), of(wavelet(), images))
-    small = Extractor("fid", lambda x: x.flatten(1).float(), native_size=299)
-    assert compare(of(small, images[:8]), of(small, images[8:16]))["upsampled"]
+    enlarged = Extractor("fid", lambda x: x.flatten(1).float(), comparable_to_published=True, native_size=299)
+    told = compare(of(enlarged, images[:8]), of(enlarged, images[8:16]))
+    assert told["upsampled"] and not told["comparable_to_published"]
 
 
 @pytest.fixture(scope="module")

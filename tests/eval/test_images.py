@@ -1,5 +1,8 @@
 """Streams give the same images in any split, from any kind of source; what is no set of images is refused."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +66,16 @@ def test_the_contact_sheet_of_a_sample_folder_is_no_sample(tmp_path):
     assert open_images(tmp_path).count == 11
 
 
+def deep_png() -> bytes:
+    """Ten columns of six pixels, 16 bits a channel."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 10, 6, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(6 * 61))) + chunk(b"IEND", b"")
+
+
 def save(path, mode, size=(10, 6)):
     Image.new(mode, size).save(path)
 
@@ -74,6 +87,7 @@ def save(path, mode, size=(10, 6)):
         (lambda path: save(path / "z.png", "L"), "z.png: 1 channels of mode L, not 3"),
         (lambda path: save(path / "z.png", "RGBA"), "z.png: 4 channels of mode RGBA, not 3"),
         (lambda path: (path / "z.png").write_bytes(b"no image"), "z.png: no readable image"),
+        (lambda path: (path / "z.png").write_bytes(deep_png()), "z.png: 16 bits a channel; convert it to 8-bit RGB"),
         (lambda path: np.save(path / "z.npy", np.zeros((2, 4, 6, 10))), r"z.npy: shape \(2, 4, 6, 10\); expected"),
         (lambda path: np.save(path / "z.npy", np.zeros((0, 3, 6, 10))), r"z.npy: shape \(0, 3, 6, 10\)"),
         (lambda path: np.save(path / "z.npy", np.array([{}], dtype=object)), "z.npy: no plain array.*never pickled"),

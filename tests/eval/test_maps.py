@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dmd_dar.data.photos import Photos
+from dmd_dar.draws import Draws, sample_range
 from eval import spoil
 from eval.images import UnfitError
 from eval.maps import AXES, PERIODS, grid_lines, grid_peaks, line_heights, map_sum, mean_log_map
@@ -47,6 +49,18 @@ def test_a_lattice_of_columns_is_a_peak_at_its_line(photographs, period):
     spoiled = lattice(photographs, period)
     assert words(spoiled) == {("x", period): "peak"}
     assert words(spoiled.transpose(-1, -2), photographs.transpose(-1, -2)) == {("y", period): "peak"}
+
+
+@pytest.mark.parametrize("period", [2, 4, 8, 16])
+def test_a_lattice_of_a_single_level_each_way_is_seen(photographs, period):
+    raised = (torch.arange(SIZE) % period < period / 2).int()
+    faint = (photographs.int() + 2 * raised).clamp(0, 255).to(torch.uint8)
+    assert words(faint) == {("x", period): "peak"}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_other_draws_of_clean_photographs_have_no_grid_either(seed):
+    assert words(Photos(SIZE).crops(torch.arange(100) % 7, Draws(seed, "clean", 0, sample_range(0, 100)))) == {}
 
 
 def test_nearest_enlargement_is_a_notch(photographs):

@@ -94,6 +94,12 @@ def test_pickles_and_other_files_are_refused_unrun(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UnfitError, match="no npz of plain arrays"):
         load_reference(path)
+    np.savez_compressed(path, mu=np.arange(500.0), sigma=np.eye(500))
+    whole = bytearray(path.read_bytes())
+    whole[200:220] = bytes(20)  # in the compressed numbers
+    path.write_bytes(whole)
+    with pytest.raises(UnfitError, match="no npz of plain arrays"):
+        load_reference(path)
     np.save(tmp_path / "array.npy", np.zeros(3))
     with pytest.raises(UnfitError, match="no npz"):
         load_reference(tmp_path / "array.npy")

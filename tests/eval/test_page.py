@@ -24,7 +24,7 @@ from eval.sets import ImageSet as Set
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://x.test/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium")
-FIGURES = {"gain", "bands", "psd", "maps", "forest", "samples", "zoom", "detail"}
+FIGURES = {"gain", "bands", "psd", "maps", "forest", "curves", "samples", "zoom", "detail"}
 
 
 def interval(value: float, low: float | None, high: float | None) -> dict:
@@ -37,7 +37,15 @@ def forest() -> dict:
     ]
     all_seeds = {"gain_db": {"residual": -1.0, "dar": 0.5}, "difference_db": interval(0.5, None, None)}
     one = {"baseline": "residual", "seeds": [0, 1], "per_seed": seeds, **all_seeds, "method": HOSTILE, "pilot": True}
-    return {"source": HOSTILE, "label": "pilot", "conclusion": HOSTILE, "comparisons": [{**one, "p": 0.5}]}
+    told = {"source": HOSTILE, "label": "pilot", "conclusion": HOSTILE, "comparisons": [{**one, "p": 0.5}]}
+    return {**told, "curve": seed_curve()}
+
+
+def seed_curve() -> dict:
+    """Over two frequencies; the band of the difference is unbounded."""
+    band = {"value": [-0.25, -4.125], "low": [-1.0, -5.0], "high": [0.5, -3.0]}
+    bare = {"value": [0.75, 3.5], "low": [None, None], "high": [None, None]}
+    return {"frequencies": [0.1, 0.45], "residual": band, "dar": band, "difference": bare}
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +217,21 @@ def test_a_comparison_file(tmp_path):
     path = tmp_path / "compare.json"
     told = forest()
     (one,) = told["comparisons"]
-    whole = {"primary": one, "controls": {"again": one}, "label": "pilot", "conclusion": "none"}
+    whole = {
+        "primary": {**one, "curve": told["curve"]},
+        "controls": {"again": one},
+        "label": "pilot",
+        "conclusion": "none",
+    }
     path.write_text(json.dumps(whole))
     read = from_file(path)
     assert read["comparisons"] == [one, one] and read["source"] == str(path) and read["label"] == "pilot"
+    assert read["curve"] == told["curve"]
+    told["curve"]["dar"]["low"] = [0.0]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UnfitError, match="a curve of 1 values over 2 frequencies"):
+        from_file(path)
+    told["curve"]["dar"]["low"] = [0.0, 1.0]
     one["per_seed"][0]["gain_db"] = "much"
     path.write_text(json.dumps(whole))
     with pytest.raises(UnfitError, match=r"no compare\.json"):

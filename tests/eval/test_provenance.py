@@ -3,7 +3,20 @@
 import pytest
 
 from dmd_dar import spectrum
-from eval import classifier, distances, measured, neighbours, provenance, sliced, stats, structure, verdict
+from eval import (
+    classifier,
+    distances,
+    features,
+    frechet,
+    maps,
+    measured,
+    neighbours,
+    provenance,
+    sliced,
+    stats,
+    structure,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +33,12 @@ from eval import classifier, distances, measured, neighbours, provenance, sliced
         (distances, "KID_SUBSET_OFFLINE"),
         (neighbours, "KID_SUBSETS"),
         (sliced, "PATCHES"),
+        (sliced, "BINOMIAL"),
+        (features, "PCA_COMPONENTS"),
+        (features, "PCA_SIDE"),
+        (frechet, "LEAST_SPREAD"),
+        (structure, "LEAST_KURTOSIS"),
+        (maps, "PEAK_DB"),
         (structure, "FLAT_SHARE"),
         (stats, "LEAST_IN_STRATUM"),
         (verdict, "GAIN_MARGIN_DB"),
@@ -31,3 +50,10 @@ def test_another_constant_is_another_contract(monkeypatch, module, name):
     value = getattr(module, name)
     monkeypatch.setattr(module, name, value[::-1] + (1,) if isinstance(value, tuple) else value + 1)
     assert provenance.contract_hash() != before
+
+
+def test_a_commit_can_be_named_where_there_is_no_checkout(monkeypatch):
+    monkeypatch.setattr(provenance, "git_state", lambda: None)
+    assert provenance.code_state() == {"commit": "unknown", "dirty": None}
+    monkeypatch.setenv(provenance.COMMIT, "0123456789ab")
+    assert provenance.code_state() == {"commit": "0123456789ab", "dirty": None}

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import math
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ from dmd_dar.errors import UserError
 from eval import arms, bench, distances, forest, report, teacher
 from eval.bench import Bench, Made
 from eval.classifier import fit_classifier
+from eval.images import UnfitError
+from eval.maps import mean_log_map
 from eval.measure import ImageSet, jsonable
 from eval.processes import Processes
 from eval.real import real_sets
@@ -140,6 +144,54 @@ def test_damaged_kept_images_are_made_anew(runs, tmp_path):
     assert torch.equal(made.images, again.images) and torch.equal(load_file(kept)["images"], made.images)
 
 
+def test_images_of_other_code_are_not_found_again(runs, tmp_path, monkeypatch):
+    (arm,) = arms.read_arms((str(runs / "residual"),))
+    network = arms.Teacher.of(arm, torch.device("cpu")).network
+    maker = Bench.of(options(runs, "residual", cache=tmp_path), network, torch.device("cpu"))
+    for digest in ("one", "one", "two"):
+        monkeypatch.setattr(bench, "code_digest", lambda digest=digest: digest)
+        maker.cached({"a": 1}, lambda cond, draws, noise: noise)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_student_that_has_diverged_is_left_out_and_told(runs, tmp_path, monkeypatch):
+    saved = arms.Arm.student
+
+    def student(arm: arms.Arm, device: torch.device | str = "cpu"):
+        found = saved(arm, device)
+        if arm.name == "broken":
+            next(found.network.parameters()).data.fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(arms.Arm, "student", student)
+    broken = shutil.copytree(runs / "residual", tmp_path / "broken")
+    cfg = options(runs, "residual", strict=True, cache=tmp_path / "cache")
+    cfg = dataclasses.replace(cfg, runs=(str(broken), *cfg.runs), out=str(tmp_path / "report"))
+    with pytest.raises(UserError, match="1 metrics that were asked for were skipped, .*: broken: sample 0 holds"):
+        report.report(cfg)
+    result = json.loads((tmp_path / "report" / "report.json").read_text())
+    names = {row["name"] for row in result["sets"]}
+    assert {"residual", "teacher", "real"} <= names and "broken" not in names
+    assert [check["name"] for check in result["checks"]] == ["residual"]
+
+
+def test_of_two_sets_with_one_name_the_first_is_drawn(tmp_path, crops, monkeypatch):
+    images, shown = crops(32, 6, 0)[0].numpy(), {}
+    for place, kept in (("a", images), ("b", images[:7] // 2), ("truth", images[::-1])):
+        (tmp_path / place / "x").mkdir(parents=True)
+        np.save(tmp_path / place / "x" / "all.npy", kept)
+    (tmp_path / "truth" / "x").rename(tmp_path / "truth" / "y")
+
+    def write(result, sets, out, title, facts, planes):
+        shown.update(sets=[(one.name, one.count) for one in sets], planes=planes)
+
+    monkeypatch.setattr(report, "write_report", write)
+    argv = [f"images=[{tmp_path / 'a' / 'x'},{tmp_path / 'b' / 'x'}]", f"reference={tmp_path / 'truth' / 'y'}"]
+    report.report(config.load(ReportConfig, [*argv, f"out={tmp_path / 'report'}", "metrics=[offline]"]))
+    assert shown["sets"] == [("y", len(images)), ("x", len(images))]
+    torch.testing.assert_close(shown["planes"]["x"], mean_log_map(torch.from_numpy(images)), rtol=0, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, crops) -> Path:
     """Sets of files, some of which no metric can take."""
@@ -246,6 +298,11 @@ def test_seeds_in_pairs_make_the_forest(crops, blur, eight_bit, runs):
     assert [(s, a.name, b.name) for s, a, b in report.seed_pairs(read, sets)] == [
         (s, f"residual_{s}", f"dar_{s}") for s in (0, 1)
     ]
+    ledger, inputs = distances.Ledger(), report.Inputs(reference, None, sets, read, (images, labels), "", None, {})
+    assert report.seed_by_seed(options(runs, "residual"), inputs, ledger) is None  # one training, counted twice
+    assert "hold the same student" in ledger.skipped[0].reason and ledger.skipped[0].metric == "seed by seed"
+    with pytest.raises(UnfitError, match="17 training seeds: an exact test takes 16 at the most"):
+        forest.from_runs([(s, *pairs[0][1:]) for s in range(17)], reference, 0)
 
 
 def arms_routing(runs: Path):
