@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS
+from dmd_dar import config
 from dmd_dar.atomic import write_atomic
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -270,5 +272,11 @@ SECTIONS = [
     psd,
 ]
 
+
+@dataclass(frozen=True)
+class PageConfig:
+    """python -m benchmarks.performance"""
+
+
 if __name__ == "__main__":
-    write_atomic(PAGE, page())
+    config.run_job(PageConfig, lambda _: write_atomic(PAGE, page()), description=__doc__ or "")

@@ -1,10 +1,14 @@
 """Tables of README.md and docs/pilot.md, from docs/results: python -m eval.table rewrites them in place."""
 
 import json
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmd_dar import config
 from dmd_dar.atomic import write_atomic
+from eval.conclusion import table as terminal_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -82,8 +86,8 @@ def teacher_table(judged: dict[str, Any]) -> str:
         f"- Structure: kurtosis ratio {kurtosis['value']:.2f} [{kurtosis['low']:.2f}, {kurtosis['high']:.2f}];"
         f" `fd_wavelet` above its null {judged['fd_wavelet']['excess']:.2f}, of held-out tiles"
         f" {judged['fd_wavelet_held_out']['excess']:.2f}.",
-        "- Distance to the nearest training crop (levels of 255, median of each class, mean over classes; a copy would"
-        f" read near 0): {distances}.",
+        "- Distance to the nearest training crop (levels of 255, median of each class, mean over classes; a network"
+        f" that copies would read what fresh crops of the training tiles do): {distances}.",
     ]
     return "\n".join([title, "", *lines, "", *notes]) + "\n"
 
@@ -114,13 +118,20 @@ def routers_table(result: dict[str, Any]) -> str:
 
 def rungs_table() -> str:
     """HF gains of the pilot's runs with and without rungs told apart."""
-    lines = ["| HF gain, dB, seeds 0, 1, 2 | residual | DAR | D |", "|---|---|---|---|"]
+    lines = ["| HF gain, dB, seed by seed | residual | DAR | D |", "|---|---|---|---|"]
     for title, name in (("rungs told apart", "pilot"), ("rungs pooled", "pilot_pooled")):
         result = json.loads((RESULTS / name / "compare.json").read_text())
         arms = (result["runs"][arm] for arm in ("residual", "dar"))
         gains = [", ".join(f"{run['gain_db']['HF']:+.2f}" for run in runs) for runs in arms]
         lines.append("| " + " | ".join([title, *gains, interval(result["primary"]["difference_db"])]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def pilot_words() -> str:
+    """The terminal's table of the pilot and its conclusion, as eval.compare prints them."""
+    result = json.loads((RESULTS / "pilot" / "compare.json").read_text())
+    told = textwrap.fill(result["conclusion"], 120, break_long_words=False, break_on_hyphens=False)
+    return f"```\n{terminal_table(result)}\n```\n\n{told}\n"
 
 
 def readme_tables() -> str:
@@ -145,10 +156,21 @@ def with_table(text: str, name: str, table: str) -> str:
 def pages() -> dict[Path, str]:
     """What README.md and docs/pilot.md should hold."""
     routers = routers_table(json.loads((RESULTS / "pilot_routers" / "report.json").read_text()))
-    pilot = with_table(with_table(PILOT.read_text(), "rungs", rungs_table()), "routers", routers)
+    pilot = PILOT.read_text()
+    for name, text in (("conclusion", pilot_words()), ("rungs", rungs_table()), ("routers", routers)):
+        pilot = with_table(pilot, name, text)
     return {README: with_table(README.read_text(), "tables", readme_tables()), PILOT: pilot}
 
 
-if __name__ == "__main__":
+@dataclass(frozen=True)
+class TableConfig:
+    """python -m eval.table"""
+
+
+def write(_: TableConfig) -> None:
     for path, text in pages().items():
         write_atomic(path, text)
+
+
+if __name__ == "__main__":
+    config.run_job(TableConfig, write, description=__doc__ or "")

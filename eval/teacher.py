@@ -37,7 +37,7 @@ GRID_ROWS = 8
 class TeacherReportConfig:
     """python -m eval.teacher"""
 
-    path: str = key("teachers/photos32", "folder of the teacher", path=True)
+    path: str = key("teachers/photos32", "folder of a teacher of the seven photographs", path=True)
     out: str = key("out/teacher", "folder for quality.json and grid.png")
     n: int = key(2048, "samples, classes in turn", least=64)
     solver_steps: int = key(32, "Heun steps, two evaluations each", unit="steps", least=1)

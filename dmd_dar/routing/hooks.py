@@ -117,7 +117,7 @@ class DarBank(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the start: zero queries, unit gains; the network then computes what it did before routing."""
+        """Back to the start: zero queries, unit gains; the network then adds plainly, as it did before routing."""
         for stream in self.streams:
             self.bank(stream).reset()
         if hasattr(self, "t_projection"):

@@ -69,6 +69,6 @@ class RouterBank(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the start: zero queries, unit gains; the network then computes what it did before routing."""
+        """Back to the start: zero queries, unit gains; the network then adds plainly, as it did before routing."""
         for name, parameter in self.named_parameters():
             parameter.fill_(1.0 if name == "gain" else 0.0)
