@@ -3,7 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,8 @@ from eval.report import hf_gain_db
 from eval.stats import holm
 from tests.tiny import tiny_sit, tiny_teacher
 
-RECIPES = Path(__file__).parents[2] / "configs" / "photos32"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "configs" / "photos32"
 QUERIES = {"residual": "residual", "dar": "timestep", "frozen": "static"}
 
 
@@ -66,11 +71,15 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
-def options(root: Path, **groups: tuple[str, ...]) -> CompareConfig:
+def words(root: Path, folder: str = "", **groups: tuple[str, ...]) -> list[str]:
     given = {"residual": ("residual_0", "residual_1"), "dar": ("dar_1", "dar_0"), **groups}
     argv = [f"arms.{role}=[{','.join(str(root / name) for name in names)}]" for role, names in given.items()]
-    argv += [f"out={root / 'compare'}", "n=70", "solver_steps=2", f"cache={root / 'cache'}", "cpu=true"]
-    return config.load(CompareConfig, argv)
+    place = root / folder
+    return [*argv, f"out={place / 'compare'}", "n=70", "solver_steps=2", f"cache={place / 'cache'}", "cpu=true"]
+
+
+def options(root: Path, **groups: tuple[str, ...]) -> CompareConfig:
+    return config.load(CompareConfig, words(root, **groups))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +114,25 @@ def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
     nearer = (gains["residual"].abs() - gains["dar"].abs()).mean(0)
     assert curve["difference"]["value"] == pytest.approx(nearer.tolist(), abs=2e-3) and nearer.abs().max() > 0.02
     assert len(curve["frequencies"]) == len(theirs) == len(curve["difference"]["low"])
+
+
+@pytest.mark.slow
+def test_two_processes_compare_as_one(runs, written):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    command = [sys.executable, *launcher, f"--master_port={port}", "-m", "eval.compare"]
+    command += words(runs, "two", frozen=("frozen_0", "frozen_1"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("written: ") == 1 and "Traceback" not in ran.stderr
+    two = json.loads((runs / "two" / "compare" / "compare.json").read_text())
+    assert two["runs"].keys() == written["runs"].keys() and two["controls"].keys() == written["controls"].keys()
+    for ours, theirs in zip(two["primary"]["per_seed"], written["primary"]["per_seed"], strict=True):
+        assert ours["gain_db"] == pytest.approx(theirs["gain_db"], abs=0.01)
+    assert all(row["latency_ms_per_image"] > 0 for rows in two["runs"].values() for row in rows)
 
 
 def test_two_seeds_are_a_pilot_everywhere(written, capsys):
