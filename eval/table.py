@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
 PILOT = ROOT / "docs" / "pilot.md"
 TEACHER = ROOT / "teachers" / "photos32" / "quality.json"
-REPORTS = {"demo": "Demo (`make demo`)", "long": "5:1 recipe, rungs not told apart (`runs/photos32_long.sh`)"}
+REPORTS = {"demo": "Demo (`make demo`)", "long": "5:1 recipe (`runs/photos32_long.sh`)"}
 HEADINGS = (
     "network",
     "calls",
