@@ -234,10 +234,13 @@ def forest_figure(forest: dict[str, Any]) -> bytes:
     lines = [line for one in forest["comparisons"] for line in forest_lines(one)]
     figure = Figure(figsize=(9, 1.6 + 0.38 * len(lines)), layout="constrained")
     gains, difference = figure.subplots(1, 2, sharey=True)
-    colours = {"dar": (DAR, "D")}
+    arms = list(dict.fromkeys(arm for line in lines for arm in line["gain_db"]))
+    others = [arm for arm in arms if arm not in ("residual", "dar")]
+    looks = {"residual": (RESIDUAL, "o"), "dar": (DAR, "D")}
+    looks |= {arm: (OTHERS[i % len(OTHERS)], "s^v"[i % 3]) for i, arm in enumerate(others)}
     for y, line in enumerate(lines):
         for arm, gain in line["gain_db"].items():
-            colour, marker = colours.get(arm, (RESIDUAL if arm == "residual" else OTHERS[0], "o"))
+            colour, marker = looks[arm]
             gains.plot(gain, y, marker, color=colour, ms=7)
         _forest_bar(difference, y, line)
     for axes in (gains, difference):
@@ -248,9 +251,7 @@ def forest_figure(forest: dict[str, Any]) -> bytes:
     gains.set_ylim(len(lines) - 0.5, -0.5)
     gains.set_xlabel("HF gain against the teacher (dB)")
     difference.set_xlabel("nearer by (dB); above 0 favours DAR")
-    arms = list(dict.fromkeys(arm for line in lines for arm in line["gain_db"]))
-    for arm in arms:
-        colour, marker = colours.get(arm, (RESIDUAL if arm == "residual" else OTHERS[0], "o"))
+    for arm, (colour, marker) in looks.items():
         gains.plot([], [], marker, color=colour, label=_plain(arm))
     return _finish(figure, gains)
 

@@ -113,8 +113,10 @@ def _answer(row: dict, against: dict) -> str:
 
 
 def _conclusions(result: dict) -> str:
-    """The sentences that the report's command adds; nothing where there are none."""
-    items = "".join(f"<li>{text(minus(sentence))}</li>" for sentence in result.get("conclusions", []))
+    """The first sentence of a comparison over seeds, then those that the report's command adds; empty without any."""
+    seeds = (result.get("forest") or {"conclusion": ""})["conclusion"].partition(". ")
+    told = [seeds[0] + seeds[1].strip()] if seeds[0] else []
+    items = "".join(f"<li>{text(minus(sentence))}</li>" for sentence in told + result.get("conclusions", []))
     return f"<h2>What was found</h2><ul>{items}</ul>" if items else ""
 
 

@@ -14,7 +14,7 @@ for folder in "${@:2}"; do
     cp "$folder"/{report.json,gain.png,samples.png} "$kept/"
   elif [[ -f $folder/compare.json ]]; then
     rm -rf "$kept/runs"
-    cp -r "$folder"/{compare.json,runs} "$2"/{forest.png,bands.png} "$kept/"
+    cp -r "$folder"/{compare.json,runs} "$2"/{forest.png,curves.png} "$kept/"
   elif [[ -f $folder/diagnostics.json ]]; then
     cp "$folder"/{diagnostics.json,routers.png} "$kept/"
     if [[ $# -eq 2 ]]; then cp "$folder"/{mixing.png,symptoms.png} "$kept/"; fi

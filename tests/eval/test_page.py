@@ -19,7 +19,7 @@ from eval.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
 from eval.forest import from_file
 from eval.images import UnfitError
 from eval.measure import ImageSet, measure
-from eval.page import write_report
+from eval.page import _conclusions, write_report
 from eval.sets import ImageSet as Set
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://x.test/a.png onerror=alert(1)>"
@@ -240,6 +240,12 @@ def test_a_comparison_file(tmp_path):
         path.write_text(content)
         with pytest.raises(UnfitError, match=r"compare\.json: no compare\.json of eval\.compare"):
             from_file(path)
+
+
+def test_the_answer_over_seeds_is_told_first():
+    told = {"forest": {"conclusion": "No difference: D = -0.5 dB. More."}, "conclusions": ["one"]}
+    assert "<li>No difference: D = \u22120.5 dB.</li><li>one</li>" in _conclusions(told)
+    assert _conclusions({"forest": None}) == "" and "<li>x.</li>" in _conclusions({"conclusions": ["x."]})
 
 
 def browse(folder: Path, page: str, *flags: str, width: int = 1280) -> str:

@@ -19,5 +19,13 @@ def test_each_run_has_its_record():
     folder = DOCS / "results" / "pilot"
     result = json.loads((folder / "compare.json").read_text())
     records = {path.name: json.loads(path.read_text()) for path in (folder / "runs").iterdir()}
-    assert records == run_records(result) and len(records) == 9
-    assert all(record["label"].startswith("pilot") for record in records.values())
+    assert records == run_records(result) and len(records) == 24
+
+
+def test_the_report_draws_that_comparison():
+    result, report = (
+        json.loads((DOCS / "results" / "pilot" / f"{name}.json").read_text()) for name in ("compare", "report")
+    )
+    assert report["forest"]["conclusion"] == result["conclusion"]
+    assert report["forest"]["curve"]["dar"]["value"] == result["primary"]["curve"]["dar"]["value"]
+    assert report["provenance"]["contract_hash"] == result["provenance"]["contract_hash"]
