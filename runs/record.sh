@@ -11,7 +11,8 @@ kept="docs/results/$1"
 mkdir -p "$kept"
 for folder in "${@:2}"; do
   if [[ -f $folder/report.json ]]; then
-    cp "$folder"/{report.json,gain.png,samples.png} "$kept/"
+    cp "$folder/report.json" "$kept/"
+    if [[ ! -f ${3:-}/diagnostics.json ]]; then cp "$folder"/{gain.png,samples.png} "$kept/"; fi
   elif [[ -f $folder/compare.json ]]; then
     rm -rf "$kept/runs"
     cp -r "$folder"/{compare.json,runs} "$2"/{forest.png,curves.png} "$kept/"
