@@ -230,10 +230,11 @@ def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
     )
     text = f"{title}{stand(result)}\n{told}\n{table(['part', 'seconds'], rows)}"
     if whole := result["command_s"]:
+        met = "The aim is met by measuring alone." if whole["median"] > result["aim_s"] else "It meets the aim, too."
         text += (
             f"\nThe whole command `python -m eval.report` of {result['runs']} students with a new cache, sampling,"
             f" latencies and start included: {whole['median']:.1f} s ({whole['least']:.1f} to {whole['most']:.1f})."
-            f" {'The aim is met by measuring alone.' if whole['median'] > result['aim_s'] else 'It meets the aim, too.'}\n"
+            f" {met}\n"
         )
     return text
 
