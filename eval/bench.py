@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-import dmd_dar
+from dmd_dar import spectrum
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import to_pixels
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.methods.generate import Generator, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
-from dmd_dar.spectrum import MIN_SIZE
 from eval.cost import flops, latencies, peak_memory
 from eval.images import UnfitError, share_of
 from eval.processes import Processes
@@ -54,7 +53,7 @@ class Made:
 @functools.cache
 def code_digest() -> str:
     """Of the source of dmd_dar: samples of another version are not found again."""
-    root = Path(dmd_dar.__file__).parent
+    root = Path(spectrum.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
@@ -83,9 +82,9 @@ class Bench:
         """From a command's n, seed, batch_size and cache, and what `network` makes; UserError if that is too small."""
         shape = network.config
         side = shape.input_size * (1 if codec is None else codec.factor)
-        if side < MIN_SIZE:
+        if side < spectrum.MIN_SIZE:
             raise UserError(
-                f"images of {side} x {side} pixels are too small: a spectrum needs {MIN_SIZE} a side; evaluate"
+                f"images of {side} x {side} pixels are too small: a spectrum needs {spectrum.MIN_SIZE} a side; evaluate"
                 " a network of larger images"
             )
         return Bench(

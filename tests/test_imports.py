@@ -16,7 +16,7 @@ ROOT_JOBS = {"distill.py"}
 # commands of a floor; nothing imports them
 FLOOR_JOBS = {"dmd_dar/routing/layout/__main__.py", "dmd_dar/diagnostics/__main__.py"}
 # they read the configuration, and some the runs of jobs back
-COMMANDS = ("report", "arms", "teacher", "compare", "pairing", "weights", "sensitivity", "statistics")
+COMMANDS = ("report", "arms", "teacher", "compare", "pairing", "weights", "sensitivity", "statistics", "table")
 EVAL_JOBS = {f"eval/{name}.py" for name in COMMANDS}
 
 SEES = {
