@@ -39,7 +39,7 @@ class Bench:
     rounds: int = key(5, "interleaved rounds of each row", least=1)
     cpu: bool = key(False, "measure on the CPU although a GPU is there")
     chain_batch: int = key(0, "B of the chains; 0: 1 on a CPU, 8 on a GPU", least=0)
-    step_batch: int = key(0, "B of the training steps; 0: 4 on a CPU, 64 on a GPU", least=0)
+    step_batch: int = key(0, "B of the training steps; 0: 4 on a CPU, 32 on a GPU", least=0)
     router_batches: tuple[int, ...] = key((32, 256), "B of the single routers (GPU only)", least=1)
 
     @property
@@ -306,7 +306,7 @@ def step(bench: Bench) -> dict[str, Any]:
         "convex, last": paper,
         "stream, sum": replace(paper, summary="sum", scale="stream"),
     }
-    batch = bench.batch(bench.step_batch, 4, 64)
+    batch = bench.batch(bench.step_batch, 4, 32)
     runs = {name: training_step(preset, batch, bench.device, form) for name, form in forms.items()}
     times = interleaved(runs, bench.rounds, bench.device)
     found = {name: ratio(times, name, "residual") for name in forms}
@@ -321,30 +321,30 @@ def step(bench: Bench) -> dict[str, Any]:
 
 
 def measure(bench: Bench) -> None:
+    """Each part as it is done joins the record: what a later one breaks, the earlier ones outlast."""
     cuda = bench.device.type == "cuda"
     if "router" in bench.rows and cuda is False:
         print("no GPU: the rows router and public stay open")
     bandwidth = copy_bandwidth(bench.device)
-    result: dict[str, Any] = {"copy_bandwidth_bytes_per_s": bandwidth, "rounds": bench.rounds}
-    if "chain" in bench.rows:
-        result["chain"] = chain(
-            bench, ("torch", "triton", BY_SOURCE, "naive") if cuda else ("torch", BY_SOURCE, "naive"), bandwidth
-        )
-    if "router" in bench.rows and cuda:
-        shapes = [(batch, 57) for batch in bench.router_batches]
-        result["router"] = [
-            routers(bench.device, *shape, ("naive", "triton"), bench.rounds, bandwidth) for shape in shapes
-        ]
-    if "public" in bench.rows and cuda:
-        names, batch = ("triton", "flash-linear-attention", "liger-kernel"), bench.router_batches[0]
-        result["public"] = [
-            routers(bench.device, batch, sources, names, bench.rounds, bandwidth) for sources in (2, 5, 9, 57)
-        ]
-    if "step" in bench.rows:
-        result["step"] = step(bench)
-    if len(result) == 2:
+    backends = ("torch", "triton", BY_SOURCE, "naive") if cuda else ("torch", BY_SOURCE, "naive")
+    published, batch = ("triton", "flash-linear-attention", "liger-kernel"), bench.router_batches[0]
+
+    def single(batch: int, sources: int, names: tuple[str, ...]) -> dict[str, Any]:
+        return routers(bench.device, batch, sources, names, bench.rounds, bandwidth)
+
+    parts: dict[Row, Callable[[], Any]] = {"chain": lambda: chain(bench, backends, bandwidth)}
+    if cuda:
+        parts["router"] = lambda: [single(one, 57, ("naive", "triton")) for one in bench.router_batches]
+        parts["public"] = lambda: [single(batch, sources, published) for sources in (2, 5, 9, 57)]
+    parts["step"] = lambda: step(bench)
+    asked = [row for row in parts if row in bench.rows]
+    if not asked:
         raise UserError(f"rows = {list(bench.rows)}: nothing of it is measured on {bench.device}; choose chain or step")
-    print(save(f"routing_{bench.device.type}", bench.device, result))
+    result: dict[str, Any] = {"copy_bandwidth_bytes_per_s": bandwidth, "rounds": bench.rounds}
+    for row in asked:
+        result[row] = parts[row]()
+        path = save(f"routing_{bench.device.type}", bench.device, result)
+        print(f"{row}: {path}", flush=True)
 
 
 if __name__ == "__main__":

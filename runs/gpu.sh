@@ -25,20 +25,30 @@ short() { # name key=value ...
     checkpoint.every=4 "${@:2}"
 }
 
-stage kernels python -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider tests/routing/test_triton.py tests/routing/test_torch.py
-short plain
-short plain steps=12 # continues
-stage sample python -m dmd_dar.sample "student=$out/plain/student" n=16 "out=$out/images"
-short bf16 launch.precision=bf16 gan.weight=0.01
-short lean weights=shared_lora frozen_dtype=bfloat16 launch.checkpointing=true launch.offload="$(
-  python -c 'import torch; print(str(torch.cuda.is_available()).lower())'
-)"
-BACKEND=triton short fused launch.precision=no
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  stage routing python -m benchmarks.routing
+kernels() {
+  stage kernels python -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider tests/routing/test_triton.py tests/routing/test_torch.py
+}
+
+runs() {
+  short plain
+  short plain steps=12 # continues
+  stage sample python -m dmd_dar.sample "student=$out/plain/student" n=16 "out=$out/images"
+  short bf16 launch.precision=bf16 gan.weight=0.01
+  short lean weights=shared_lora frozen_dtype=bfloat16 launch.checkpointing=true launch.offload="$(
+    python -c 'import torch; print(str(torch.cuda.is_available()).lower())'
+  )"
+  BACKEND=triton short fused launch.precision=no
+}
+
+benchmarks() {
+  if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "no GPU: no benchmarks"
+    return
+  fi
   stage step python -m benchmarks.step
+  stage routing python -m benchmarks.routing
   python -m benchmarks.performance
-else
-  echo "no GPU: no benchmarks"
-fi
+}
+
+for part in ${ONLY:-kernels runs benchmarks}; do "$part"; done
 exit $failed
