@@ -104,7 +104,7 @@ def _mix(
 
 @triton.jit(do_not_specialize=["n_first", "n", "rows_per_query"])
 def _forward(
-    first, second, table, query, gain, stream, out, mean, logits, norms, n_first, n, rows_per_query,
+    first, second, table, query, gain, x, out, mean, logits, norms, n_first, n, rows_per_query,
     TYPE: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT_1: tl.constexpr, UNIT_2: tl.constexpr,
     TWO_DTYPES: tl.constexpr, SCALE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def _forward(
             TYPE, D, UNIT_2, SCALE, SAVE,
         )  # fmt: skip
     if SCALE == "stream":
-        x_a, x_b = _load(stream + row * D, a, b, D)
+        x_a, x_b = _load(x + row * D, a, b, D)
         h_a = x_a.to(TYPE) + (n * mix_a + (n - z) * sum_a) / z
         h_b = x_b.to(TYPE) + (n * mix_b + (n - z) * sum_b) / z
         if SAVE:
@@ -287,7 +287,7 @@ def _run(
         mean = torch.empty_like(h) if scale == "stream" else h
     with torch.cuda.device_of(h):
         _forward[(rows,)](
-            **arguments, stream=h if stream is None else stream.contiguous(), out=h, mean=mean, logits=logits,
+            **arguments, x=h if stream is None else stream.contiguous(), out=h, mean=mean, logits=logits,
             norms=norms, SCALE=scale, SAVE=save, maxnreg=min(FORWARD_REGISTERS, 2048 // arguments["num_warps"]),
         )  # fmt: skip
     return [h, mean, logits, norms] if save else [h]
