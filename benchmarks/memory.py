@@ -37,7 +37,12 @@ def _resident(name: str) -> int:
 
 
 def alone(function: Callable[..., T], *arguments: Any, **variables: str) -> T:
-    """`function(*arguments)` in a fresh process, with environment variables set from its start."""
+    """`function(*arguments)` in a fresh process, with environment variables set from its start.
+
+    It finds the GPU without the memory that this process holds in reserve.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     before = dict(os.environ)
     os.environ.update(variables)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dmd_dar.atomic import make_folder, write_atomic
-from eval.provenance import code_state
+from eval.provenance import COMMIT, code_state
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy")
@@ -89,6 +89,8 @@ def _module() -> list[str]:
 
 def _commit() -> str:
     """The commit, with `+` behind it where tracked source files differ from it."""
+    if COMMIT in os.environ:
+        return code_state()["commit"]
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
     try:

@@ -24,6 +24,8 @@ from dmd_dar.models.rungs import rung_parameters
 from dmd_dar.models.sit import build_sit
 from dmd_dar.models.students import Memory, Weights, build_networks
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.ops import chosen
+from dmd_dar.routing.router import RouterBank
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.loop import Phase, update
 from dmd_dar.train.optimise import Optimiser, OptimiserConfig
@@ -33,6 +35,7 @@ RUNGS = flow.default_rungs(4)
 FORMS = {"residual": RoutingConfig(), "DAR": RoutingConfig("timestep", chunk_size=4)}
 WEIGHTS: tuple[Weights, ...] = ("full", "shared_lora")
 REFERENCE = "residual, full"
+SLOWER = "torch"  # the default backend of routing where there are no fused kernels
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,10 @@ class Bench:
         return self.batch_size or (64 if self.cuda else 2), self.size or (32 if self.cuda else 16)
 
 
-def distillation(bench: Bench, form: str, weights: Weights, runtime: Runtime) -> tuple[Callable[[], None], list[Any]]:
-    """A call that makes the next step, and the phases that it trains."""
+def distillation(
+    bench: Bench, form: str, weights: Weights, backend: str | None, runtime: Runtime
+) -> tuple[Callable[[], None], list[Any]]:
+    """A call that makes the next step, and the phases that it trains. backend: of routing; None: the default."""
     batch, size = bench.shape()
     torch.manual_seed(0)
     teacher = build_sit("S/2", input_size=size)
@@ -64,6 +69,9 @@ def distillation(bench: Bench, form: str, weights: Weights, runtime: Runtime) ->
             parameter.add_(0.02 * torch.randn_like(parameter))
     teacher.to(runtime.device).requires_grad_(False)
     networks = build_networks(teacher, FORMS[form], memory=Memory(weights), rungs=len(RUNGS))
+    for network in (networks.student, networks.fake_score):
+        for bank in (module for module in network.modules() if isinstance(module, RouterBank)):
+            bank.backend = backend
     velocities = {name: velocity_of(getattr(networks, name)) for name in ("student", "teacher", "fake_score")}
     method = DMD(
         **velocities,
@@ -89,13 +97,13 @@ def distillation(bench: Bench, form: str, weights: Weights, runtime: Runtime) ->
     return run, [networks.teacher, *phases]
 
 
-def peak(bench: Bench, form: str, weights: Weights) -> dict[str, int]:
+def peak(bench: Bench, form: str, weights: Weights, backend: str | None) -> dict[str, int]:
     """Bytes of networks and averages, of optimisers, and what two steps need at the most beside both."""
     runtime = Runtime(LaunchConfig(cpu=not bench.cuda))
     made: list[Any] = []
 
     def build_and_run() -> None:  # together: what a first step frees, an allocator keeps for the second
-        run, parts = distillation(bench, form, weights, runtime)
+        run, parts = distillation(bench, form, weights, backend, runtime)
         made.extend(parts)
         run()
         run()
@@ -113,7 +121,11 @@ def peak(bench: Bench, form: str, weights: Weights) -> dict[str, int]:
 
 def measure(bench: Bench) -> None:
     runtime = Runtime(LaunchConfig(cpu=not bench.cuda))
-    arms = {f"{form}, {weights}": (form, weights) for weights in WEIGHTS for form in FORMS}
+    arms: dict[str, tuple[str, Weights, str | None]] = {}
+    for weights in WEIGHTS:
+        arms |= {f"{form}, {weights}": (form, weights, None) for form in FORMS}
+    if chosen(None, runtime.device.type) != SLOWER:
+        arms[f"DAR, full, {SLOWER}"] = "DAR", "full", SLOWER
     load = os.getloadavg()[0]
     memory = {name: alone(peak, bench, *arm) for name, arm in arms.items()}
     runs = {name: distillation(bench, *arm, runtime)[0] for name, arm in arms.items()}
@@ -127,6 +139,7 @@ def measure(bench: Bench) -> None:
         "updates": bench.updates,
         "load_average": {"before": load, "after": os.getloadavg()[0]},
         "seconds": {name: spread(samples) for name, samples in times.items()},
+        "backend": chosen(None, runtime.device.type),
         "ratio": {name: ratio(times, name, REFERENCE) for name in arms},
         "bytes": memory,
         "bytes_ratio": {name: total / totals[REFERENCE] for name, total in totals.items()},

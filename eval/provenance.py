@@ -29,7 +29,7 @@ from eval import (
 )
 from eval.spectrum import POWER_FLOOR
 
-COMMIT = "DMD_DAR_COMMIT"  # names the commit where the code was copied without its history
+COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without its history
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
 
 
@@ -44,8 +44,8 @@ def git_state() -> str | None:
 
 
 def code_state() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it; outside a checkout what DMD_DAR_COMMIT says, and None."""
-    state = git_state()
+    """The commit, and whether tracked files differ from it: what DMD_DAR_COMMIT says, and None, where it is set."""
+    state = None if COMMIT in os.environ else git_state()
     if state is None:
         return {"commit": os.environ.get(COMMIT, "unknown"), "dirty": None}
     return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}

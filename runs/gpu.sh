@@ -26,7 +26,7 @@ short() { # name key=value ...
 }
 
 kernels() {
-  stage kernels python -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider tests/routing/test_triton.py tests/routing/test_torch.py
+  stage kernels python -m pytest -q -n "${JOBS:-4}" -p no:cacheprovider tests/routing
 }
 
 runs() {

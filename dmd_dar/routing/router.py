@@ -25,7 +25,7 @@ class RouterBank(nn.Module):
         self.routers = range(2, num_sublayers + 2) if routers is None else routers
         shares = config.final == "reuse_last" and self.routers[-1] == num_sublayers + 1 and len(self.routers) > 1
         rows = len(self.routers) - shares
-        self.backend: str | None = None  # one of ops.BACKENDS; None is ops.default_backend()
+        self.backend: str | None = None  # one of ops.BACKENDS; None: ops.chosen
         self.gain = nn.Parameter(torch.ones(rows, width))
         if config.query == "dynamic":
             self.w_q = nn.Parameter(torch.zeros(rows, width, width))

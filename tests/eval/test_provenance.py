@@ -57,3 +57,5 @@ def test_a_commit_can_be_named_where_there_is_no_checkout(monkeypatch):
     assert provenance.code_state() == {"commit": "unknown", "dirty": None}
     monkeypatch.setenv(provenance.COMMIT, "0123456789ab")
     assert provenance.code_state() == {"commit": "0123456789ab", "dirty": None}
+    monkeypatch.setattr(provenance, "git_state", lambda: "a copy's old history-dirty")
+    assert provenance.code_state() == {"commit": "0123456789ab", "dirty": None}

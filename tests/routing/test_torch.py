@@ -401,6 +401,15 @@ def test_the_environment_chooses(monkeypatch):
     assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, ops.TorchReader)
 
 
+def test_the_default_belongs_to_the_device(monkeypatch):
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(ops, "_has_triton", lambda: True)
+    assert [ops.chosen(None, device) for device in ("cuda", "cpu", "mps")] == ["triton", "torch", "torch"]
+    assert ops.chosen("naive", "cuda") == "naive"
+    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    assert ops.chosen(None, "cuda") == "torch"
+
+
 def test_giving_way_is_logged_once(caplog):
     """Inside torch.func the equations serve, with the same values; a compiled graph traces them."""
     ops.give_way.cache_clear()

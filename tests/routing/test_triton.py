@@ -321,7 +321,7 @@ def compiled(kernel: str, sources: list[Tensor], **constants):
     dtype = torch.promote_types(v.dtype, torch.float32)
     statistics = query.to(dtype)
     given, _ = fused._arguments(sources, sources[::-1], query, query, dtype)
-    given |= dict.fromkeys(("stream", "out", "dh", "mean"), v) | {"logits": statistics, "norms": statistics}
+    given |= dict.fromkeys(("x", "out", "dh", "mean"), v) | {"logits": statistics, "norms": statistics}
     given |= {"dquery": query, "partial": statistics, "SCALE": "stream", "SAVE": True, "maxnreg": 168} | constants
     function = getattr(fused, kernel)
     names = {name: given.get(name) for name in function.arg_names}
@@ -345,3 +345,10 @@ def test_kernels_compile(kernel, tmp_path, monkeypatch):
     odd = [torch.empty(2, 3, 33, dtype=torch.bfloat16), torch.empty(2, 3, 33)]
     assert compiled(kernel, odd, DYNAMIC=True, SCALE="count").asm["cubin"]
     assert compiled(kernel, [v.double() for v in odd], DYNAMIC=True, SCALE="convex").asm["cubin"]
+
+
+def test_no_parameter_of_a_kernel_is_an_option_of_its_launch():
+    """Triton on a device refuses such a keyword, its interpreter does not."""
+    options = {"grid", "warmup", "stream", "device", "device_type", "num_warps", "num_stages", "num_ctas", "maxnreg"}
+    for kernel in (fused._forward, fused._backward):
+        assert options.isdisjoint(kernel.arg_names)

@@ -1,10 +1,11 @@
 """The routing operation; the choice among implementations is made here and nowhere else.
 
-`naive` is the equations, `torch` the fast default on every device, `triton` fused kernels for CUDA. A backend that
-cannot serve a forward pass gives way to another, and says so once in the log.
+`naive` is the equations, `triton` fused kernels, the default on CUDA where Triton is installed, `torch` the fast
+default everywhere else. A backend that cannot serve a forward pass gives way to another, and says so once in the log.
 """
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def reader(bank: "RouterBank", v_0: Tensor, t_embedding: Tensor | None, dtype: D
     if compiler.is_compiling():
         _compiled()
         return ListedReader(bank, t_embedding, naive.route)
-    name = chosen(bank.backend)
+    name = chosen(bank.backend, v_0.device.type)
     if name == "triton":
         fused, reason = _triton(bank, v_0, dtype)
         if fused is not None:
@@ -59,12 +60,17 @@ def _triton(bank: "RouterBank", v_0: Tensor, dtype: Dtype) -> tuple[Callable[...
     return (triton.route, "") if reason is None else (None, reason)
 
 
-def chosen(backend: str | None) -> str:
-    """`backend`, else the environment's, else torch."""
-    name = backend or os.environ.get(VARIABLE) or BACKENDS[0]
+def chosen(backend: str | None, device: str = "cpu") -> str:
+    """`backend`, else the environment's, else the default of a type of device."""
+    name = backend or os.environ.get(VARIABLE) or ("triton" if device == "cuda" and _has_triton() else "torch")
     if name not in BACKENDS:
         raise ValueError(f"unknown routing backend {name!r} (bank.backend or {VARIABLE}): choose one of {BACKENDS}")
     return name
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
