@@ -1,6 +1,5 @@
 """What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
 from dmd_dar.routing.history import Observer
 from dmd_dar.train import log
 from eval.bench import Bench
+from eval.controls import with_routers_reset
 from eval.real import NAMES as REAL_NAMES
 from eval.sets import ImageSet
 
@@ -168,9 +168,8 @@ def student_set(arm: Arm, bench: Bench, teacher: ImageSet, hf_gain: Callable[[Te
     facts |= {"updates": student.origin["steps"], "seed": arm.cfg.seed}
     if network.dar is not None:
         facts["routing"] = usage_of(student, bench, teacher)
-        plain = copy.deepcopy(network)
-        plain.dar.reset()
-        without = few_step_generator(velocity_of(plain, student.prediction), rungs, student.sampler)
+        plain = velocity_of(with_routers_reset(network), student.prediction)
+        without = few_step_generator(plain, rungs, student.sampler)
         reset = bench.cached({**identity, "routers": "reset"}, without, f"{arm.name}, routers reset")
         shift = hf_gain(reset.images) - hf_gain(made.images)
         facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= ROUTER_USED_DB}

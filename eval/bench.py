@@ -26,11 +26,14 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.methods.generate import Generator, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
+from dmd_dar.models.sit import SiT
 from eval.cost import flops, latencies, peak_memory
 from eval.images import UnfitError, share_of
 from eval.processes import Processes
 from eval.sets import ImageSet, Role
+from eval.threads import side_by_side
 
+SMALL_BATCH = 16  # images that keep one thread busy
 LATENCY_BATCH = 16
 LATENCY_RUNS = 5
 
@@ -73,6 +76,7 @@ class Bench:
     cache: Path
     codec: Codec | None = None
     codec_digest: str = ""
+    shareable: bool = False  # whether threads may call one network at the same time
     processes: Processes = field(default_factory=Processes)
 
     @staticmethod
@@ -97,6 +101,7 @@ class Bench:
             cache=Path(cfg.cache),
             codec=codec,
             codec_digest="" if codec is None else codec.digest(),
+            shareable=isinstance(network, SiT),  # keeps nothing between two operations, as others may
             processes=processes or Processes(),
         )
 
@@ -121,18 +126,25 @@ class Bench:
         latents = None if self.codec is None else x0.float().cpu()
         return Made(to_pixels(images).cpu(), labels.cpu(), latents)
 
+    def workers(self) -> int:
+        """Batches that are made at a time, which share batch_size and torch's threads."""
+        most = self.batch_size // SMALL_BATCH if self.shareable and self.device.type == "cpu" else 1
+        return max(1, min(torch.get_num_threads(), most))
+
     def joined(self, make: Callable[[Tensor], Made], what: str) -> Made:
         """All images, from make(samples (B,)), batch by batch and shared out among the processes."""
+        workers = self.workers()
+        size, threads = self.batch_size // workers, torch.get_num_threads() // workers
 
         def share(rank: int, world: int) -> dict[str, Tensor]:
             start, stop = share_of(self.count, rank, world)
             parts = []
             hidden = None if self.processes.main else True
+            batches = [sample_range(first, min(first + size, stop), self.device) for first in range(start, stop, size)]
             with tqdm(total=stop - start, desc=what, unit="img", disable=hidden, leave=False) as bar, torch.no_grad():
-                for first in range(start, stop, self.batch_size):
-                    samples = sample_range(first, min(first + self.batch_size, stop), self.device)
-                    parts.append(make(samples).rows())
-                    bar.update(len(samples))
+                for part in side_by_side([partial(make, samples) for samples in batches], workers, threads):
+                    parts.append(part.rows())
+                    bar.update(len(part.labels))
             return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
 
         return Made(**self.processes.joined(self.count, share))
@@ -174,9 +186,9 @@ class Bench:
             write_atomic(path, save(made.rows(), metadata={"identity": json.dumps(identity)}))
         return made
 
-    def call(self, generator: Generator) -> Callable[[], Tensor]:
-        """Samples and decodes LATENCY_BATCH images, the same ones every time."""
-        draws = Draws(self.seed, "latency", 0, sample_range(0, LATENCY_BATCH, self.device))
+    def call(self, generator: Generator, count: int = LATENCY_BATCH) -> Callable[[], Tensor]:
+        """Samples and decodes `count` images, the same ones every time."""
+        draws = Draws(self.seed, "latency", 0, sample_range(0, count, self.device))
         cond, noise = balanced_labels(draws.samples, self.num_classes), draws.normal("noise", *self.shape)
         make = partial(generator, cond, draws, noise)
         return make if self.codec is None else lambda: self.decoded(make())
@@ -190,7 +202,7 @@ def with_costs(sets: Iterable[ImageSet], bench: Bench) -> list[ImageSet]:
 
 
 def costs_of(generators: Mapping[str, Generator], bench: Bench) -> dict[str, dict[str, Any]]:
-    """Time, peak memory and floating-point operations of sampling and decoding LATENCY_BATCH images; JSON-able.
+    """Time and peak memory of sampling and decoding LATENCY_BATCH images, floating-point operations of one; JSON-able.
 
     The networks take turns, so that a busy machine slows all of them.
     """
@@ -205,6 +217,6 @@ def costs_of(generators: Mapping[str, Generator], bench: Bench) -> dict[str, dic
             "cost_batch": LATENCY_BATCH,
             "peak_memory_mb": round(memory.peak_bytes / 1e6, 3),
             "peak_memory_method": memory.method,
-            "gflops_per_image": round(flops(calls[name]) / LATENCY_BATCH / 1e9, 6),
+            "gflops_per_image": round(flops(bench.call(generators[name], 1)) / 1e9, 6),
         }
     return facts

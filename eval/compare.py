@@ -5,7 +5,6 @@ fixed: D = |gain_HF(residual)| - |gain_HF(DAR)| in dB, above 0 in favour of DAR.
 for each run.
 """
 
-import copy
 import dataclasses
 import json
 import math
@@ -31,7 +30,7 @@ from eval import frechet, structure
 from eval.arms import Arm, Teacher, network_facts, require_teacher
 from eval.bench import LATENCY_BATCH, Bench, costs_of
 from eval.conclusion import conclusion, table
-from eval.controls import frozen_at_mean, unfreezable
+from eval.controls import frozen_at_mean, unfreezable, with_routers_reset
 from eval.measure import ImageSet, jsonable
 from eval.pairing import ArmsConfig, Groups, Role, read_groups
 from eval.processes import Processes
@@ -208,8 +207,7 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
 
 def reset_shift_db(student: Student, ours: Measured, bench: Bench) -> float:
     """By how much the HF gain moves when the routers are reset: near 0, they are not used."""
-    plain = copy.deepcopy(student.network)
-    plain.dar.reset()
+    plain = with_routers_reset(student.network)
     reset = dataclasses.replace(student, network=plain, identity={**student.identity, "routers": "reset"})
     made = bench.cached(reset.identity, reset.generator, "routers reset")
     high = [one.energies[:, HF].mean() for one in (Measured.of(made.images, made.labels), ours)]

@@ -1,4 +1,4 @@
-"""Is it *adaptive* routing that helps? A trained student with its routers frozen over t.
+"""Is it *adaptive* routing that helps? A trained student with its routers frozen over t, or reset.
 
 Two controls answer two questions. This one takes a finished DAR student and freezes it: does this network use the
 dependence on t? It is exact and needs no training, but the other weights have learned beside moving routers, so a loss
@@ -6,6 +6,7 @@ shows reliance and not merit. Whether adaptivity *helps* is asked by an arm trai
 `student.routing.query=static`, the same routers with one query for all t.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,16 @@ def unfreezable(network: Denoiser) -> str:
         return f"it is made of SiT students only, and these are {type(network).__name__}"
     query = network.config.routing.query
     return "" if query == "timestep" else f"routing.query {query}: only timestep routers have a mean over t"
+
+
+def with_routers_reset(network: Denoiser) -> Denoiser:
+    """A copy that adds plainly, all other weights as they are: what it makes otherwise, its routers do."""
+    plain = copy.deepcopy(network)
+    if isinstance(plain, SiT) and plain.config.routing.scale == "stream":
+        plain.dar = None  # that form at equal weights is the residual network bit for bit, which is sooner computed
+    else:
+        plain.dar.reset()  # type: ignore[union-attr]
+    return plain
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 RUNS = 7
+FEWEST_RUNS = 3
+LONGEST_S = 2.0  # of all runs of one call that are beyond the fewest
 WARM_UP = 1
 STDERR = 2
 PROFILER_LINE = re.compile(rb"[A-Z]+:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ \w+\.cpp:\d+\]")  # as kineto writes them
@@ -45,18 +47,21 @@ def latencies(
     warm_up: int = WARM_UP,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Of each call without gradients, after `warm_up` rounds.
+    """Of each call without gradients, after `warm_up` rounds; of a call that takes long, fewer runs than `runs`.
 
     The calls take turns, in alternating order: a machine that slows down slows all of them. `clock` gives seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    wanted = dict.fromkeys(calls, runs)
     for turn in range(warm_up + runs):
+        names = [name for name in calls if turn < warm_up + wanted[name]]
         for name in names if turn % 2 == 0 else reversed(names):
             seconds = _timed(calls[name], torch.device(device), clock)
             if turn >= warm_up:
                 times[name].append(1000 * seconds)
-    return {name: Latency(float(np.median(t)), min(t), max(t), runs) for name, t in times.items()}
+            else:
+                wanted[name] = min(runs, max(FEWEST_RUNS, int(LONGEST_S / max(seconds, 1e-9))))
+    return {name: Latency(float(np.median(t)), min(t), max(t), len(t)) for name, t in times.items()}
 
 
 def _timed(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:

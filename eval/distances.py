@@ -56,6 +56,10 @@ class Ledger:
             self.add(metric, name, str(error), requested)
             return None
 
+    def take(self, other: "Ledger") -> None:
+        """The other's entries that are not here yet."""
+        self.skipped += [entry for entry in other.skipped if entry not in self.skipped]
+
     def add(self, metric: str, name: str, reason: str, requested: bool = True) -> None:
         entry = Skipped(metric, name, " ".join(reason.split()), requested)
         if entry not in self.skipped:

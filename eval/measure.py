@@ -6,9 +6,11 @@ Legend: N images of a set, F radial bins. Everything is measured on 8-bit images
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from eval import distances, frechet, maps, structure
 from eval.distances import Ledger, Suite
@@ -26,12 +28,13 @@ from eval.spectrum import (
 )
 from eval.stats import Interval, Sample, bootstrap_interval, images_for_half_width
 from eval.targets import Target, lsd, over_features, sliced_levels
-from eval.threads import one_thread
+from eval.threads import one_thread, side_by_side
 from eval.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, verdict
 
 __all__ = ["CHROMA", "SCHEMA_VERSION", "ImageSet", "jsonable", "measure"]
 
 SCHEMA_VERSION = 3
+MOST_WORKERS = 8  # comparisons at a time: each holds resampled values
 SANE_HALF_WIDTH_DB = 0.25  # half of the margin: a wider interval cannot lie inside it comfortably
 
 
@@ -56,18 +59,12 @@ def measure(
     suite, ledger = suite or Suite(), Ledger() if ledger is None else ledger
     names = class_names or {}
     everything = fitting(sets, reference, real, ledger)
+    workers = min(MOST_WORKERS, torch.get_num_threads()) if suite.small else 1
     with one_thread(suite.small):
-        known = {one.name: (read or {}).get(one.name) for one in everything}
-        rows = _rows(
-            [measure_one(one, known[one.name] or read_one(one, suite, ledger)) for one in everything],
-            reference,
-            real,
-            colour_labels,
-            seed,
-            names,
-            suite,
-            ledger,
-        )
+        readings = [(one, (read or {}).get(one.name) or read_one(one, suite, ledger)) for one in everything]
+        calls = [partial(measure_one, *pair, seed) for pair in readings]
+        measured = list(side_by_side(calls, workers, 1))
+        rows = _rows(measured, reference, real, colour_labels, seed, names, suite, ledger, workers)
     head = {"teacher": reference.name, "real": real and real.name, "class_names": names}
     parts = {**head, **_scales(reference), "skipped": ledger.skipped, "sets": rows}
     return jsonable({"schema_version": SCHEMA_VERSION, "seed": seed, **parts})
@@ -82,23 +79,32 @@ def _rows(
     names: dict[int, str],
     suite: Suite,
     ledger: Ledger,
+    workers: int,
 ) -> list[dict[str, Any]]:
-    """Every set by itself and against the two."""
+    """Every set by itself and against the two, `workers` comparisons at a time."""
     by_name = {one.source.name: one for one in measured}
     null = next((one for one in measured if one.source.role == "null"), None)
     targets = {"teacher": Target(by_name[reference.name], None, seed, ledger)}
     if real is not None:
         targets["real"] = Target(by_name[real.name], null, seed, ledger)
+    for target in targets.values():
+        target.prepare()
     rows = []
     for one in measured:
         row: dict[str, Any] = {**describe(one, seed), **distances.alone(one.source, suite, names, seed, ledger)}
         again = None if null is None or one is null else null.features.get("fid")
         row["fid_npz"] = distances.against_statistics(one.features.get("fid"), suite, ledger, again)
-        row["against"] = {"teacher": None, "real": None}
-        for key, other in targets.items():
-            if one is not other.measured:
-                row["against"][key] = compare(one, other, colour_labels, suite)
-        rows.append(row)
+        rows.append(row | {"against": {"teacher": None, "real": None}})
+    pairs = [(row, one, key) for row, one in zip(rows, measured, strict=True) for key in targets]
+    pairs = [(row, one, key) for row, one, key in pairs if one is not targets[key].measured]
+    notes = [Ledger() for _ in pairs]
+    calls = [
+        partial(compare, one, targets[key], colour_labels, suite, note)
+        for (_, one, key), note in zip(pairs, notes, strict=True)
+    ]
+    for (row, _, key), note, found in zip(pairs, notes, side_by_side(calls, workers, 1), strict=True):
+        row["against"][key] = found
+        ledger.take(note)
     return rows
 
 
@@ -167,7 +173,9 @@ def _labels_or_one_class(one: Measured) -> np.ndarray:
     return np.zeros(len(one), dtype=int) if one.source.classes is None else one.source.classes
 
 
-def compare(one: Measured, target: Target, colour_labels: set[int] | None, suite: Suite) -> dict[str, Any]:
+def compare(
+    one: Measured, target: Target, colour_labels: set[int] | None, suite: Suite, ledger: Ledger
+) -> dict[str, Any]:
     """All metrics of `one` against the target's set."""
     other, rng = target.measured, np.random.default_rng(target.seed)
     paired = one.source.paired and other.source.paired
@@ -213,7 +221,7 @@ def compare(one: Measured, target: Target, colour_labels: set[int] | None, suite
         "diversity_ratio": _diversity(one, other, labelled),
         "chroma": _chroma(samples, colour_labels if labelled else None, paired, rng),
     }
-    return {**found, **over_features(one, target, suite)}
+    return {**found, **over_features(one, target, suite, ledger)}
 
 
 def _hfer_difference(ours: Sample, theirs: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:

@@ -37,7 +37,7 @@ class Measured:
     plane: Tensor  # (H, W) mean log power, dB
     wavelet_energy: np.ndarray  # (3, 3) mean log energy, finest level first, columns LH, HL, HH
     wavelet_kurtosis: np.ndarray  # (3, 3) medians
-    patches: list[Tensor]
+    slices: sliced.Slices
     features: dict[str, Features]
     spread: dict[int, float]  # diversity of each class in pixels
     spread_of_all: dict[int, float]  # of all images as one class
@@ -95,8 +95,11 @@ def mean_plane(one: ImageSet, rows: Rows) -> Tensor:
     return maps.MapSum(one.count, one.stream.size[1], rows["plane.total"].sum(0)).mean
 
 
-def measure_one(one: ImageSet, read: Reading) -> Measured:
-    """From what was read, and of at most a few hundred images what needs them together: patches and diversity."""
+def measure_one(one: ImageSet, read: Reading, seed: int = 0) -> Measured:
+    """From what was read, and of at most a few hundred images what needs them together: patches and diversity.
+
+    seed: of the directions on which patches are compared.
+    """
     some, labels = _some(one)
     group = ungrouped(read.rows)
     return Measured(
@@ -108,7 +111,7 @@ def measure_one(one: ImageSet, read: Reading) -> Measured:
         plane=mean_plane(one, read.rows),
         wavelet_energy=group["wavelet"]["energy"].numpy().mean(0),
         wavelet_kurtosis=np.median(group["wavelet"]["kurtosis"].numpy(), axis=0),
-        patches=sliced.sliced_patches(one.first(SLICED_IMAGES)),
+        slices=sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed),
         features=read.features,
         spread={} if one.labels is None else frechet.class_diversity(some, labels),
         spread_of_all=_spread_of_all(one),

@@ -274,9 +274,9 @@ def _cost(result: dict) -> str:
                 HF_GAIN.cell(row, against) if against else NOTHING,
             ]
         )
-    facts = base["facts"]
+    facts, rounds = base["facts"], max(row["facts"].get("latency_runs", 0) for row in rows) or NOTHING
     note = (
-        f"<p class='soft'>Median over {facts.get('latency_runs', NOTHING)} rounds in which the networks take turns,"
+        f"<p class='soft'>Median over up to {rounds} rounds in which the networks take turns,"
         f" {facts.get('cost_batch', NOTHING)} images at a time; small print: least and most. Peak memory is of one such"
         f" batch above the weights: {text(facts.get('peak_memory_method', NOTHING))}.</p>"
     )

@@ -100,7 +100,7 @@ class Measured:
     luma: Spectrum
     structure: structure.Structure
     lines: np.ndarray  # (N, 2, 4, 5)
-    patches: list[Tensor]
+    slices: sliced.Slices
     features: dict[str, features.Features]
 
 
@@ -114,7 +114,7 @@ def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
         luma=spectrum_of(images),
         structure=structure.structure_of(images),
         lines=maps.grid_lines(images),
-        patches=sliced.sliced_patches(images),
+        slices=sliced.Slices(sliced.sliced_patches(images)),
         features={one.name: features.Features("set", one.extract(images), one, False) for one in extractors},
     )
 
@@ -132,7 +132,7 @@ def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
         "largest grid peak, dB": np.nanmax(np.abs(heights)),
         **_structure_metrics(ours.structure, theirs.structure),
     }
-    levels = sliced.level_distances(ours.patches, theirs.patches)
+    levels = sliced.level_distances(ours.slices, theirs.slices)
     found |= {f"sliced Wasserstein, level {i}": level for i, level in enumerate(levels)}
     for name, values in ours.features.items():
         target = theirs.features[name]

@@ -5,8 +5,9 @@ is then as far away as it looks. Over luma.
 Legend: N images, P patches of an image, D = PATCH^2 pixels, L levels from the finest, T directions.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -92,38 +93,54 @@ def _cut(level: Tensor, draws: Draws, name: str) -> Tensor:
     return level.flatten(1).gather(1, index).reshape(count, PATCHES, PATCH * PATCH)
 
 
-def sliced_wasserstein(
-    patches: list[Tensor], reference: list[Tensor], *, second: list[Tensor] | None = None, seed: int = 0
-) -> list[LevelDistance]:
-    """Distance of each level, the finest first, from the `sliced_patches` of both sets; their seeds must agree.
+@dataclass(frozen=True)
+class Slices:
+    """The `sliced_patches` of a set on the random directions of `seed`; what it is compared by is made once."""
+
+    patches: list[Tensor]
+    seed: int = 0
+
+    def projected(self, level: int) -> Tensor:
+        """(N, P, T), about 0."""
+        patches = self.patches[level]
+        draws = Draws(self.seed, "sliced directions", level, sample_range(0, DIRECTIONS, patches.device))
+        directions = F.normalize(draws.normal("direction", patches.shape[-1]), dim=1).T  # (D, T)
+        grey = 0.5 if level == len(self.patches) - 1 else 0.0  # of the low-pass; a distance is that of differences
+        return (patches - grey) @ directions
+
+    @cached_property
+    def ordered(self) -> list[Tensor]:
+        """Of each level the projections in order, (T, N P)."""
+        return [_ordered(self.projected(level)) for level in range(len(self.patches))]
+
+    @cached_property
+    def spread(self) -> list[float]:
+        """Standard deviation of each level's pixels."""
+        return [patches.std().clamp(min=QUANTISATION_POWER**0.5).item() for patches in self.patches]
+
+
+def sliced_wasserstein(ours: Slices, reference: Slices, *, second: Slices | None = None) -> list[LevelDistance]:
+    """Distance of each level, the finest first; the seeds of all sets must agree.
 
     The mean over random directions of the 1-Wasserstein distance of the projected patches, in units of the standard
     deviation of the reference's pixels at that level. The null comes from `second`, another set of the reference's
     source, or else from random halves of the reference, rescaled to the sizes that are compared.
     """
-    found = []
-    for ours, theirs, *others in _projected([patches, reference] + ([second] if second else []), seed):
-        null = _rescaled_null(ours, theirs, others[0] if others else None, seed)
-        found.append(LevelDistance(wasserstein(ours, theirs), null))
-    return found
+    distances = level_distances(ours, reference)
+    nulls = _halves_null(reference) if second is None else level_distances(second, reference)
+    images, others = len(ours.patches[0]), len(reference.patches[0])
+    given = 2 / (others // 2) if second is None else 1 / len(second.patches[0]) + 1 / others
+    scale = ((1 / images + 1 / others) / given) ** 0.5  # falls as the root of 1 / N + 1 / M, images being independent
+    return [LevelDistance(value, scale * null) for value, null in zip(distances, nulls, strict=True)]
 
 
-def level_distances(patches: list[Tensor], reference: list[Tensor], seed: int = 0) -> list[float]:
+def level_distances(ours: Slices, reference: Slices) -> list[float]:
     """The values of `sliced_wasserstein` without their nulls."""
-    return [wasserstein(*pair) for pair in _projected([patches, reference], seed)]
-
-
-def _projected(sets: list[list[Tensor]], seed: int) -> Iterator[list[Tensor]]:
-    """For each level the patches of all sets, in units of the second's (the reference), on directions: (N, P, T)."""
-    counts = sorted({len(levels) for levels in sets})
+    counts = sorted({len(one.patches) for one in (ours, reference)})
     if len(counts) > 1:
         raise UnfitError(f"images of {counts[0]} and of {counts[1]} levels do not compare; give images of one size")
-    for i, levels in enumerate(zip(*sets, strict=True)):
-        reference = levels[1]
-        draws = Draws(seed, "sliced directions", i, sample_range(0, DIRECTIONS, reference.device))
-        directions = F.normalize(draws.normal("direction", reference.shape[-1]), dim=1).T  # (D, T)
-        mean, spread = reference.mean(), reference.std().clamp(min=QUANTISATION_POWER**0.5)
-        yield [(level - mean) / spread @ directions for level in levels]
+    levels = zip(ours.ordered, reference.ordered, reference.spread, strict=True)
+    return [_distance(a, b) / spread for a, b, spread in levels]
 
 
 def wasserstein(ours: Tensor, theirs: Tensor) -> float:
@@ -131,21 +148,31 @@ def wasserstein(ours: Tensor, theirs: Tensor) -> float:
 
     Of sets of unequal size, the larger is read at the quantiles of the smaller.
     """
-    rows = [one.flatten(0, -2).T.contiguous().sort(-1).values for one in (ours, theirs)]  # (T, N P)
+    return _distance(_ordered(ours), _ordered(theirs))
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """(..., T) -> (T, samples), each row in ascending order."""
+    return values.flatten(0, -2).T.contiguous().sort(-1).values
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """`wasserstein` of rows in order."""
+    rows = ours, theirs
     count = min(row.shape[-1] for row in rows)
     places = [(torch.arange(count) + 0.5).mul(row.shape[-1] / count).long() for row in rows]
     a, b = (row[:, place.to(row.device)] for row, place in zip(rows, places, strict=True))
     return (a - b).abs().mean(dtype=torch.float64).item()
 
 
-def _rescaled_null(ours: Tensor, theirs: Tensor, second: Tensor | None, seed: int) -> float:
-    """The distance falls as the root of 1 / N + 1 / M, images being what is independent."""
-    wanted = 1 / len(ours) + 1 / len(theirs)
-    if second is not None:
-        return wasserstein(second, theirs) * (wanted / (1 / len(second) + 1 / len(theirs))) ** 0.5
-    half, values = len(theirs) // 2, []
-    for split in range(NULL_SPLITS):
-        keys = Draws(seed, "sliced null", split, sample_range(0, len(theirs), theirs.device)).uniform("order")
-        order = keys.argsort()
-        values.append(wasserstein(theirs[order[:half]], theirs[order[half : 2 * half]]))
-    return sum(values) / NULL_SPLITS * (wanted / (2 / half)) ** 0.5
+def _halves_null(reference: Slices) -> list[float]:
+    """Of each level the mean distance of random halves of the images."""
+    half, found = len(reference.patches[0]) // 2, []
+    for level, spread in enumerate(reference.spread):
+        projected, values = reference.projected(level), []
+        for split in range(NULL_SPLITS):
+            samples = sample_range(0, len(projected), projected.device)
+            order = Draws(reference.seed, "sliced null", split, samples).uniform("order").argsort()
+            values.append(wasserstein(projected[order[:half]], projected[order[half : 2 * half]]))
+        found.append(sum(values) / NULL_SPLITS / spread)
+    return found

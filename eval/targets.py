@@ -36,9 +36,8 @@ class Target:
     @cached_property
     def sliced_null(self) -> list[float]:
         """Of each level, at the reference's own size."""
-        patches = None if self.second is None else self.second.patches
-        own = self.measured.patches
-        return [level.null for level in sliced.sliced_wasserstein(own, own, second=patches, seed=self.seed)]
+        second, own = None if self.second is None else self.second.slices, self.measured.slices
+        return [level.null for level in sliced.sliced_wasserstein(own, own, second=second)]
 
     @cached_property
     def of_second(self) -> dict[str, dict[str, Any]]:
@@ -56,6 +55,10 @@ class Target:
         known = sorted(self.measured.features.items())
         found = {name: distances.neighbours_null(values, self.seed, self.ledger) for name, values in known}
         return {name: values for name, values in found.items() if values is not None}
+
+    def prepare(self) -> None:
+        """Whatever is made once, before comparisons run side by side."""
+        _ = self.sliced_null, self.of_second, self.of_halves
 
     def neighbours_null(self, one: Measured, metric: str) -> dict[str, Any] | None:
         known = self.of_second if self.second_for(one) is not None else {}
@@ -90,19 +93,19 @@ def sliced_levels(one: Measured, target: Target) -> list[dict[str, float]]:
     """Sliced Wasserstein distance of each level, the finest first, beside its null at the sizes that are compared."""
     other = target.measured
     if one is target.second:
-        levels = sliced.sliced_wasserstein(one.patches, other.patches, seed=target.seed)
+        levels = sliced.sliced_wasserstein(one.slices, other.slices)
         pairs = [(level.value, level.null) for level in levels]
     else:
-        images, others = (len(m.patches[0]) for m in (one, other))
+        images, others = (len(m.slices.patches[0]) for m in (one, other))
         scale = ((1 / images + 1 / others) * others / 2) ** 0.5
-        values = sliced.level_distances(one.patches, other.patches, target.seed)
+        values = sliced.level_distances(one.slices, other.slices)
         pairs = [(value, scale * null) for value, null in zip(values, target.sliced_null, strict=True)]
     return [{"value": value, "null": null, "excess": value - null} for value, null in pairs]
 
 
-def over_features(one: Measured, target: Target, suite: Suite) -> dict[str, Any]:
+def over_features(one: Measured, target: Target, suite: Suite, ledger: Ledger) -> dict[str, Any]:
     """Frechet distances by the name of their features, KID, precision and recall, modes and paired LPIPS."""
-    other, name, ledger = target.measured, one.source.name, target.ledger
+    other, name = target.measured, one.source.name
     second = target.second_for(one)
     found: dict[str, Any] = {}
     near = {}

@@ -5,7 +5,7 @@ import torch
 
 from eval import spoil
 from eval.images import UnfitError
-from eval.sliced import PATCHES, level_distances, pyramid, sliced_patches, sliced_wasserstein, wasserstein
+from eval.sliced import PATCHES, Slices, level_distances, pyramid, sliced_patches, sliced_wasserstein, wasserstein
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -14,7 +14,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def photographs(crops):
-    return [sliced_patches(crops(64, 24, seed)[0]) for seed in (0, 1)]
+    return [Slices(sliced_patches(crops(64, 24, seed)[0])) for seed in (0, 1)]
 
 
 def test_wasserstein_of_a_shift_and_of_a_scale():
@@ -43,13 +43,15 @@ def test_the_pyramid_keeps_everything_and_splits_by_frequency():
 def test_a_halved_level_is_as_far_as_it_looks(photographs):
     reference = photographs[0]
     for level in range(3):
-        mean = reference[level].mean()
-        halved = [x if i != level else mean + 0.5 * (x - mean) for i, x in enumerate(reference)]
-        found = sliced_wasserstein(halved, reference)
+        mean = reference.patches[level].mean()
+
+        def changed(factor, level=level, mean=mean):
+            return Slices([x if i != level else mean + factor * (x - mean) for i, x in enumerate(reference.patches)])
+
+        found = sliced_wasserstein(changed(0.5), reference)
         assert found[level].value > 3 * found[level].null
         assert [one.value for i, one in enumerate(found) if i != level] == [0, 0]
-        louder = [x if i != level else mean + 2 * (x - mean) for i, x in enumerate(reference)]
-        assert level_distances(louder, reference)[level] == pytest.approx(2 * found[level].value, rel=1e-3)
+        assert level_distances(changed(2), reference)[level] == pytest.approx(2 * found[level].value, rel=1e-3)
 
 
 def test_a_set_of_the_same_source_reads_its_null(photographs):
@@ -61,7 +63,7 @@ def test_a_set_of_the_same_source_reads_its_null(photographs):
     second = sliced_wasserstein(other, reference, second=other)
     assert [one.null for one in second] == pytest.approx([one.value for one in second])
     assert [one.value for one in sliced_wasserstein(reference, reference)] == [0, 0, 0]
-    fewer = sliced_wasserstein([x[:40] for x in other], reference)
+    fewer = sliced_wasserstein(Slices([x[:40] for x in other.patches]), reference)
     assert all(
         a.null == pytest.approx(b.null * (0.5 + 168 / 80) ** 0.5, rel=1e-6) for a, b in zip(fewer, found, strict=True)
     )
@@ -69,8 +71,8 @@ def test_a_set_of_the_same_source_reads_its_null(photographs):
 
 def test_blur_and_noise_are_seen_at_the_level_where_they_are(crops):
     images = crops(64, 24, 0)[0]
-    reference = sliced_patches(images)
-    spoiled = sliced_patches(spoil.eight_bit(spoil.blurred(images.float() / 255, 0.7)))
+    reference = Slices(sliced_patches(images))
+    spoiled = Slices(sliced_patches(spoil.eight_bit(spoil.blurred(images.float() / 255, 0.7))))
     found = sliced_wasserstein(spoiled, reference)
     assert found[0].value > 3 * found[0].null and found[2].value < found[2].null
 
@@ -87,6 +89,6 @@ def test_patches_depend_on_the_image_and_its_place_alone():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UnfitError, match="at least 32 px .* 31x64"):
         sliced_patches(torch.rand(1, 3, 31, 64))
-    small, large = (sliced_patches(torch.rand(4, 3, size, size)) for size in (32, 64))
+    small, large = (Slices(sliced_patches(torch.rand(4, 3, size, size))) for size in (32, 64))
     with pytest.raises(UnfitError, match="2 and of 3 levels"):
         level_distances(small, large)
