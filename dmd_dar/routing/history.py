@@ -98,11 +98,11 @@ class History:
         def both(x: Tensor, y: Tensor) -> Tensor:
             return torch.cat([x, y.to(x.dtype)], dim=1)
 
-        joint = copy.copy(a)
-        joint.bank, joint.kept = bank, None
+        (_, v_0), *later = [(kind, both(x, y)) for (kind, x), (_, y) in zip(a.kept, b.kept, strict=True)]
+        joint = cls(bank, v_0, t_embedding, a.observe)
+        for kind, v in later:
+            joint._take(kind, v)
         joint.stream, joint.previous = both(a.stream, b.stream), both(a.previous, b.previous)
         joint.partial = None if a.partial is None or b.partial is None else both(a.partial, b.partial)
-        joint.reader = ops.reader(bank, joint.stream, t_embedding, a.dtype)
-        for (kind, x), (_, y) in zip(a.kept, b.kept, strict=True):
-            joint._take(kind, both(x, y))
+        joint.count = a.count
         return joint

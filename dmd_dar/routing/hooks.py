@@ -169,8 +169,8 @@ class DarBank(nn.Module):
         func = getattr(model, "_gradient_checkpointing_func", None)
         if func is not None and not isinstance(func, Checkpointed):
             model._gradient_checkpointing_func = Checkpointed(self, func)  # type: ignore[assignment]
-        if self.proof is not None:
-            proof, self.proof = self.proof, None
+        proof, self.proof = self.proof, None
+        if proof is not None:
             proof(model, args, kwargs)
         if torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
             self._warn_if_frozen(model)

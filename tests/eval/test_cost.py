@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 from eval.cost import flops, latencies, peak_memory
@@ -22,6 +23,21 @@ def test_calls_take_turns_and_the_first_round_does_not_count():
     assert "".join(name for name, _ in order) == "abbaabba" and not any(grad for _, grad in order)
     assert result["a"].median_ms == 2000 and (result["a"].least_ms, result["a"].most_ms) == (1000, 3000)
     assert result["b"].median_ms == 500 and result["b"].runs == 3
+
+
+def test_a_call_that_takes_long_runs_less_often():
+    now, order = [0.0], []
+
+    def call(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds
+
+        return run
+
+    result = latencies({"slow": call("slow", 0.9), "quick": call("quick", 0.1)}, runs=5, clock=lambda: now[0])
+    assert (result["slow"].runs, result["quick"].runs) == (3, 5) and result["slow"].median_ms == pytest.approx(900)
+    assert order.count("slow") == 4 and order[-2:] == ["quick"] * 2
 
 
 def test_peak_memory_is_that_of_tensors_held_at_once(capfd):
