@@ -37,16 +37,17 @@ class RouterBank(nn.Module):
     def row(self, router: int) -> int:
         return min(router - self.routers[0], self.gain.shape[0] - 1)
 
-    def query_of(self, router: int, t_embedding: Tensor | None, previous: Tensor) -> Tensor:
-        """q_l, Eq. 6: (d,) static, (B, 1, d) timestep, (B, T, d) dynamic. t_embedding (B, d); previous v_{l-1}."""
-        row = self.row(router)
-        if self.config.query == "dynamic":
-            dtype = torch.promote_types(previous.dtype, torch.float32)
-            with torch.autocast(previous.device.type, enabled=False):
-                return nn.functional.linear(previous.to(dtype), self.w_q[row].to(dtype))
+    def queries(self, t_embedding: Tensor | None) -> Tensor:
+        """q_l of every row, Eq. 6: (rows, d) static, (rows, B, 1, d) timestep. t_embedding (B, d)."""
         if t_embedding is None or self.config.query == "static":
-            return self.query[row]
-        return (self.query[row] + self.gate[row] * t_embedding)[:, None]
+            return self.query
+        return (self.query[:, None] + self.gate[:, None] * t_embedding)[:, :, None]
+
+    def dynamic_query(self, router: int, previous: Tensor) -> Tensor:
+        """q_l (B, T, d), Eq. 6, of `dynamic` routers; previous: v_{l-1} (B, T, d)."""
+        dtype = torch.promote_types(previous.dtype, torch.float32)
+        with torch.autocast(previous.device.type, enabled=False):
+            return nn.functional.linear(previous.to(dtype), self.w_q[self.row(router)].to(dtype))
 
     def folded_queries(self, t_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
         """gain * q_l / sqrt(d) of all routers: (R, d) static, (B, R, d) timestep; then s_i = folded . v_i / RMS(v_i).

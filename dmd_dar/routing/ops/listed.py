@@ -20,6 +20,13 @@ class ListedReader:
         self.bank, self.t_embedding, self.route_of = bank, t_embedding, route_of
         self.summaries: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self._take_parameters()
+
+    def _take_parameters(self) -> None:
+        """Rows of all routers at once: taken one by one, each would cost a gradient of the whole parameter's size."""
+        bank, self.tracks = self.bank, torch.is_grad_enabled()
+        self.gains = bank.gain.unbind()
+        self.queries = None if bank.config.query == "dynamic" else bank.queries(self.t_embedding).unbind()
 
     def summary(self, v: Tensor) -> None:
         """c_n of the chunk that ends here; its outputs are read no more."""
@@ -33,9 +40,11 @@ class ListedReader:
         self, router: int, previous: Tensor, stream: Tensor | None, observed: bool
     ) -> tuple[Tensor, Tensor | None]:
         """h_l, and alpha (n, B, T) if observed."""
-        bank = self.bank
-        sources = self.summaries + self.outputs
-        query, gain = bank.query_of(router, self.t_embedding, previous), bank.gain[bank.row(router)]
+        if torch.is_grad_enabled() and not self.tracks:  # the pass began without gradients
+            self._take_parameters()
+        bank, row, sources = self.bank, self.bank.row(router), self.summaries + self.outputs
+        query = bank.dynamic_query(router, previous) if self.queries is None else self.queries[row]
+        gain = self.gains[row]
         with torch.no_grad():
             alpha = naive.weights(sources, query, gain) if observed else None
         return self.route_of(sources, query, gain, scale=bank.config.scale, stream=stream), alpha

@@ -133,7 +133,7 @@ class TorchReader:
             )
         query, row = None, router - self.bank.routers[0]
         if self.folded is None:
-            query = self.bank.query_of(router, None, previous)
+            query = self.bank.dynamic_query(router, previous)
         h, alpha = Route.apply(self.token, stream, query, self.bank.gain[self.bank.row(router)], self, row)
         return h, alpha.T.unflatten(1, self.shape[:2]) if observed else None
 
