@@ -11,9 +11,11 @@ from torchvision.models import alexnet
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.perceptual import lpips_network
-from eval import perceptual, weights
+from eval import distances, perceptual, weights
+from eval.distances import Ledger, Suite
 from eval.images import UnfitError
 from eval.perceptual import clip_score, load_clip, load_lpips, lpips_diversity, lpips_paired
+from eval.sets import ImageSet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchvision")  # the lpips package's way to call it
 
@@ -62,6 +64,18 @@ def test_the_score_is_the_cosine_with_the_folder_s_preprocessing(folder, monkeyp
     assert swapped.per_image[0] != pytest.approx(result.per_image[0], abs=1e-3)
     clip.network.visual.proj.neg_()
     assert clip_score(clip, images, PROMPTS).value == pytest.approx(-result.value), "not clipped at 0"
+
+
+def test_only_the_usual_weights_give_a_published_score(folder):
+    one = ImageSet("a", noise(3, 3, 32, 32), torch.tensor([0, 1, 0]), "student", True)
+    suite = Suite((), clip=load_clip(f"local-dir:{folder}"), prompt="a photo of {}")
+    (found,) = distances.alone(one, suite, {0: "a cat", 1: "two cats"}, 0, Ledger()).values()
+    assert not found["comparable_to_published"] and found["prompt"] == "a photo of {}"
+    usual = dataclasses.replace(suite.clip, facts={**suite.clip.facts, "model": perceptual.HUB + perceptual.CLIP_REPO})
+    (found,) = distances.alone(
+        one, dataclasses.replace(suite, clip=usual), {0: "a cat", 1: "two cats"}, 0, Ledger()
+    ).values()
+    assert found["comparable_to_published"]
 
 
 def test_a_hub_name_is_looked_for_here_first(folder, tmp_path, monkeypatch):

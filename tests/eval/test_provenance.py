@@ -17,6 +17,7 @@ from eval import (
     structure,
     verdict,
 )
+from eval import spectrum as gains
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ from eval import (
         (spectrum, "LEAST_PERIODS"),
         (spectrum, "PERIODS"),
         (spectrum, "BAND_EDGES"),
+        (gains, "POWER_FLOOR"),
         (measured, "SLICED_IMAGES"),
         (measured, "DIVERSITY_IMAGES"),
         (classifier, "LEAST_SHARE"),

@@ -105,6 +105,21 @@ def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
     assert (runs / "report" / "report.csv").read_text().count("\ndar,student,teacher,") > 50
 
 
+def test_without_real_images_features_are_fitted_to_other_samples_of_the_teacher(runs, monkeypatch):
+    def unfit(*_: object) -> None:
+        raise UserError("no images of this kind")
+
+    monkeypatch.setattr(report, "open_fitting", unfit)
+    inputs = sampled(options(runs, "residual"))
+    images, labels = inputs.fit
+    assert inputs.real is None and inputs.fitted_to == report.OWN and torch.equal(labels, inputs.reference.labels)
+    same = (images == inputs.reference.images).flatten(1).float().mean(1)
+    assert len(images) == 70 and same.max() < 0.5, "none of the images that are compared"
+    other = dataclasses.replace(inputs.bench, seed=inputs.bench.seed + 1)
+    teacher = arms.Teacher.of(inputs.read[0], torch.device("cpu"))
+    assert torch.equal(images, teacher.sample_set(other, 2).images)
+
+
 def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
     seen = {}
     original = bench.generate
