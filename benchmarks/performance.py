@@ -202,8 +202,10 @@ def step(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | No
         told = (
             f"**One student update and {result['updates']} of the fake score**, {result['model']}, B {result['B']}, T"
             f" {result['T']}; {rounds} rounds; load average {load['before']:.1f} before, {load['after']:.1f} after."
-            " Optimisers hold two moments of what is trained; the step's peak is gradients and activations.\n"
+            " Optimisers hold two moments of what is trained; the step's peak is gradients and activations."
         )
+        if backend := result.get("backend"):
+            told += f" Routers are computed by `{backend}`, unless the row says otherwise."
         head = ["additions, weights", "ms", "over residual, full", "networks", "optimisers", "peak of a step"]
         rows = []
         for arm, seconds in result["seconds"].items():
@@ -211,7 +213,7 @@ def step(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | No
             sizes = [mega(parts[part]) for part in ("networks", "optimisers", "step")]
             over = times(result["ratio"][arm])
             rows.append([arm, milli(seconds), over, *sizes, times(result["bytes_ratio"][arm])])
-        return f"## {title}\n\n{stand(result)}\n{told}\n{table([*head, 'memory over residual, full'], rows)}"
+        return f"## {title}\n\n{stand(result)}\n{told}\n\n{table([*head, 'memory over residual, full'], rows)}"
 
     return section
 
