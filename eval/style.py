@@ -45,7 +45,7 @@ figcaption { max-width: 46rem; margin-bottom: .5rem; }
 .wide { overflow-x: auto; max-width: 100%; }
 .wide:focus-visible, summary:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .4rem 0 .4rem 1.1rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
+th, td { padding: .4rem 0 .4rem .9rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; color: var(--ink); padding-left: 0; font-weight: 400;

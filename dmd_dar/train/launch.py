@@ -134,10 +134,10 @@ def _worker(job: Job, cfg: Any, rank: int, processes: int, port: int, line: Conn
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    code = 0
     try:
         with leaving():
             job(cfg)
-        return
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except Exception as error:
@@ -149,4 +149,6 @@ def _worker(job: Job, cfg: Any, rank: int, processes: int, port: int, line: Conn
             line.send_bytes(message.encode())
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without the farewells of libraries, which may wait for processes that wait for this one
+    # All is written and closed. The farewells of libraries may wait for processes that wait for this one, and those of
+    # torch 2.11 abort now and then.
+    os._exit(code)
