@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.record import RESULTS
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
+from dmd_dar.routing.ops import BACKENDS
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 OPEN = "not measured"
@@ -83,7 +84,7 @@ def aims(result: dict[str, Any], cuda: bool) -> list[tuple[str, float, float, bo
                 over = row["backward_ratio"][kernel]
                 found.append((f"{row['sources']} sources: backward of {kernel} over `triton`'s", over, 1.0, True))
     for form, over in result.get("step", {}).get("ratio", {}).items():
-        if form != "residual":
+        if form != "residual" and not form.endswith(BACKENDS):  # a row that ends so is not by the default
             found.append((f"training step, {form}, over residual", over, 1.15 if cuda else 1.25, False))
     return found
 
@@ -236,14 +237,14 @@ def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
             f"{whole[name]['median']:.1f} s ({whole[name]['least']:.1f} to {whole[name]['most']:.1f})"
             for name in ("new", "again")
         )
-        met = "above" if whole["new"]["median"] > result["aim_s"] else "below"
         text += (
             f"\nThe whole command `python -m eval.report` of {result['runs']} students takes {new} where the teacher's"
             " and all students' images have to be made first, start and latencies included, and"
-            f" {again} where an earlier report has kept them. With sampling it is {met} the aim: the"
-            " teacher's 30 evaluations an image and all students' calls are the larger part, and a matter of the"
-            " networks, not of the evaluation.\n"
+            f" {again} where an earlier report has kept them."
         )
+        if whole["new"]["median"] > result["aim_s"]:
+            text += " So the aim is met by measuring and writing, and not where the networks have to be sampled too."
+        text += "\n"
     return text
 
 

@@ -88,8 +88,8 @@ def _module() -> list[str]:
 
 
 def _commit() -> str:
-    """The commit, with `+` behind it where tracked source files differ from it."""
-    if COMMIT in os.environ:
+    """The commit, with `+` behind it where tracked source files differ from it; DMD_DAR_COMMIT where it is set."""
+    if os.environ.get(COMMIT):
         return code_state()["commit"]
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]

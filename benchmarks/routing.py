@@ -336,7 +336,7 @@ def step(bench: Bench) -> dict[str, Any]:
 
 
 def measure(bench: Bench) -> None:
-    """Each part as it is done joins the record: what a later one breaks, the earlier ones outlast."""
+    """The record is begun anew, and each part joins it as it is done: what a later one breaks, earlier ones outlast."""
     cuda = bench.device.type == "cuda"
     if "router" in bench.rows and cuda is False:
         print("no GPU: the rows router and public stay open")

@@ -101,7 +101,8 @@ class Bench:
             cache=Path(cfg.cache),
             codec=codec,
             codec_digest="" if codec is None else codec.digest(),
-            shareable=isinstance(network, SiT),  # keeps nothing between two operations, as others may
+            # a SiT keeps nothing between two operations, as others may; a VAE decodes a few images to save memory
+            shareable=isinstance(network, SiT) and codec is None,
             processes=processes or Processes(),
         )
 
@@ -134,7 +135,7 @@ class Bench:
     def joined(self, make: Callable[[Tensor], Made], what: str) -> Made:
         """All images, from make(samples (B,)), batch by batch and shared out among the processes."""
         workers = self.workers()
-        size, threads = self.batch_size // workers, torch.get_num_threads() // workers
+        size, threads = self.batch_size // workers, -(-torch.get_num_threads() // workers)
 
         def share(rank: int, world: int) -> dict[str, Tensor]:
             start, stop = share_of(self.count, rank, world)

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
+from dmd_dar.routing.ops import preferring
+
 RUNS = 7
 FEWEST_RUNS = 3
-LONGEST_S = 2.0  # of all runs of one call that are beyond the fewest
+LONGEST_S = 2.0  # of all runs of one call, but for the fewest
 WARM_UP = 1
 STDERR = 2
 PROFILER_LINE = re.compile(rb"[A-Z]+:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ \w+\.cpp:\d+\]")  # as kineto writes them
@@ -66,7 +68,7 @@ def latencies(
             seconds = _timed(calls[name], torch.device(device), clock)
             if turn >= warm_up:
                 times[name].append(1000 * seconds)
-            else:
+            if turn == warm_up:  # the calls before may hold work that is done once
                 wanted[name] = min(runs, max(FEWEST_RUNS, int(LONGEST_S / max(seconds, 1e-9))))
     return {name: Latency(float(np.median(t)), min(t), max(t), len(t)) for name, t in times.items()}
 
@@ -130,7 +132,8 @@ def flops(call: Callable[[], Any]) -> int:
     """Floating-point operations of one call without gradients, a multiplication and its addition counting as two.
 
     Those of torch's matrix products, convolutions and attention; what a kernel of another library does is not seen.
+    Routers are computed by torch for it, on every device.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+    with torch.no_grad(), preferring("torch"), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         call()
     return int(counter.get_total_flops())

@@ -22,7 +22,7 @@ from eval.threads import one_thread
 
 LUMA, CHROMA = "y", ("cb", "cr")
 DIVERSITY_IMAGES = 256  # of a class, whose pairs are looked at
-SLICED_IMAGES = 512  # of a set, whose patches are sorted: their distances cost more than all else together
+SLICED_IMAGES = 512  # of a set, whose patches are sorted
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,14 @@ def mean_plane(one: ImageSet, rows: Rows) -> Tensor:
     return maps.MapSum(one.count, one.stream.size[1], rows["plane.total"].sum(0)).mean
 
 
-def measure_one(one: ImageSet, read: Reading, seed: int = 0) -> Measured:
+def measure_one(one: ImageSet, read: Reading, seed: int) -> Measured:
     """From what was read, and of at most a few hundred images what needs them together: patches and diversity.
 
     seed: of the directions on which patches are compared.
     """
     some, labels = _some(one)
-    group = ungrouped(read.rows)
+    group, slices = ungrouped(read.rows), sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed)
+    _ = slices.ordered  # here, where sets are measured side by side
     return Measured(
         source=one,
         luma=Spectrum.of(one.stream.size, group[LUMA]),
@@ -111,7 +112,7 @@ def measure_one(one: ImageSet, read: Reading, seed: int = 0) -> Measured:
         plane=mean_plane(one, read.rows),
         wavelet_energy=group["wavelet"]["energy"].numpy().mean(0),
         wavelet_kurtosis=np.median(group["wavelet"]["kurtosis"].numpy(), axis=0),
-        slices=sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed),
+        slices=slices,
         features=read.features,
         spread={} if one.labels is None else frechet.class_diversity(some, labels),
         spread_of_all=_spread_of_all(one),

@@ -45,9 +45,10 @@ def git_state() -> str | None:
 
 def code_state() -> dict[str, Any]:
     """The commit, and whether tracked files differ from it: what DMD_DAR_COMMIT says, and None, where it is set."""
-    state = None if COMMIT in os.environ else git_state()
+    named = os.environ.get(COMMIT)
+    state = None if named else git_state()
     if state is None:
-        return {"commit": os.environ.get(COMMIT, "unknown"), "dirty": None}
+        return {"commit": named or "unknown", "dirty": None}
     return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}
 
 

@@ -1,7 +1,7 @@
 """Sliced Wasserstein distance between patches at each level of a Laplacian pyramid, as in arXiv:1710.10196 Section 5.
 
-Patches are normalised by the mean and spread of the reference's, not by their own: a level whose contrast is halved
-is then as far away as it looks. Over luma.
+Patches are measured in the spread of the reference's, not in their own: a level whose contrast is halved is then as far
+away as it looks. Over luma.
 Legend: N images, P patches of an image, D = PATCH^2 pixels, L levels from the finest, T directions.
 """
 
@@ -98,7 +98,7 @@ class Slices:
     """The `sliced_patches` of a set on the random directions of `seed`; what it is compared by is made once."""
 
     patches: list[Tensor]
-    seed: int = 0
+    seed: int = 0  # of the directions
 
     def projected(self, level: int) -> Tensor:
         """(N, P, T), about 0."""
@@ -136,6 +136,8 @@ def sliced_wasserstein(ours: Slices, reference: Slices, *, second: Slices | None
 
 def level_distances(ours: Slices, reference: Slices) -> list[float]:
     """The values of `sliced_wasserstein` without their nulls."""
+    if ours.seed != reference.seed:
+        raise ValueError(f"patches on the directions of seeds {ours.seed} and {reference.seed} do not compare")
     counts = sorted({len(one.patches) for one in (ours, reference)})
     if len(counts) > 1:
         raise UnfitError(f"images of {counts[0]} and of {counts[1]} levels do not compare; give images of one size")

@@ -35,7 +35,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def side_by_side(calls: Sequence[Callable[[], T]], workers: int, each: int) -> Iterator[T]:
     """The results in the order of the calls, of which `workers` run at a time, with `each` torch threads.
 
-    Small operations gain more so than from threads of their own. Gradients are on in the calls where they are on here.
+    Small operations gain more so than from threads of their own. Gradients are on in the calls where they are on here;
+    autocast is not carried over.
     An error is raised in its turn; calls that have not begun are then left out.
     """
     if min(workers, len(calls)) < 2:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the tests of the routing kernels on the device, short distillations in bf16, with every key
-# that saves memory, and with fused routing, one of them continued; then the benchmarks of routing and of a step, into
-# benchmarks/results/. Logs lie in OUT. Without a GPU all but the benchmarks runs on the CPU, to try this script.
+# What only a GPU can show: the tests of routing on the device, whose default are the fused kernels; short distillations in
+# bf16, with every key that saves memory, and with routing in plain torch, one continued; then the benchmarks, into
+# benchmarks/results/. ONLY="kernels runs benchmarks" chooses among the three, JOBS=8 tests at a time; logs lie in OUT.
+# Without a GPU all but the benchmarks runs on the CPU, to try this script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out/gpu}
@@ -37,7 +38,7 @@ runs() {
   short lean weights=shared_lora frozen_dtype=bfloat16 launch.checkpointing=true launch.offload="$(
     python -c 'import torch; print(str(torch.cuda.is_available()).lower())'
   )"
-  BACKEND=triton short fused launch.precision=no
+  BACKEND=torch short unfused launch.precision=no
 }
 
 benchmarks() {

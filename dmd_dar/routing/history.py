@@ -98,10 +98,10 @@ class History:
         def both(x: Tensor, y: Tensor) -> Tensor:
             return torch.cat([x, y.to(x.dtype)], dim=1)
 
-        (_, v_0), *later = [(kind, both(x, y)) for (kind, x), (_, y) in zip(a.kept, b.kept, strict=True)]
-        joint = cls(bank, v_0, t_embedding, a.observe)
-        for kind, v in later:
-            joint._take(kind, v)
+        ((_, x), (_, y)), *later = zip(a.kept, b.kept, strict=True)
+        joint = cls(bank, both(x, y), t_embedding, a.observe)
+        for (kind, x), (_, y) in later:
+            joint._take(kind, both(x, y))
         joint.stream, joint.previous = both(a.stream, b.stream), both(a.previous, b.previous)
         joint.partial = None if a.partial is None or b.partial is None else both(a.partial, b.partial)
         joint.count = a.count

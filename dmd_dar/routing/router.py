@@ -38,26 +38,31 @@ class RouterBank(nn.Module):
         return min(router - self.routers[0], self.gain.shape[0] - 1)
 
     def queries(self, t_embedding: Tensor | None) -> Tensor:
-        """q_l of every row, Eq. 6: (rows, d) static, (rows, B, 1, d) timestep. t_embedding (B, d)."""
-        if t_embedding is None or self.config.query == "static":
+        """q_l of every row, Eq. 6: (rows, d) static, (rows, B, 1, d) timestep.
+
+        t_embedding (B, d); ValueError where `timestep` routers are not given it.
+        """
+        if self.config.query == "static":
             return self.query
+        if t_embedding is None:
+            raise ValueError("timestep routers need t_embedding (B, d): give it to the History")
         return (self.query[:, None] + self.gate[:, None] * t_embedding)[:, :, None]
 
-    def dynamic_query(self, router: int, previous: Tensor) -> Tensor:
-        """q_l (B, T, d), Eq. 6, of `dynamic` routers; previous: v_{l-1} (B, T, d)."""
+    @staticmethod
+    def dynamic_query(w_q: Tensor, previous: Tensor) -> Tensor:
+        """q_l (B, T, d) of a `dynamic` router, Eq. 6, from its row of w_q (d, d) and v_{l-1} (B, T, d)."""
         dtype = torch.promote_types(previous.dtype, torch.float32)
         with torch.autocast(previous.device.type, enabled=False):
-            return nn.functional.linear(previous.to(dtype), self.w_q[self.row(router)].to(dtype))
+            return nn.functional.linear(previous.to(dtype), w_q.to(dtype))
 
     def folded_queries(self, t_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
         """gain * q_l / sqrt(d) of all routers: (R, d) static, (B, R, d) timestep; then s_i = folded . v_i / RMS(v_i).
 
         A row per router, also where routers share one. `dynamic` has no query before its v_{l-1}.
         """
-        query = self.query.to(dtype)
+        query = self.queries(t_embedding).to(dtype)
         if self.config.query == "timestep":
-            assert t_embedding is not None
-            query = query + self.gate.to(dtype) * t_embedding.to(dtype)[:, None]
+            query = query.squeeze(2).transpose(0, 1)
         folded = query * self.gain.to(dtype) * self.gain.shape[-1] ** -0.5
         if len(self.routers) == self.gain.shape[0]:
             return folded

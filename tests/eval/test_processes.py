@@ -135,9 +135,9 @@ def test_shares_of_processes_measure_as_one(crops):
     elsewhere. Which patches are flat is decided over the whole set.
     """
     one = ImageSet("x", *crops(40, 43), "student", paired=False)
-    whole = measure_one(one, Reading({}, shares(one, 1)))
+    whole = measure_one(one, Reading({}, shares(one, 1)), 0)
     for world in (2, 5):
-        split = measure_one(one, Reading({}, shares(one, world)))
+        split = measure_one(one, Reading({}, shares(one, world)), 0)
         for ours, theirs in zip(
             (split.luma, *split.chroma.values()), (whole.luma, *whole.chroma.values()), strict=True
         ):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from eval.measure import ImageSet, measure
 from eval.numbers import as_csv, numbers
 from eval.sectors import sector_means
 from eval.sets import read_set
+from eval.threads import torch_threads
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -49,6 +51,19 @@ def result(sets, suite):
 
 def row(result: dict, name: str) -> dict:
     return next(one for one in result["sets"] if one["name"] == name)
+
+
+def test_comparisons_side_by_side_find_what_one_after_the_other_finds(sets, suite):
+    """Numbers bit for bit, and what was skipped in the same order: here what needs sets of equal size."""
+    one, found = sets["residual"], []
+    fewer = replace(one, name="fewer", images=one.images[:50], labels=one.labels[:50], paired=False)
+    others = [one, fewer, sets["hostile"]]
+    for threads in (1, 2):
+        ledger = Ledger()
+        with torch_threads(threads):
+            result = measure(others, sets["teacher"], sets["real"], {0, 3, 4}, 0, {}, suite, ledger)
+        found.append((result, ledger.skipped))
+    assert found[0] == found[1] and "fewer" in {skipped.name for skipped in found[0][1]}
 
 
 def test_result_is_strict_json_and_signed_rightly(result):

@@ -86,6 +86,11 @@ def test_patches_depend_on_the_image_and_its_place_alone():
     assert not torch.equal(sliced_patches(images, seed=4)[0], whole[0])
 
 
+def test_other_directions_do_not_compare(photographs):
+    with pytest.raises(ValueError, match="seeds 1 and 0"):
+        level_distances(Slices(photographs[0].patches, seed=1), photographs[0])
+
+
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UnfitError, match="at least 32 px .* 31x64"):
         sliced_patches(torch.rand(1, 3, 31, 64))

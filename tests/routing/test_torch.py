@@ -218,6 +218,41 @@ def test_a_forward_without_gradients_keeps_no_graph_and_does_not_go_on_with_them
 
 
 @pytest.mark.parametrize("query", QUERIES)
+def test_the_equations_go_on_with_gradients(query):
+    """A pass of `naive` that began without them gives its later routers theirs, queries and gains included."""
+    one, found = chain(routing(query, chunk_size=3), 9, 6), []
+    one.bank.backend = "naive"
+    for begin in (True, False):
+        with torch.set_grad_enabled(begin):
+            history, states = History(one.bank, one.v_0, one.t_embedding), []
+        for k, f in enumerate(one.sublayers):
+            with torch.set_grad_enabled(k >= 4):
+                states.append(history.state())
+                history.append(torch.tanh(states[-1] * f))
+        found.append(one.gradients(loss_of([*states[5:], history.state()])))
+    assert worst(*found) < 1e-12 and all(gradient.any() for gradient in found[1].values())
+
+
+def test_timestep_routers_ask_for_their_embedding():
+    one = chain(routing("timestep"), 6, 6)
+    for backend in ("torch", "naive"):
+        one.bank.backend = backend
+        with pytest.raises(ValueError, match="need t_embedding"):
+            History(one.bank, one.v_0)
+
+
+def test_a_preferred_backend_serves_banks_that_name_none(monkeypatch):
+    one = chain(routing(), 6, 6)
+    monkeypatch.setenv(ops.VARIABLE, "torch")
+    with ops.preferring("naive"):
+        for backend, kind in ((None, ops.ListedReader), ("torch", ops.TorchReader)):
+            one.bank.backend = backend
+            assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, kind)
+    one.bank.backend = None
+    assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, ops.TorchReader)
+
+
+@pytest.mark.parametrize("query", QUERIES)
 def test_a_backward_that_failed_leaves_nothing_behind(query):
     one = chain(routing(query, chunk_size=3), 8, 6)
     states, expected = one.states("torch"), one.states("naive")

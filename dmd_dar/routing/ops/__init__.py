@@ -8,7 +8,9 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from torch import Tensor, compiler
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 BACKENDS = ("torch", "naive", "triton")
 VARIABLE = "DMD_DAR_ROUTING_BACKEND"
 Reader = ListedReader | TorchReader
+_preferred: ContextVar[str | None] = ContextVar("preferred routing backend", default=None)
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +63,23 @@ def _triton(bank: "RouterBank", v_0: Tensor, dtype: Dtype) -> tuple[Callable[...
     return (triton.route, "") if reason is None else (None, reason)
 
 
-def chosen(backend: str | None, device: str = "cpu") -> str:
-    """`backend`, else the environment's, else the default of a type of device."""
-    name = backend or os.environ.get(VARIABLE) or ("triton" if device == "cuda" and _has_triton() else "torch")
+def chosen(backend: str | None, device: str) -> str:
+    """`backend`, else what `preferring` says, else the environment, else the default of a type of device."""
+    usual = "triton" if device == "cuda" and _has_triton() else "torch"
+    name = backend or _preferred.get() or os.environ.get(VARIABLE) or usual
     if name not in BACKENDS:
         raise ValueError(f"unknown routing backend {name!r} (bank.backend or {VARIABLE}): choose one of {BACKENDS}")
     return name
+
+
+@contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """Within it, and in this thread, the backend of banks that name none."""
+    before = _preferred.set(backend)
+    try:
+        yield
+    finally:
+        _preferred.reset(before)
 
 
 @functools.cache
@@ -75,13 +89,13 @@ def _has_triton() -> bool:
 
 @functools.cache
 def give_way(name: str, other: str, reason: str) -> str:
-    """The backend that serves instead; logged once for each reason."""
+    """The backend that serves instead; logged once for each reason. name: a backend, or `fast` for any such."""
     log.warning("routing backend %s gives way to %s: %s", name, other, reason)
     return other
 
 
 def _compiled() -> str:
-    return give_way("torch", "naive", "under torch.compile the equations are traced, and the compiler fuses them")
+    return give_way("fast", "naive", "under torch.compile the equations are traced, and the compiler fuses them")
 
 
 # Runs while a graph is traced, not in it: torch.compiler.assume_constant_result, but that loads the compiler at once.

@@ -25,8 +25,8 @@ class ListedReader:
     def _take_parameters(self) -> None:
         """Rows of all routers at once: taken one by one, each would cost a gradient of the whole parameter's size."""
         bank, self.tracks = self.bank, torch.is_grad_enabled()
-        self.gains = bank.gain.unbind()
-        self.queries = None if bank.config.query == "dynamic" else bank.queries(self.t_embedding).unbind()
+        self.gains, self.dynamic = bank.gain.unbind(), bank.config.query == "dynamic"
+        self.queries = (bank.w_q if self.dynamic else bank.queries(self.t_embedding)).unbind()
 
     def summary(self, v: Tensor) -> None:
         """c_n of the chunk that ends here; its outputs are read no more."""
@@ -43,8 +43,9 @@ class ListedReader:
         if torch.is_grad_enabled() and not self.tracks:  # the pass began without gradients
             self._take_parameters()
         bank, row, sources = self.bank, self.bank.row(router), self.summaries + self.outputs
-        query = bank.dynamic_query(router, previous) if self.queries is None else self.queries[row]
-        gain = self.gains[row]
+        query, gain = self.queries[row], self.gains[row]
+        if self.dynamic:
+            query = bank.dynamic_query(query, previous)
         with torch.no_grad():
             alpha = naive.weights(sources, query, gain) if observed else None
         return self.route_of(sources, query, gain, scale=bank.config.scale, stream=stream), alpha

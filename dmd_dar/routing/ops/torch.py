@@ -69,6 +69,8 @@ class TorchReader:
             folded = bank.folded_queries(t_embedding, self.wide)
             self.folded, learns = folded.detach(), folded.requires_grad
             self.token = Begin.apply(folded, self.passes)
+        else:
+            self.w_q = bank.w_q.unbind()  # one gradient of the parameter's size, not one for each router
         counts = tuple(bank.layout[router].count for router in bank.routers)
         self.form = Form(bank.config.scale, counts, learns)
 
@@ -133,7 +135,7 @@ class TorchReader:
             )
         query, row = None, router - self.bank.routers[0]
         if self.folded is None:
-            query = self.bank.dynamic_query(router, previous)
+            query = self.bank.dynamic_query(self.w_q[self.bank.row(router)], previous)
         h, alpha = Route.apply(self.token, stream, query, self.bank.gain[self.bank.row(router)], self, row)
         return h, alpha.T.unflatten(1, self.shape[:2]) if observed else None
 

@@ -12,6 +12,7 @@ padded tile would waste up to half of registers and instructions.
 
 # pyright: reportOperatorIssue=false, reportCallIssue=false
 
+import functools
 import math
 from collections.abc import Sequence
 from functools import reduce
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 EPS = tl.constexpr(naive.EPS)
 MAX_WIDTH = 8192
+LEAST_CAPABILITY = (7, 0)
 BYTES_PER_THREAD = 160  # of one vector in registers: 40 values in float32
 FORWARD_REGISTERS = 168  # per thread at most: three warps on each scheduler of an SM, at d = 1152 twelve rows under way
 BACKWARD_PROGRAMS = 8192  # fills a GPU several times over; beyond it a program takes more rows, so query sums stay few
@@ -337,6 +339,15 @@ class _Route(torch.autograd.Function):
         )
 
 
+@functools.cache
+def _unfit(device: torch.device) -> str | None:
+    """Why a GPU cannot run these kernels."""
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA's GPUs"
+    found, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY
+    return None if found >= least else f"compute capability {found[0]}.{found[1]} is below {least[0]}.{least[1]}"
+
+
 def supports(sources: list[Tensor], query: Tensor, gain: Tensor) -> str | None:
     """Why these kernels cannot serve a call of `route`, in words for a log; None where they can."""
     x = sources[0]
@@ -362,7 +373,7 @@ def supports(sources: list[Tensor], query: Tensor, gain: Tensor) -> str | None:
         return f"width {d} is above {MAX_WIDTH}"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph would keep this call's addresses"
-    return None
+    return _unfit(x.device) if x.is_cuda else None
 
 
 def refusal(bank: "RouterBank", v_0: Tensor, dtype: torch.dtype) -> str | None:
