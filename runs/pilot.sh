@@ -19,11 +19,29 @@ runs() { # arm [seeds] -> RUN,RUN,...
   echo "${list:1}"
 }
 
-for seed in $seeds; do
-  for arm in "${arms[@]}"; do
-    echo "config=configs/photos32/pilot_$arm.yaml seed=$seed out_dir=$out/${arm}_seed$seed${KEYS:+ $KEYS}"
+students() {
+  local seed arm
+  for seed in $seeds; do
+    for arm in "${arms[@]}"; do
+      echo "config=configs/photos32/pilot_$arm.yaml seed=$seed out_dir=$out/${arm}_seed$seed${KEYS:+ $KEYS}"
+    done
   done
-done | xargs -P "${JOBS:-2}" -L 1 python distill.py
+}
+
+stopped() { # xargs would leave its students behind; each of them saves a checkpoint and ends
+  local running pid
+  running=$(pgrep -P "$pool" || true)
+  kill "$pool"
+  for pid in $running; do kill "$pid" || true; done
+  for pid in $running; do while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done; done
+  exit 143
+}
+
+xargs -P "${JOBS:-2}" -L 1 python distill.py < <(students) &
+pool=$!
+trap stopped TERM INT
+wait "$pool"
+trap - TERM INT
 echo "students: $((SECONDS - began)) s"
 compared=()
 for arm in "${arms[@]}"; do compared+=("arms.$arm=[$(runs "$arm")]"); done
