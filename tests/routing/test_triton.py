@@ -303,6 +303,17 @@ def test_what_the_kernels_do_not_serve_is_named(device, monkeypatch):
     assert "torch.compile" in fused.supports(v, query, gain)
 
 
+def test_kernels_that_cannot_be_built_say_why(device, monkeypatch):
+    assert fused._unbuilt(torch.device(device)) is None
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore lines")
+
+    monkeypatch.setattr(fused, "_run", failing)
+    reason = fused._unbuilt(torch.device(device))
+    assert reason == "its kernels cannot be built here: RuntimeError: Failed to find C compiler."
+
+
 @pytest.mark.skipif(fused.INTERPRETED or torch.cuda.is_available(), reason="needs kernels to compile and no device")
 def test_tensors_on_the_cpu_are_declined():
     v = [torch.ones(1, 1, 4)] * 2

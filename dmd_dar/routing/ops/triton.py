@@ -345,7 +345,21 @@ def _unfit(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA's GPUs"
     found, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY
-    return None if found >= least else f"compute capability {found[0]}.{found[1]} is below {least[0]}.{least[1]}"
+    if found < least:
+        return f"compute capability {found[0]}.{found[1]} is below {least[0]}.{least[1]}"
+    return _unbuilt(device)
+
+
+def _unbuilt(device: torch.device) -> str | None:
+    """Why the smallest call fails on a device, as for want of a C compiler or of a folder for Triton's cache."""
+    v = torch.ones(1, 1, 32, device=device)
+    try:
+        _run("convex", v[0, 0], v[0, 0], None, [v, v], save=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"its kernels cannot be built here: {type(error).__name__}: {error}".splitlines()[0][:300]
+    return None
 
 
 def supports(sources: list[Tensor], query: Tensor, gain: Tensor) -> str | None:
