@@ -69,9 +69,10 @@ def free_port() -> int:
 def watch(started: list[Any], stop: StopRequest) -> int | None:
     """Until all have ended: pass a signal on, and kill the rest once one has failed and GRACE is over.
 
-    The rank of the first that failed, None where all did their work.
+    The rank of the first that failed, None where all did their work. One that a signal ended comes before those that
+    lost it: they may be gone before the system has buried it.
     """
-    told, failed, deadline = False, None, float("inf")
+    told, killed, failed, deadline = False, False, None, float("inf")
     while alive := [process for process in started if process.is_alive()]:
         wait([process.sentinel for process in alive], LOOK)
         if stop.asked and not told:
@@ -82,8 +83,12 @@ def watch(started: list[Any], stop: StopRequest) -> int | None:
             failed = first_failed(started)
             deadline = float("inf") if failed is None else time.monotonic() + GRACE
         if time.monotonic() > deadline:
+            killed = True
             for process in alive:
                 process.kill()
+    lost = next((rank for rank, process in enumerate(started) if process.exitcode < 0), None)
+    if lost is not None and not (told or killed):
+        return lost
     return first_failed(started) if failed is None else failed  # the last ones may have ended since it was looked for
 
 

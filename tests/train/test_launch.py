@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,42 @@ def test_a_failure_of_the_last_save_is_told_although_a_stop_was_asked_for(tmp_pa
 )
 def test_whose_failure_ended_the_processes(codes, failed, asked, guilty):
     assert launch.culprit(codes, failed, asked) == guilty
+
+
+class Mortal:
+    """A process that is seen alive a few times, and ends with a code."""
+
+    sentinel = 0
+
+    def __init__(self, code: int, looks: int):
+        self.code, self.looks = code, looks
+
+    def is_alive(self) -> bool:
+        self.looks -= 1
+        return self.looks >= 0
+
+    @property
+    def exitcode(self) -> int | None:
+        return None if self.looks >= 0 else self.code
+
+    def kill(self) -> None:
+        self.code, self.looks = -9, 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "first"),
+    [
+        ([(2, 1), (-9, 3)], 1),  # the other saw its peer's connection close before the system had buried it
+        ([(-9, 3), (2, 1)], 0),
+        ([(2, 1), (0, 3)], 0),
+        ([(0, 1), (0, 3)], None),
+        ([(2, 1), (0, 10**9)], 0),  # killed here
+    ],
+)
+def test_who_ended_first(monkeypatch, ends, first):
+    monkeypatch.setattr(launch, "wait", lambda *_: time.sleep(0.001))
+    monkeypatch.setattr(launch, "GRACE", 0.05)
+    assert launch.watch([Mortal(*end) for end in ends], SimpleNamespace(asked=False)) == first
 
 
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
