@@ -70,3 +70,13 @@ def chain(
 def loss_of(states: list[Tensor]) -> Tensor:
     """Weighs every state differently, so that no gradient can stand for another."""
     return sum((k + 1) * (h.double() * h.double().cos()).mean() for k, h in enumerate(states))  # type: ignore[return-value]
+
+
+def routing(query="timestep", scale="stream", summary="sum", chunk_size=4, final="dedicated") -> RoutingConfig:
+    return RoutingConfig(query=query, scale=scale, summary=summary, chunk_size=chunk_size, final=final)
+
+
+def worst(found: dict, expected: dict) -> float:
+    """Largest error of any leaf over that leaf's largest entry."""
+    assert found.keys() == expected.keys()
+    return max(((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-30)).item() for n, g in expected.items())

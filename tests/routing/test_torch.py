@@ -1,32 +1,17 @@
 import copy
 import itertools
-import logging
-import os
-import sys
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dmd_dar.routing import ops
 from dmd_dar.routing.history import History
-from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.router import RouterBank
-from tests.routing.chain import chain, loss_of
+from tests.routing.chain import chain, loss_of, routing, worst
 
 QUERIES, SCALES, SUMMARIES = ("static", "timestep", "dynamic"), ("convex", "count", "stream"), ("last", "sum")
 FORMS = list(itertools.product(QUERIES, SCALES, SUMMARIES))
 SHAPES = [(1, 1), (2, 1), (4, 4), (7, 3), (11, 1), (12, 4)]  # sublayers, chunk size
-
-
-def routing(query="timestep", scale="stream", summary="sum", chunk_size=4, final="dedicated") -> RoutingConfig:
-    return RoutingConfig(query=query, scale=scale, summary=summary, chunk_size=chunk_size, final=final)
-
-
-def worst(found: dict, expected: dict) -> float:
-    """Largest error of any leaf over that leaf's largest entry."""
-    assert found.keys() == expected.keys()
-    return max(((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-30)).item() for n, g in expected.items())
 
 
 def assert_equal_backends(one, value_tol: float, gradient_tol: float) -> None:
@@ -241,17 +226,6 @@ def test_timestep_routers_ask_for_their_embedding():
             History(one.bank, one.v_0)
 
 
-def test_a_preferred_backend_serves_banks_that_name_none(monkeypatch):
-    one = chain(routing(), 6, 6)
-    monkeypatch.setenv(ops.VARIABLE, "torch")
-    with ops.preferring("naive"):
-        for backend, kind in ((None, ops.ListedReader), ("torch", ops.TorchReader)):
-            one.bank.backend = backend
-            assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, kind)
-    one.bank.backend = None
-    assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, ops.TorchReader)
-
-
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_backward_that_failed_leaves_nothing_behind(query):
     one = chain(routing(query, chunk_size=3), 8, 6)
@@ -415,81 +389,6 @@ def test_a_deep_copy_routes_alike():
     expected = one.states("torch")[-1]
     other = type(one)(twin, one.v_0, one.t_embedding, one.sublayers)
     assert torch.equal(other.states("torch")[-1], expected)
-
-
-def test_an_unknown_backend_is_named(monkeypatch):
-    one = chain(routing(), 5, 6)
-    with pytest.raises(ValueError, match="unknown routing backend 'fast'.*torch"):
-        one.states("fast")
-    monkeypatch.setenv(ops.VARIABLE, "faster")
-    one.bank.backend = None
-    with pytest.raises(ValueError, match="unknown routing backend 'faster'.*DMD_DAR_ROUTING_BACKEND"):
-        History(one.bank, one.v_0, one.t_embedding)
-
-
-def test_the_environment_chooses(monkeypatch):
-    one = chain(routing(), 5, 6)
-    monkeypatch.setenv(ops.VARIABLE, "naive")
-    one.bank.backend = None
-    assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, ops.ListedReader)
-    one.bank.backend = "torch"
-    assert isinstance(History(one.bank, one.v_0, one.t_embedding).reader, ops.TorchReader)
-
-
-def test_the_default_belongs_to_the_device(monkeypatch):
-    monkeypatch.delenv(ops.VARIABLE, raising=False)
-    monkeypatch.setattr(ops, "_has_triton", lambda: True)
-    assert [ops.chosen(None, device) for device in ("cuda", "cpu", "mps")] == ["triton", "torch", "torch"]
-    assert ops.chosen("naive", "cuda") == "naive"
-    monkeypatch.setattr(ops, "_has_triton", lambda: False)
-    assert ops.chosen(None, "cuda") == "torch"
-
-
-def test_giving_way_is_logged_once(caplog):
-    """Inside torch.func the equations serve, with the same values; a compiled graph traces them."""
-    ops.give_way.cache_clear()
-    one = chain(routing("static"), 5, 6)
-    expected = torch.autograd.grad(one.states("torch")[-1].sum(), one.v_0)[0]
-
-    def total(v_0):
-        return type(one)(one.bank, v_0, one.t_embedding, one.sublayers).states("torch")[-1].sum()
-
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            torch.testing.assert_close(torch.func.grad(total)(one.v_0), expected)
-    assert [record.message for record in caplog.records] == [
-        "routing backend torch gives way to naive: it does not work inside torch.func transforms"
-    ]
-
-
-@pytest.mark.parametrize("missing", [True, False])
-def test_triton_gives_way_where_it_cannot_serve(caplog, monkeypatch, missing):
-    """Without triton, or without a GPU or its interpreter, the torch backend serves; each reason is logged once."""
-    ops.give_way.cache_clear()
-    if missing:
-        monkeypatch.setitem(sys.modules, "dmd_dar.routing.ops.triton", None)
-        monkeypatch.delattr(ops, "triton", raising=False)
-    elif os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
-        pytest.skip("triton can serve here")
-    one = chain(routing(), 5, 6)
-    expected = one.states("torch")
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert all(torch.equal(a, b) for a, b in zip(one.states("triton"), expected, strict=True))
-    (record,) = caplog.records
-    assert record.message.startswith("routing backend triton gives way to torch: ")
-    assert ("cannot be imported" in record.message) == missing
-
-
-def test_a_compiled_chain_is_one_graph(caplog):
-    ops.give_way.cache_clear()
-    one = chain(routing("timestep", chunk_size=2), 5, 6)
-    expected = one.gradients(loss_of(one.states("torch")))
-    compiled = torch.compile(lambda: loss_of(one.states("torch")), backend="aot_eager", fullgraph=True)
-    with caplog.at_level(logging.WARNING):
-        assert worst(one.gradients(compiled()), expected) < 1e-10
-        compiled()
-    assert sum("gives way to naive: under torch.compile" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.slow

@@ -303,6 +303,17 @@ def test_what_the_kernels_do_not_serve_is_named(device, monkeypatch):
     assert "torch.compile" in fused.supports(v, query, gain)
 
 
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [("6.4", (9, 4), "written for NVIDIA"), (None, (6, 1), "capability 6.1 is below 7.0"), (None, (7, 0), "unbuilt")],
+)
+def test_gpus_that_cannot_run_them_say_why(monkeypatch, hip, capability, reason):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fused, "_unbuilt", lambda device: "unbuilt")
+    assert reason in fused._unfit.__wrapped__(torch.device("cuda"))
+
+
 def test_kernels_that_cannot_be_built_say_why(device, monkeypatch):
     assert fused._unbuilt(torch.device(device)) is None
 
