@@ -1,13 +1,14 @@
 """Image files of many kinds -> upright RGB, uint8 (H, W, 3).
 
-Orientation as EXIF says; transparency over white; 16 bits of grey rounded to 8, of colour cut to their high byte; the
-first picture of several. Colour profiles are ignored: values are taken as sRGB, CMYK as plain complements.
+Orientation as EXIF says, where that can be read; transparency over white; 16 bits of grey rounded to 8, of colour cut
+to their high byte; the first picture of several. Colour profiles are ignored: values are taken as sRGB, CMYK as plain
+complements.
 """
 
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # what a file holds, whatever its name ends with
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -20,6 +21,7 @@ TURNS = {  # EXIF orientation -> what makes it upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+NESTED = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)  # directories that a TIFF's own points to
 
 Image.init()  # without it, `open` knows no TIFF by `formats`
 
@@ -38,6 +40,8 @@ def read_image(file: BinaryIO, max_megapixels: float, shorter_side: int = 0) -> 
         megapixels = image.width * image.height / 1e6
         if megapixels > max_megapixels:
             raise ImageError(f"{image.width} x {image.height}, more than data.max_megapixels {max_megapixels:g}")
+        if image.format == "TIFF":
+            _keep_the_orientation_alone(image)
         image.load()
         return np.asarray(_shrunk(to_rgb(_upright(image)), shorter_side))
     except (ImageError, MemoryError):
@@ -52,8 +56,20 @@ def read_image(file: BinaryIO, max_megapixels: float, shorter_side: int = 0) -> 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as EXIF says, if it can be read; a loaded TIFF has been turned and says nothing."""
-    turn = TURNS.get(image.getexif().get(0x0112))
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises all kinds on damaged EXIF and XMP; the pixels are whole
+        return image
     return image if turn is None else image.transpose(turn)
+
+
+def _keep_the_orientation_alone(image: Image.Image) -> None:
+    """Loading a TIFF turns it and reads its whole EXIF; nothing but the orientation is needed, so no other can fail."""
+    if not isinstance(image.info.get("xmp", b""), bytes):
+        del image.info["xmp"]
+    exif = image.getexif()
+    for directory in NESTED:
+        exif.pop(directory, None)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

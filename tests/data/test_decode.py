@@ -144,15 +144,74 @@ def test_damaged_files_say_what_is_wrong():
         decoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n")
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_orientations_that_cannot_be_read_or_mean_nothing_are_passed_over():
-    for damaged in (
-        b"no header at all",
-        b"II*\0\xff\xff\xff\xff",
-        b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abcd",
-    ):
-        assert decoded(encoded(picture(), "JPEG", exif=b"Exif\0\0" + damaged)).shape == picture().shape
+def tiff(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """A TIFF of `picture()` with further entries (tag, type, count, four bytes) in its directory."""
+    height, width = picture().shape[:2]
+    pixels = picture().tobytes()
+    shape = {256: width, 257: height, 258: 8, 259: 1, 262: 2, 273: 8, 277: 3, 278: height, 279: len(pixels)}
+    rows = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in shape.items()]
+    rows += [struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries]
+    rows.sort(key=lambda row: struct.unpack("<H", row[:2]))
+    directory = struct.pack("<H", len(rows)) + b"".join(rows) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
+
+
+def with_chunk(kind: bytes, content: bytes) -> bytes:
+    """A PNG of `picture()` with one more chunk behind its header."""
+    whole = encoded(picture())
+    return whole[:33] + chunk(kind, content) + whole[33:]
+
+
+def turned(exif: bytes, kind: str) -> bytes:
+    return encoded(picture(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+BROKEN_EXIF = {
+    "no header": b"no header at all",
+    "empty": b"",
+    "header alone": b"MM",
+    "cut in the offset": b"II*\0\x08",
+    "offset beyond the end": b"II*\0\xff\xff\xff\xff",
+    "count beyond the end": b"MM\0*\0\0\0\x08\xff\xff\x01\x12",
+    "another version": b"II\xff\0\x08\0\0\0",
+    "text for a number": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abcd",
+    "a length of 4 GB": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\xff\xff\xff\xff\0\0\0\x08",
+}
+BROKEN_FILES = {
+    **{
+        f"{kind}, {name}": turned(b"Exif\0\0" + exif, kind)
+        for kind in ("JPEG", "WEBP")
+        for name, exif in BROKEN_EXIF.items()
+    },
+    **{f"PNG, {name}": with_chunk(b"eXIf", exif) for name, exif in BROKEN_EXIF.items()},
+    "PNG, no numbers in a text": with_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  4\nzzzz\n"),
+    "TIFF, a place before the file": tiff((0x8769, 9, 1, struct.pack("<i", -5))),
+    "TIFF, GPS before the file": tiff((0x8825, 9, 1, struct.pack("<i", -5))),
+    "TIFF, a place beyond the end": tiff((0x8769, 4, 1, b"\xff\xff\xff\xff")),
+    "TIFF, a place in words": tiff((0x8769, 2, 4, b"abc\0")),
+    "TIFF, XMP of numbers": tiff((700, 3, 1, bytes(4))),
+    "TIFF, XMP as text": tiff((700, 2, 4, b"abc\0")),
+    "TIFF, text for a number": tiff((0x0112, 2, 4, b"abc\0")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Tag data larger")
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_an_orientation_that_cannot_be_read_leaves_the_pixels_as_they_are(name):
+    found = decoded(BROKEN_FILES[name])
+    assert found.shape == picture().shape
+    assert np.abs(found.astype(int) - picture()).max() <= (12 if name.startswith("JPEG") else 0)
+
+
+def test_a_tiff_is_turned_whatever_else_it_holds():
+    orientation, place, packet = (0x0112, 3, 1, b"\x06\0\0\0"), (0x8769, 9, 1, b"\xff" * 4), (700, 3, 1, bytes(4))
+    for more in ([], [place], [packet], [place, packet]):
+        assert np.array_equal(decoded(tiff(orientation, *more)), np.rot90(picture(), -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_orientations_that_mean_nothing_are_passed_over(kind):
     for value in (0, 9):
         exif = Image.Exif()
         exif[0x0112] = value
-        assert decoded(encoded(picture(), exif=exif)).shape == picture().shape
+        assert decoded(encoded(picture(), kind, exif=exif)).shape == picture().shape

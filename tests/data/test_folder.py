@@ -52,6 +52,15 @@ def said(root: Path, **keys) -> str:
     return message
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_image_with_broken_exif_is_one_of_the_folder_s_images_unturned(tmp_path, kind):
+    upright = noise()
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    put(tmp_path / f"broken.{kind.lower()}", encoded(upright, kind, exif=b"Exif\0\0no header", **lossless))
+    found = opened(tmp_path, held_out_share=0)
+    assert np.array_equal(found.pictures[0].pixels, upright)
+
+
 def test_jpeg_is_read_whatever_the_file_is_called(tmp_path):
     put(tmp_path / "a" / "really_a_jpeg.PNG", encoded(picture(), "JPEG", quality=95))
     crop = opened(tmp_path, size=48).crops(torch.zeros(1, dtype=torch.long), draws(0, 1))[0].permute(1, 2, 0).numpy()
