@@ -4,6 +4,7 @@ Legend: N images, n of a batch. Nothing is resized here.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dmd_dar.errors import UserError
 
 KINDS = (".png", ".npy")
+NUMBERS = "biuf"  # kinds of numpy's types: truth values, integers and floats
+LARGEST_FLOAT = 8  # bytes: torch knows no longer ones
 PNG_DEPTH = 24  # place of the byte that says how many bits a channel has
-SAMPLES = "samples.json"  # beside it, grid.png is a contact sheet and no sample
+SAMPLES, GRID = "samples.json", "grid.png"  # what dmd_dar.sample writes beside its images; the grid is a contact sheet
 
 
 class UnfitError(UserError, ValueError):
@@ -33,12 +36,21 @@ def share_of(count: int, rank: int, world: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ImageStream:
-    """N images of one size, read as they are needed. `read(start, stop)` gives those rows as uint8 (n, 3, H, W)."""
+    """N images of one size, read as they are needed. `read(start, stop)` gives those rows as uint8 (n, 3, H, W).
+
+    `left_out` counts what else lies in their folder by its endings.
+    """
 
     name: str
     count: int
     size: tuple[int, int]
     read: Callable[[int, int], Tensor] = field(repr=False)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def others(self) -> str:
+        """What is left out, in words; empty for nothing."""
+        return ", ".join(f"{count} {ending}" for ending, count in self.left_out.items())
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor]]:
         """(first row, uint8 (n, 3, H, W)) over the share of process `rank` of `world`, with a bar on a terminal."""
@@ -58,26 +70,42 @@ def open_images(source: Tensor | str | Path, name: str = "") -> ImageStream:
     """A tensor (N, 3, H, W), uint8 or floats in [0, 1]; a folder of PNG or npy files in the order of their names;
     or one npy file.
 
-    An npy file holds one image or many, channels first or last. UnfitError naming the set or the file for an empty
-    folder, mixed sizes, a channel count other than 3, numbers that are not finite or out of range, and pickles.
+    An npy file holds one image or many, channels first or last, in any byte order. UnfitError naming the set or the
+    file for an empty folder, mixed sizes, a channel count other than 3, numbers that are not finite or out of range,
+    texts, raw bytes and pickles. Other files of a folder, and its folders, are left out and counted.
     """
     if isinstance(source, Tensor):
         images = as_pixels(source, name or "images")
         return ImageStream(name or "images", len(images), _size(images), lambda start, stop: images[start:stop])
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS)
-        if (path / SAMPLES).is_file():
-            files = [file for file in files if file.name != "grid.png"]
-        if not files:
-            raise UnfitError(f"{path}: no {' or '.join(KINDS)} in this folder; name one that holds images")
-        return _stream(name or path.name, files)
-    if path.is_file() and path.suffix == ".npy":
-        return _stream(name or path.stem, [path])
+        return _open_folder(path, name or path.name)
+    if path.is_file() and path.suffix.lower() == ".npy":
+        return _stream(name or path.stem, [path], {})
     raise UnfitError(f"{path}: neither a folder of {' or '.join(KINDS)} files nor an npy file")
 
 
-def _stream(name: str, files: list[Path]) -> ImageStream:
+def _open_folder(path: Path, name: str) -> ImageStream:
+    held = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    if (path / SAMPLES).is_file():
+        held = [entry for entry in held if entry.name not in (SAMPLES, GRID)]
+    files = [entry for entry in held if entry.suffix.lower() in KINDS and not entry.is_dir()]
+    others = Counter(
+        "folder" if entry.is_dir() else entry.suffix.lower() or "no ending" for entry in held if entry not in files
+    )
+    left_out = dict(sorted(others.items()))
+    if not files:
+        found = ", ".join(f"{count} {ending}" for ending, count in left_out.items())
+        raise UnfitError(
+            f"{path}: no {' or '.join(KINDS)} in this folder"
+            + f", which holds {found}" * bool(found)
+            + "; name one that"
+            " holds images, of other kinds converted to 8-bit RGB PNG"
+        )
+    return _stream(name, files, left_out)
+
+
+def _stream(name: str, files: list[Path], left_out: dict[str, int]) -> ImageStream:
     headers = [_header(file) for file in files]
     size = headers[0][1:]
     for file, header in zip(files, headers, strict=True):
@@ -98,7 +126,7 @@ def _stream(name: str, files: list[Path]) -> ImageStream:
             start = last
         return torch.cat(parts)
 
-    return ImageStream(name, ends[-1], size, read)
+    return ImageStream(name, ends[-1], size, read, left_out)
 
 
 def _header(file: Path) -> tuple[int, int, int]:
@@ -106,8 +134,11 @@ def _header(file: Path) -> tuple[int, int, int]:
     if file.suffix.lower() == ".npy":
         images = _map_array(file)
         return len(images), *images.shape[2:]
-    with file.open("rb") as opened:
-        depth = opened.read(PNG_DEPTH + 1)[PNG_DEPTH:]
+    try:
+        with file.open("rb") as opened:
+            depth = opened.read(PNG_DEPTH + 1)[PNG_DEPTH:]
+    except OSError as error:
+        raise UnfitError(f"{file}: cannot be read: {error.strerror}; mend it or take it out") from error
     if depth == b"\x10":  # Pillow would cut the low byte off
         raise UnfitError(f"{file}: 16 bits a channel; convert it to 8-bit RGB, rounding")
     with _open_png(file) as image:
@@ -119,19 +150,22 @@ def _header(file: Path) -> tuple[int, int, int]:
 
 def _open_png(file: Path) -> Image.Image:
     try:
-        return Image.open(file)
+        return Image.open(file, formats=("PNG",))  # a JPEG of that name has lost detail
     except Image.DecompressionBombError as error:
         raise UnfitError(f"{file}: {error}; make it smaller") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise UnfitError(f"{file}: no readable image; make it anew") from error
+    except Exception as error:  # Pillow raises all kinds on damaged files
+        raise UnfitError(f"{file}: no readable PNG image; make it anew") from error
 
 
 def _map_array(file: Path) -> np.ndarray:
     """(N, 3, H, W), read lazily."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an npz archive")
+    except Exception as error:  # numpy raises all kinds on damaged files
         raise UnfitError(f"{file}: no plain array ({error}); save numbers, never pickled objects") from error
+    native(array.dtype, str(file))
     if array.ndim == 3:
         array = array[None]
     if array.ndim == 4 and len(array) and array.shape[1] == 3:
@@ -141,13 +175,28 @@ def _map_array(file: Path) -> np.ndarray:
     raise UnfitError(f"{file}: shape {array.shape}; expected (N, 3, H, W), (N, H, W, 3) or one such image")
 
 
+def native(dtype: np.dtype, name: str) -> np.dtype:
+    """The type in which torch takes such numbers: of this machine's byte order, floats of 64 bits at most.
+
+    UnfitError naming the file for what are no numbers.
+    """
+    if dtype.kind == "V" and dtype.names is None:
+        raise UnfitError(f"{name}: raw bytes ({dtype.str}), as bfloat16 is saved, of no stated meaning; save float32")
+    if dtype.kind not in NUMBERS:
+        raise UnfitError(f"{name}: holds {dtype}, no real numbers; save uint8, or floats in [0, 1]")
+    if dtype.kind == "f" and dtype.itemsize > LARGEST_FLOAT:
+        return np.dtype(np.float64)
+    return dtype.newbyteorder("=")
+
+
 def _read_file(file: Path, start: int, stop: int) -> Tensor:
     if file.suffix.lower() == ".npy":
-        return as_pixels(torch.from_numpy(np.array(_map_array(file)[start:stop])), str(file))
+        array = _map_array(file)
+        return as_pixels(torch.from_numpy(np.array(array[start:stop], native(array.dtype, str(file)))), str(file))
     with _open_png(file) as image:
         try:
             pixels = np.array(image)
-        except (OSError, SyntaxError) as error:  # a truncated or corrupt PNG
+        except Exception as error:  # a truncated or corrupt PNG
             raise UnfitError(f"{file}: {error}; make it anew") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
@@ -166,7 +215,8 @@ def as_pixels(images: Tensor, name: str) -> Tensor:
     low, high = images.min().item(), images.max().item()
     if low < 0 or high > 1:
         raise UnfitError(f"{name}: values from {low:.4g} to {high:.4g}; floats must be in [0, 1]")
-    return (images * 255).round().to(torch.uint8)
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))  # half precision would round twice
+    return (wide * 255).round().to(torch.uint8)
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -5,12 +5,11 @@ Legend: N rows, D features.
 """
 
 import io
-import zlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,6 +19,8 @@ from dmd_dar.atomic import write_atomic
 from eval.images import UnfitError
 
 SYMMETRY = 1e-6  # of a reference's covariance, relative to its largest entry
+DEFINITE = 1e-3  # of its Frobenius norm: as far below 0 may rounding to half precision leave an eigenvalue
+FEWEST = 2  # images that a covariance is of
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,14 @@ def save_reference(path: str | Path, gaussian: Gaussian) -> None:
 def load_reference(path: str | Path) -> Gaussian:
     """The Gaussian of an npz with mu (D,) and sigma (D, D).
 
-    UnfitError naming the file where it is pickled, lacks a field, or a field has another shape, is not finite or,
-    for sigma, is not symmetric.
+    UnfitError naming the file where it is pickled, lacks a field, a field has another shape or is not finite, sigma is
+    not symmetric or has negative eigenvalues, or count is no number of images.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
             fields = {name: archive[name] for name in archive.files if name in ("mu", "sigma", "count")}
             held = ", ".join(archive.files)
-    except (ValueError, OSError, EOFError, BadZipFile, TypeError, NotImplementedError, zlib.error) as error:
+    except Exception as error:  # numpy and zipfile raise all kinds on damaged files
         raise UnfitError(f"{path}: no npz of plain arrays ({error}); pickles are refused") from error
     missing = [name for name in ("mu", "sigma") if name not in fields]
     if missing:
@@ -109,14 +110,35 @@ def load_reference(path: str | Path) -> Gaussian:
 
 
 def _checked(path: str | Path, fields: dict[str, np.ndarray]) -> Gaussian:
-    mean, covariance = fields["mu"], fields["sigma"]
+    mean, covariance = (_finite_field(path, name, fields[name]) for name in ("mu", "sigma"))
     size = mean.size
     if mean.ndim != 1 or covariance.shape != (size, size) or not size:
         raise UnfitError(f"{path}: mu {mean.shape} and sigma {covariance.shape}; expected (D,) and (D, D)")
-    for name, field in (("mu", mean), ("sigma", covariance)):
-        if field.dtype.kind not in "fiu" or not np.isfinite(field).all():
-            raise UnfitError(f"{path}: {name} ({field.dtype}) holds numbers that are not real and finite")
-    if np.abs(covariance - covariance.T).max() > SYMMETRY * np.abs(covariance).max():
+    largest = np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > SYMMETRY * largest:
         raise UnfitError(f"{path}: sigma is not symmetric, so no covariance")
-    count = int(fields["count"]) if "count" in fields else None
-    return Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
+    sigma = torch.from_numpy(covariance)
+    room = DEFINITE * sigma.norm() * torch.eye(size, dtype=sigma.dtype)
+    if largest and torch.linalg.cholesky_ex(sigma + room).info.item():
+        values = torch.linalg.eigvalsh(sigma)
+        ends = f"{values[0].item():.4g} to {values[-1].item():.4g}"
+        raise UnfitError(f"{path}: sigma has eigenvalues from {ends}, so it is no covariance; make the file anew")
+    return Gaussian(torch.from_numpy(mean), sigma, _count(path, fields["count"]) if "count" in fields else None)
+
+
+def _finite_field(path: str | Path, name: str, field: np.ndarray) -> np.ndarray:
+    """In float64, of whatever byte order and length it was saved in."""
+    values = field.astype(np.float64) if field.dtype.kind in "fiu" else None
+    if values is None or not np.isfinite(values).all():
+        raise UnfitError(f"{path}: {name} ({field.dtype.str}) holds numbers that are not real and finite; save float64")
+    return values
+
+
+def _count(path: str | Path, field: np.ndarray) -> int:
+    value = float(field.item()) if field.size == 1 and field.dtype.kind in "fiu" else math.nan
+    if not (math.isfinite(value) and value == int(value) >= FEWEST):
+        shown = str(field.item()) if field.size == 1 else f"of shape {field.shape}"
+        raise UnfitError(
+            f"{path}: count {shown}; it is the number of images, {FEWEST} at least: mend it or leave it out"
+        )
+    return int(value)

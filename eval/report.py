@@ -314,6 +314,8 @@ def report(cfg: ReportConfig) -> None:
     for folder in cfg.images:
         one = ledger.attempt("every metric", folder, lambda folder=folder: read_set(folder))
         inputs.sets.extend([one] if one is not None else [])
+    if processes.main:
+        print_left_out(inputs)
     sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device)
     suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt, cfg.statistics)
     chosen = fitting(inputs.sets, inputs.reference, inputs.real, ledger)
@@ -322,6 +324,12 @@ def report(cfg: ReportConfig) -> None:
     cells = read_latents(inputs.everything, processes)
     if processes.main:
         publish(cfg, with_network_costs(inputs), suite, read, cells, ledger, device, began)
+
+
+def print_left_out(inputs: Inputs) -> None:
+    for one in inputs.everything:
+        if left_out := one.facts.get("left_out"):
+            print(f"{one.name}: {one.count} images; other files, left out: {left_out}", file=sys.stderr)
 
 
 def with_network_costs(inputs: Inputs) -> Inputs:

@@ -22,6 +22,7 @@ Role = Literal["real", "teacher", "undistilled", "student", "images", "null"]
 
 FEWEST = 4  # images of a set
 BATCH = 256
+NO_LABEL = 1 << 62  # labels are below it
 IN_MEMORY = 1 << 30  # bytes; a larger folder is read in batches, from disk each time
 
 
@@ -66,26 +67,29 @@ class ImageSet:
 def read_set(path: str, role: Role = "images") -> ImageSet:
     """The set named after a folder of PNG or npy files, or after an npy file.
 
-    Its classes are those of a samples.json, as dmd_dar.sample writes it, where one lies beside the images. UnfitError
-    as for `open_images`.
+    Its classes are those of a samples.json, as dmd_dar.sample writes it, where one lies beside the images; its facts
+    say what else lies there. UnfitError as for `open_images`.
     """
     stream = open_images(path)
     small = 3 * stream.count * stream.size[0] * stream.size[1] <= IN_MEMORY
     labels = _labels(Path(path) / SAMPLES, stream.count)
     images = stream.all() if small else stream
-    return ImageSet(stream.name, images, labels, role, paired=False, facts={"folder": str(path)})
+    facts = {"folder": str(path)} | ({"left_out": stream.others} if stream.others else {})
+    return ImageSet(stream.name, images, labels, role, paired=False, facts=facts)
 
 
 def _labels(path: Path, count: int) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        labels = torch.tensor(json.loads(path.read_text())["labels"])
-    except (ValueError, KeyError, TypeError) as error:
+        labels = json.loads(path.read_bytes())["labels"]  # bytes: of whatever encoding JSON is written in
+        if not isinstance(labels, list) or not all(type(label) is int and abs(label) < NO_LABEL for label in labels):
+            raise ValueError("labels are integers, one for each image")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnfitError(f"{path}: no list of labels ({error}); make the samples anew or remove the file") from error
-    if labels.shape != (count,) or labels.is_floating_point():
+    if len(labels) != count:
         raise UnfitError(f"{path}: {len(labels)} labels for {count} images; make the samples anew")
-    return labels
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def validate(one: ImageSet, reference: ImageSet) -> None:

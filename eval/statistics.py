@@ -39,7 +39,8 @@ def statistics(cfg: StatisticsConfig) -> None:
     gaussian = extract_moments(stream, extractor, cfg.batch_size).gaussian()
     make_folder(Path(cfg.out).parent)
     save_reference(cfg.out, gaussian)
-    print(f"written: {cfg.out}, {gaussian.count} images")
+    left_out = f"; other files, left out: {stream.others}" * bool(stream.others)
+    print(f"written: {cfg.out}, {gaussian.count} images{left_out}")
 
 
 if __name__ == "__main__":

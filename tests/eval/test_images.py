@@ -32,13 +32,19 @@ def npy_file(path):
     return path / "all.npy"
 
 
-def floats(path):
-    np.save(path / "all.npy", IMAGES.numpy().astype(np.float64) / 255)
-    return path / "all.npy"
+def floats_of(dtype):
+    def floats(path):
+        np.save(path / "all.npy", (IMAGES.numpy() / 255).astype(dtype))
+        return path / "all.npy"
+
+    return floats
+
+
+FLOATS = [floats_of(dtype) for dtype in ("<f8", ">f8", "<f4", ">f4", "<f2", ">f2", "longdouble")]
 
 
 @pytest.mark.parametrize(
-    "make", [folder_of, npy_folder, npy_file, floats, lambda path: IMAGES, lambda path: IMAGES / 255]
+    "make", [folder_of, npy_folder, npy_file, *FLOATS, lambda path: IMAGES, lambda path: IMAGES / 255]
 )
 def test_any_source_gives_the_images_in_any_split(tmp_path, make):
     stream = open_images(make(tmp_path), "set")
@@ -66,6 +72,17 @@ def test_the_contact_sheet_of_a_sample_folder_is_no_sample(tmp_path):
     assert open_images(tmp_path).count == 11
 
 
+def test_what_else_lies_in_the_folder_is_counted_by_its_endings(tmp_path):
+    assert open_images(folder_of(tmp_path)).others == ""
+    for name in ("a.jpg", "b.JPG", "c.webp", "d", ".hidden", "grid.png"):
+        (tmp_path / name).write_bytes(png_bytes(IMAGES[0]))
+    (tmp_path / "more").mkdir()
+    stream = open_images(tmp_path)
+    assert (stream.count, stream.others) == (12, "2 .jpg, 1 .webp, 1 folder, 1 no ending")
+    (tmp_path / "samples.json").write_text("{}")
+    assert open_images(tmp_path).others == stream.others and open_images(tmp_path).count == 11
+
+
 def deep_png() -> bytes:
     """Ten columns of six pixels, 16 bits a channel."""
 
@@ -74,6 +91,11 @@ def deep_png() -> bytes:
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 10, 6, 16, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(6 * 61))) + chunk(b"IEND", b"")
+
+
+def npz_of_another_name(path):
+    with path.open("wb") as file:
+        np.savez(file, images=IMAGES.numpy())
 
 
 def save(path, mode, size=(10, 6)):
@@ -86,11 +108,32 @@ def save(path, mode, size=(10, 6)):
         (lambda path: save(path / "z.png", "RGB", (9, 6)), "z.png: 6 x 9, but 6 x 10 in 000000.png"),
         (lambda path: save(path / "z.png", "L"), "z.png: 1 channels of mode L, not 3"),
         (lambda path: save(path / "z.png", "RGBA"), "z.png: 4 channels of mode RGBA, not 3"),
-        (lambda path: (path / "z.png").write_bytes(b"no image"), "z.png: no readable image"),
+        (lambda path: (path / "z.png").write_bytes(b"no image"), "z.png: no readable PNG"),
         (lambda path: (path / "z.png").write_bytes(deep_png()), "z.png: 16 bits a channel; convert it to 8-bit RGB"),
         (lambda path: np.save(path / "z.npy", np.zeros((2, 4, 6, 10))), r"z.npy: shape \(2, 4, 6, 10\); expected"),
         (lambda path: np.save(path / "z.npy", np.zeros((0, 3, 6, 10))), r"z.npy: shape \(0, 3, 6, 10\)"),
         (lambda path: np.save(path / "z.npy", np.array([{}], dtype=object)), "z.npy: no plain array.*never pickled"),
+        (
+            lambda path: np.save(path / "z.npy", np.zeros((1, 3, 6, 10), "V2")),
+            r"z.npy: raw bytes .*V2.*bfloat16.*float32",
+        ),
+        (
+            lambda path: np.save(path / "z.npy", np.zeros((1, 3, 6, 10), "U3")),
+            "z.npy: holds <U3, no real numbers; save",
+        ),
+        (
+            lambda path: np.save(path / "z.npy", np.zeros((1, 3, 6, 10), "S3")),
+            r"z.npy: holds \|S3, no real numbers; save",
+        ),
+        (
+            lambda path: np.save(path / "z.npy", np.zeros((1, 3, 6, 10), "c8")),
+            "z.npy: holds complex64, no real numbers",
+        ),
+        (lambda path: np.save(path / "z.npy", np.zeros((1, 3, 6, 10), "f4,f4")), "z.npy: holds .*, no real numbers"),
+        (lambda path: npz_of_another_name(path / "z.npy"), "z.npy: no plain array .an npz archive.; save numbers"),
+        (lambda path: (path / "z.npy").write_bytes(b"\x93NUMPY\x01\x00\x06\x00{'desc"), "z.npy: no plain array"),
+        (lambda path: (path / "z.png").symlink_to("absent"), "z.png: cannot be read: No such file"),
+        (lambda path: Image.new("RGB", (10, 6)).save(path / "z.png", "JPEG"), "z.png: no readable PNG"),
     ],
 )
 def test_a_folder_that_is_no_set_is_refused_at_once(tmp_path, spoil, said):
@@ -108,7 +151,7 @@ def test_an_image_beyond_pillows_limit_is_refused_in_one_line(tmp_path, monkeypa
 
 def test_an_empty_folder_and_no_folder_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UnfitError, match="no .png or .npy in this folder"):
+    with pytest.raises(UnfitError, match="no .png or .npy in this folder, which holds 1 .txt; name one that holds"):
         open_images(tmp_path)
     with pytest.raises(UnfitError, match="neither a folder"):
         open_images(tmp_path / "absent")
@@ -143,6 +186,13 @@ def test_nan_in_an_npy_file_names_the_file(tmp_path):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UnfitError, match="a.npy: 1 images .* first 1"):
         open_images(tmp_path).all()
+
+
+def test_half_precision_is_rounded_once():
+    """The nearest number of 8 bits of mantissa to every level that one can hold; 255 x in bfloat16 would miss many."""
+    exact = (torch.arange(256).double() / 255).to(torch.bfloat16)
+    pixels = as_pixels(exact.reshape(1, 1, 16, 16).expand(1, 3, 16, 16), "set")
+    assert torch.equal(pixels[0, 0].flatten(), (exact.double() * 255).round().to(torch.uint8))
 
 
 def test_floats_are_rounded_not_truncated():

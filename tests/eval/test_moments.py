@@ -63,6 +63,26 @@ def test_a_reference_comes_back(tmp_path):
     assert isinstance(other, Gaussian)
 
 
+GOOD = {"mu": np.zeros(2), "sigma": np.eye(2)}
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "longdouble", "<f2", ">i4", "<u1"])
+def test_numbers_of_any_byte_order_and_length_are_read(tmp_path, dtype):
+    mean, covariance = np.array([3, 5]).astype(dtype), np.array([[4, 1], [1, 2]]).astype(dtype)
+    np.savez(tmp_path / "other.npz", mu=mean, sigma=covariance, count=np.array([9]).astype(dtype))
+    told = load_reference(tmp_path / "other.npz")
+    assert told.mean.tolist() == [3, 5] and told.covariance.tolist() == [[4, 1], [1, 2]] and told.count == 9
+    assert told.mean.dtype == told.covariance.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_covariance_of_fewer_images_than_features_is_one_whatever_it_was_rounded_to(tmp_path, dtype):
+    features = draw(20, 200) @ draw(200, 200, seed=1).abs()
+    covariance = torch.cov(features.T) / 1e4
+    np.savez(tmp_path / "few.npz", mu=np.zeros(200), sigma=covariance.numpy().astype(dtype))
+    assert load_reference(tmp_path / "few.npz").covariance.shape == (200, 200)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -73,6 +93,21 @@ def test_a_reference_comes_back(tmp_path):
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu .*real and finite"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "not symmetric"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "pickles are refused"),
+        ({"mu": np.zeros(2, "V2"), "sigma": np.eye(2)}, "mu .*V2.*real and finite; save float64"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2, dtype=complex)}, "sigma .*c16.*real and finite"),
+        ({"mu": np.zeros((1, 2)), "sigma": np.eye(2)}, r"mu \(1, 2\) and sigma"),
+        ({"mu": np.float64(0), "sigma": np.eye(1)}, r"mu \(\) and sigma"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu \(0,\) and sigma"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma has eigenvalues from -1 to -1, so it is no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2], [2, 1]])}, "sigma has eigenvalues from -1 to 3"),
+        ({"mu": np.zeros(2), "sigma": np.array([[2, 3], [3, 2]], np.uint8)}, "sigma has eigenvalues from -1 to 5"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 255], [1, 1]], np.uint8)}, "not symmetric"),
+        ({**GOOD, "count": np.array([4, 5])}, r"count of shape \(2,\); it is the number of images, 2 at least"),
+        ({**GOOD, "count": np.nan}, "count nan; it is the number"),
+        ({**GOOD, "count": np.inf}, "count inf; it is the number"),
+        ({**GOOD, "count": 7.5}, "count 7.5; it is the number"),
+        ({**GOOD, "count": -7}, "count -7; it is the number"),
+        ({**GOOD, "count": "many"}, "count many; it is the number"),
     ],
 )
 def test_a_reference_that_is_none_is_refused(tmp_path, fields, said):

@@ -211,9 +211,12 @@ def test_labels_beside_a_folder(tmp_path, sets):
     (tmp_path / "samples.json").write_text(json.dumps({"labels": [1, 2]}))
     with pytest.raises(UnfitError, match="2 labels for 8 images"):
         read_set(str(tmp_path))
-    (tmp_path / "samples.json").write_text("{}")
-    with pytest.raises(UnfitError, match="no list of labels"):
-        read_set(str(tmp_path))
+    for said in ({}, {"labels": 3}, {"labels": [10**30] * 8}, {"labels": ["a"] * 8}, {"labels": [0.5] * 8}, []):
+        (tmp_path / "samples.json").write_text(json.dumps(said))
+        with pytest.raises(UnfitError, match="no list of labels"):
+            read_set(str(tmp_path))
+    (tmp_path / "samples.json").write_text(json.dumps({"labels": list(range(8))}), encoding="utf-8-sig")
+    assert read_set(str(tmp_path)).labels.tolist() == list(range(8))
 
 
 def test_a_metric_that_fails_leaves_the_others(sets):

@@ -244,6 +244,8 @@ def from_folders(root: Path, *names: str, **changes) -> ReportConfig:
 
 
 def test_folders_without_runs_and_inputs_that_no_metric_can_take(folders, capsys):
+    for i in range(7):
+        (folders / "ours" / f"{i}.jpg").write_bytes(b"")
     cfg = from_folders(folders, "ours", *BAD, strict=True)
     with pytest.raises(UserError, match=r"6 metrics that were asked for were skipped.*report\.json"):
         report.report(cfg)
@@ -255,7 +257,9 @@ def test_folders_without_runs_and_inputs_that_no_metric_can_take(folders, capsys
     assert against["modes"] is None and against["hf_gain_class_median"] is None
     told = {Path(one["name"]).name: one["reason"] for one in result["skipped"] if one["requested"]}
     assert told.keys() == BAD.keys() and all(words in told[name] for name, words in BAD.items())
-    assert capsys.readouterr().err.count("not measured: every metric of") == len(BAD)
+    errors = capsys.readouterr().err
+    assert errors.count("not measured: every metric of") == len(BAD)
+    assert "ours: 42 images; other files, left out: 7 .jpg" in errors and rows["ours"]["facts"]["left_out"] == "7 .jpg"
     assert "What was not measured" in (folders / "report" / "report.html").read_text()
 
 
