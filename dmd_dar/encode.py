@@ -1,5 +1,5 @@
 """VAE latents of images, ahead of training: python -m dmd_dar.encode codec=VAE out=DIR data.name=folder data.path=DIR
-or encoded prompts: python -m dmd_dar.encode prompts=FILE.txt pipeline=DIR out=DIR
+or encoded prompts: python -m dmd_dar.encode prompts=FILE pipeline=DIR out=DIR
 
 The same command continues what was stopped, and several of them share the work of one folder.
 """
@@ -18,7 +18,8 @@ from dmd_dar.data import latents
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.fixed import MiddleCrops, RandomCrops
 from dmd_dar.data.images import to_model_range
-from dmd_dar.errors import DivergedError, UserError
+from dmd_dar.data.prompt_files import copy_of, read_prompts
+from dmd_dar.errors import DivergedError
 from dmd_dar.keys import key
 from dmd_dar.models import prompts
 from dmd_dar.models.codecs import Codec, load_codec
@@ -41,7 +42,10 @@ class EncodeConfig:
     seed: int = key(0, "of random crops; crop i depends on seed and i alone", least=0)
     held_out: bool = key(False, "encode the images that training leaves out, in the place of the others")
     prompts: str = key(
-        "", "file of prompts in UTF-8, one a line, in the place of images; then the next keys", path=True
+        "",
+        "file of prompts in the place of images: one a line, or JSON Lines, JSON, CSV or TSV whose entries have a"
+        " prompt, caption or text; then the next keys",
+        path=True,
     )
     pipeline: str = key("", "whose text encoder reads the prompts: a diffusers pipeline's folder or a hub id")
     pipeline_revision: str = key("", "as codec_revision, of the pipeline")
@@ -132,23 +136,12 @@ def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
     return Work(layout, make, "prompts")
 
 
-def read_prompts(file: str) -> list[str]:
-    """The lines of `file`, without the blanks around them. Raises UserError for an empty line and a file of none."""
-    try:
-        texts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"prompts = {file}: cannot be read as UTF-8 text: {error}") from error
-    if "" in texts or not texts:
-        line = f"line {texts.index('') + 1} is empty" if texts else "it is empty"
-        raise UserError(f"prompts = {file}: {line}; write one prompt a line, the empty prompt is added by itself")
-    return texts
-
-
 def encode(cfg: EncodeConfig) -> None:
     """Make what is missing of the folder, see `fill_folder`."""
     fill_folder(cfg, prepare)
     if cfg.prompts:
-        write_atomic(Path(cfg.out) / "prompts.txt", "\n".join([*read_prompts(cfg.prompts), ""]))  # to read, by people
+        name, text = copy_of(read_prompts(cfg.prompts))  # for people, and for the CLIP score
+        write_atomic(Path(cfg.out) / name, text)
 
 
 if __name__ == "__main__":

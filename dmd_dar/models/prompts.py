@@ -3,6 +3,7 @@
 Row i is prompt i, the last row the empty prompt, which is the unconditional one. N prompts, T tokens, D width.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dmd_dar.data.prompt_files import LOSSLESS, PLAIN, read_prompts
 from dmd_dar.data.shards import DTYPES, MANIFEST, Form, Layout, Shards
 from dmd_dar.errors import DamagedFileError, UserError
 
@@ -60,6 +62,15 @@ class Prompts:
     def are(self, texts: tuple[str, ...]) -> bool:
         """Whether these are the prompts, in that order."""
         return self.texts_hash == texts_hash(list(texts))
+
+    def texts(self) -> tuple[str, ...]:
+        """The prompts themselves, without the empty one; () where the folder's copy of them is gone or was changed."""
+        for name in (PLAIN, LOSSLESS):
+            with contextlib.suppress(UserError):
+                texts = tuple(read_prompts(str(Path(self.folder) / name)))
+                if self.are(texts):
+                    return texts
+        return ()
 
     def blank(self, device: torch.device | str = "cpu") -> None:
         """From now on, zeros of the prompts' form on `device`, without memory: enough to trace a network."""

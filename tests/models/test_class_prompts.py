@@ -28,7 +28,9 @@ def root(tmp_path_factory) -> Path:
     """An SD3 of 4 x 16 x 16 latents, the classes' names as its prompts, and latents of two images for each class."""
     root = tmp_path_factory.mktemp("classes")
     tiny_sd3(root / "sd3", sample_size=16)
-    (root / "prompts.txt").write_text("\n".join(CLASSES))
+    (root / "prompts.txt").write_bytes(
+        "\r\n \r\n".join(["\ufeff" + CLASSES[0], *CLASSES[1:]]).encode()
+    )  # as Windows does
     encoded(f"prompts={root / 'prompts.txt'}", f"pipeline={root / 'sd3'}", f"out={root / 'prompts'}")
     return root
 

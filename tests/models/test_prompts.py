@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmd_dar import config, distill
 from dmd_dar.data.shards import MANIFEST
-from dmd_dar.encode import EncodeConfig, encode, read_prompts
+from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models import prompts as prompts_module
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
@@ -292,14 +292,16 @@ def test_a_text_encoder_of_the_hub_brings_its_tokenizer_and_no_transformer(folde
     assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"", "it is empty"), (b"a\n\nb\n", "line 2 is empty"), (b"\xff\xfe\n", "cannot be read as UTF-8")],
-)
-def test_a_file_of_prompts_is_checked(tmp_path, content, said):
-    (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(UserError, match=said):
-        read_prompts(str(tmp_path / "prompts.txt"))
+def test_a_file_of_json_lines_is_encoded_as_its_prompts(folders, tmp_path):
+    whole, entries = Path(f"{folders['pixart']}_prompts"), [{"id": i, "prompt": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    made = encoded(tmp_path / "prompts.jsonl", folders["pixart"], tmp_path / "again")
+    assert {file.name: file.read_bytes() for file in made.iterdir()} == {
+        file.name: file.read_bytes() for file in whole.iterdir()
+    }
+    assert Prompts(str(made)).texts() == tuple(TEXTS)
+    (made / "prompts.txt").write_text("other\n")
+    assert Prompts(str(made)).texts() == ()
 
 
 def test_the_folder_says_what_it_holds_and_is_continued_byte_for_byte(folders, tmp_path, capsys):

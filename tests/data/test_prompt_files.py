@@ -1,0 +1,106 @@
+"""Files of prompts as people write them: whatever the form, the prompts are these; what holds none is named."""
+
+import json
+
+import pytest
+
+from dmd_dar.data.prompt_files import LOSSLESS, PLAIN, copy_of, read_prompts
+from dmd_dar.errors import UserError
+
+PROMPTS = ["a red cat", 'a "cup", of coffee', "größe {0}"]
+ODD = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]  # where str.splitlines ends a line
+
+
+def put(path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def quoted(prompts: list[str]) -> list[str]:
+    return ['"' + prompt.replace('"', '""') + '"' for prompt in prompts]
+
+
+FILES = {
+    "a line each": ("p.txt", "\n".join(PROMPTS)),
+    "of Windows": ("p.txt", "\ufeff" + "\r\n".join([*PROMPTS, ""])),
+    "of an old Mac": ("p.txt", "\r".join(PROMPTS)),
+    "blanks around": ("p.txt", f"\n \t\n  {PROMPTS[0]}\t\n\n{PROMPTS[1]}\x0c\n\u2028\n{PROMPTS[2]}\n\n"),
+    "two files joined": ("p.txt", f"\ufeff{PROMPTS[0]}\n\ufeff{PROMPTS[1]}\n{PROMPTS[2]}"),
+    "no ending": ("prompts", "\n".join(PROMPTS)),
+    "JSON Lines": ("p.jsonl", "\ufeff" + "\r\n\r\n".join(json.dumps({"prompt": one, "n": 1}) for one in PROMPTS)),
+    "JSON Lines of another ending": ("p.txt", "\n".join(json.dumps({"prompt": one, "text": "x"}) for one in PROMPTS)),
+    "captions": ("p.ndjson", "\n".join(json.dumps({"file_name": "a.png", "caption": one}) for one in PROMPTS)),
+    "texts with blanks": ("p.jsonl", "\n".join(json.dumps({"Text": f" {one}\n"}) for one in PROMPTS)),
+    "plain texts": ("p.jsonl", "\n".join(json.dumps(one, ensure_ascii=False) for one in PROMPTS)),
+    "a list": ("p.json", json.dumps(PROMPTS, indent=1)),
+    "a list of objects": ("p.JSON", json.dumps([{"prompt": one} for one in PROMPTS])),
+    "lines called json": ("p.json", "\n".join(json.dumps({"prompt": one}) for one in PROMPTS)),
+    "a table": ("p.csv", "\ufeff" + "\r\n".join(["id,Prompt", *(f"7,{one}" for one in quoted(PROMPTS)), ""])),
+    "a table of tabs": ("p.tsv", "\n".join(["Prompt\tCategory", *(f"{one}\tPlants" for one in quoted(PROMPTS))])),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_are_read_from_any_form(tmp_path, name):
+    file, content = FILES[name]
+    assert read_prompts(put(tmp_path / file, content)) == PROMPTS
+
+
+@pytest.mark.parametrize("form", ["p.txt", "p.jsonl"])
+@pytest.mark.parametrize("mark", ODD)
+def test_a_prompt_is_not_split_at_what_ends_no_line(tmp_path, form, mark):
+    texts = [f"one{mark}half", "two"]
+    lines = texts if form == "p.txt" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    content = "\n".join(lines)
+    assert read_prompts(put(tmp_path / form, content)) == texts
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "said"),
+    [
+        ("p.txt", b"", "it is empty"),
+        ("p.txt", b"\xef\xbb\xbf\r\n \n", "it is empty"),
+        ("p.jsonl", b"\n", "it is empty"),
+        ("p.json", b"[]", "it is empty"),
+        ("p.csv", b"prompt\n", "it is empty"),
+        ("p.txt", "a cat\n".encode("utf-16"), "cannot be read as UTF-8 text.*save it as UTF-8"),
+        ("p.txt", "a cat\n".encode("utf-16-le"), "holds NUL characters, as UTF-16 does; save it as UTF-8"),
+        ("p.txt", "größe\n".encode("latin-1"), "cannot be read as UTF-8 text.*save it as UTF-8"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"', "line 3 is no JSON; mend it, or write plain prompts"),
+        ("p.txt", b'{"prompt": "a"}\nb\n', "line 2 is no JSON"),
+        ("p.jsonl", b"a red cat\n", "line 1 is no JSON"),
+        (
+            "p.jsonl",
+            b'{"id": 1, "label": "b"}\n',
+            "line 1 holds 'id', 'label', and none of prompt, caption, text; give",
+        ),
+        ("p.jsonl", b'{"caption": "a", "text": "b"}\n', "line 1 holds caption and text; give every entry a text named"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": " "}\n', "the prompt of line 2 is empty; leave it out"),
+        ("p.jsonl", b'{"prompt": ["a", "b"]}\n', r"line 1 has no text for a prompt, but \['a', 'b'\]"),
+        ("p.jsonl", rb'{"prompt": "\ud800"}', "the prompt of line 1 holds half a character"),
+        ("p.json", b'["a", 3]', "entry 2 has no text for a prompt, but 3"),
+        ("p.csv", b"a red cat, sitting\ndogs\n", "line 2 holds 'a red cat', ' sitting', and none of prompt"),
+        ("p.csv", b"id,prompt\n1\n", "line 2 has no text for a prompt"),
+        ("p.csv", b'id,prompt\n1,"a', "unexpected end of data"),
+    ],
+)
+def test_what_holds_no_prompt_is_named(tmp_path, form, content, said):
+    file = put(tmp_path / form, content)
+    with pytest.raises(UserError, match=f"^prompts = {file}: .*{said}") as caught:
+        read_prompts(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file_and_a_folder_are_named(tmp_path):
+    for file in (tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(UserError, match=f"^prompts = {file}: "):
+            read_prompts(str(file))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "name"),
+    [(PROMPTS, PLAIN), (["one\u2028half"], PLAIN), (["a\nb", "c"], LOSSLESS), (['{"a": 1}'], LOSSLESS)],
+)
+def test_a_copy_reads_as_the_same_prompts(tmp_path, prompts, name):
+    named, text = copy_of(prompts)
+    assert named == name and read_prompts(put(tmp_path / named, text)) == prompts
