@@ -38,6 +38,7 @@ COLOURS = {
     "cr": tuple(CR_FACTOR * (one - weight) for one, weight in zip((1, 0, 0), LUMA, strict=True)),
 }
 QUANTISATION_POWER = (1 / 255) ** 2 / 12  # power of 8-bit rounding noise for images in [0, 1]
+POWER_FLOOR = 1e-9  # a thousandth of the power of 8-bit rounding in a single mode: nothing is compared below it
 PERIODS = (2, 4, 8, 16)  # pixels, of the lattices that grid_lines looks for
 OFFSETS = (-3, -2, 2, 3)  # modes beside a line, whose median is its surroundings; Hann spreads a line by 1
 LEAST_PERIODS = 8  # of a line in a side: below, its surroundings reach over an octave of a falling spectrum
@@ -284,15 +285,39 @@ def with_hf(energies: Tensor) -> Tensor:
     return torch.cat([energies, energies[:, 3:5].sum(1, keepdim=True)], dim=1)
 
 
+def compared_powers(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> Energies:
+    """`energies` as sets are compared by them, on the CPU: radial power R (N, F), bands (N, 6) of BAND_NAMES, parts.
+
+    Radial power and B0..B4 are held above POWER_FLOOR, image by image, so that images without any detail read a large
+    loss and not minus infinity; HF is the sum of B3 and B4 so held. A band without a mode (B0 of a 32-px image) is NaN.
+    """
+    counts = radial_frequencies(*images.shape[-2:], window=window)[1]
+    sums = energies(images, window=window, channel=channel)
+    radial = sums.radial[:, -len(counts) :].cpu() / counts
+    empty = torch.bincount(modes(*images.shape[-2:]).band.flatten(), minlength=6)[:5] == 0
+    bands = sums.bands.cpu().clamp(min=POWER_FLOOR).masked_fill(empty, torch.nan)
+    return Energies(radial.clamp(min=POWER_FLOOR), with_hf(bands), sums.parts.cpu())
+
+
 def hfer(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> tuple[Tensor, Tensor]:
     """High-frequency energy ratio: energy at f > 1/4 over energy at f > 0, corners included.
 
     Returns the pooled ratio (scalar) and the ratio of each image (N,), which goes to 0 with the image's variation
     once all of it is below the power of 8-bit rounding in one mode.
     """
-    parts = energies(images, window=window, channel=channel).parts
+    return hfer_of(energies(images, window=window, channel=channel).parts)
+
+
+def hfer_of(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """`hfer` from the energies (N, 2) at f > 1/4 and at 0 < f <= 1/4."""
     high, total = parts[:, 0], parts.sum(1)
     return high.sum() / total.sum(), high / total.clamp(min=QUANTISATION_POWER)
+
+
+def band_edges(height: int, width: int) -> list[float]:
+    """The six edges of B0..B4 in cycles per pixel; equal ones bound a band without a mode, of a small plane."""
+    lowest = 1.5 / min(height, width)
+    return [max(lowest, edge) for edge in (0.0, *BAND_EDGES)]
 
 
 def _fit_range(frequencies: Tensor, low: float | None, high: float) -> Tensor:

@@ -1,7 +1,7 @@
 """What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.data.images import to_model_range
@@ -32,6 +31,7 @@ from eval.bench import Bench
 from eval.controls import with_routers_reset
 from eval.real import NAMES as REAL_NAMES
 from eval.sets import ImageSet
+from eval.spectrum import hf_gain_db, spectrum_of
 
 USAGE_IMAGES = 56
 ROUTER_USED_DB = 0.1  # HF gain that resetting the routers must move
@@ -157,8 +157,8 @@ def require_teacher(arms: Iterable[Arm], digest: str) -> None:
             )
 
 
-def student_set(arm: Arm, bench: Bench, teacher: ImageSet, hf_gain: Callable[[Tensor], float]) -> ImageSet:
-    """The arm's images, with what its routers do: `hf_gain` gives the HF gain in dB of a set of images."""
+def student_set(arm: Arm, bench: Bench, teacher: ImageSet) -> ImageSet:
+    """The arm's images, with what its routers do."""
     student = arm.student(bench.device)
     network, rungs = student.network, student.rungs
     generator = few_step_generator(velocity_of(network, student.prediction), rungs, student.sampler)
@@ -171,7 +171,7 @@ def student_set(arm: Arm, bench: Bench, teacher: ImageSet, hf_gain: Callable[[Te
         plain = velocity_of(with_routers_reset(network), student.prediction)
         without = few_step_generator(plain, rungs, student.sampler)
         reset = bench.cached({**identity, "routers": "reset"}, without, f"{arm.name}, routers reset")
-        shift = hf_gain(reset.images) - hf_gain(made.images)
+        shift = hf_gain_db(*(spectrum_of(x.as_set(arm.name, "student", True).batches()) for x in (reset, made)))
         facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= ROUTER_USED_DB}
         facts["label"] = "router used" if abs(shift) >= ROUTER_USED_DB else "router unused"
     return made.as_set(arm.name, "student", True, facts=facts, generator=generator)

@@ -25,22 +25,22 @@ from dmd_dar.methods.generate import Generator, few_step_generator
 from dmd_dar.models import teachers
 from dmd_dar.models.denoiser import network_time, velocity_of
 from dmd_dar.models.teachers import Denoiser
-from dmd_dar.spectrum import BAND_NAMES, band_energies, image_psd, log_spectral_distance, with_hf
 from eval import frechet, structure
 from eval.arms import Arm, Teacher, network_facts, require_teacher
 from eval.bench import LATENCY_BATCH, Bench, costs_of
 from eval.conclusion import conclusion, table
 from eval.controls import frozen_at_mean, unfreezable, with_routers_reset
-from eval.measure import ImageSet, jsonable
+from eval.measure import jsonable
+from eval.measured import class_spread
 from eval.pairing import ArmsConfig, Groups, Role, read_groups
 from eval.processes import Processes
 from eval.provenance import command_line, provenance
-from eval.seeds import LEAST_COVERAGE, PILOT_BELOW, Arms, differences, endpoint, image_spread
-from eval.spectrum import POWER_FLOOR, decibel
+from eval.seeds import LEAST_COVERAGE, Arms, differences, endpoint, image_spread, pilot_label
+from eval.sets import ImageSet
+from eval.spectrum import BAND_NAMES, HF, Spectrum, as_floats, gain_curve, hf_gain_db, pooled_gains, spectrum_of
 from eval.stats import LARGEST_EXACT, holm, max_t_band, sign_flip_p, student_t
 
 SCHEMA_VERSION = 2
-HF = BAND_NAMES.index("HF")
 ORIGIN = ("git", "contract_hash", "versions")  # what the small file of a run keeps of the provenance
 AT_MEAN = "frozen_at_mean"  # the DAR students themselves, their routers held at the mean over the rungs
 # What is tested beside the endpoint: how far a run is from the teacher in another way, 0 being best.
@@ -93,44 +93,46 @@ class Measured:
     """What the comparisons need of one set of N images."""
 
     labels: np.ndarray  # (N,)
-    frequencies: Tensor  # (F,)
-    power: np.ndarray  # (N, F) radial power
-    energies: np.ndarray  # (N, 6), columns of BAND_NAMES
+    luma: Spectrum
     kurtosis: float  # median over images
     features: Tensor  # (N, 20)
     diversity: dict[int, float]  # of each class, in pixels
 
+    @property
+    def hf(self) -> np.ndarray:
+        """(N,) energy of the high band."""
+        return self.luma.energies[:, HF]
+
     @staticmethod
-    def of(images: Tensor, labels: Tensor) -> "Measured":
-        """uint8 (N, 3, H, W) and (N,); powers are held above POWER_FLOOR, so that an empty set reads a large loss."""
-        unit = images.float() / 255
-        frequencies, power = image_psd(unit)
+    def of(one: ImageSet) -> "Measured":
+        """Of images whose classes are known, by the definitions of a report."""
+        kurtosis, features = [], []
+        for batch in one.batches():
+            unit = as_floats(batch)
+            kurtosis.append(structure.hf_kurtosis(unit))
+            features.append(frechet.wavelet_features(unit))
         return Measured(
-            labels=labels.cpu().numpy(),
-            frequencies=frequencies.cpu(),
-            power=power.clamp(min=POWER_FLOOR).cpu().numpy(),
-            energies=with_hf(band_energies(unit)).clamp(min=POWER_FLOOR).cpu().numpy(),
-            kurtosis=float(np.median(structure.hf_kurtosis(unit))),
-            features=frechet.wavelet_features(unit),
-            diversity=frechet.class_diversity(images.flatten(1), labels),
+            labels=one.classes,  # type: ignore[arg-type]
+            luma=spectrum_of(one.batches()),
+            kurtosis=float(np.median(np.concatenate(kurtosis))),
+            features=torch.cat(features),
+            diversity=class_spread(one),
         )
 
 
 def measure_run(ours: Measured, teacher: Measured, null: float, name: str) -> dict[str, Any]:
     """The numbers of one run against the teacher."""
-    gains = decibel(ours.energies.mean(0) / teacher.energies.mean(0))
-    powers = [torch.from_numpy(one.power.mean(0)) for one in (ours, teacher)]
-    distance, signed = log_spectral_distance(teacher.frequencies, *powers)
+    gains = pooled_gains(ours.luma.energies, teacher.luma.energies)  # NaN for B0 of 32-px images, which has no mode
+    _, distance, signed = gain_curve(ours.luma, teacher.luma)
     fd = frechet.fd_wavelet(ours.features, teacher.features, null, (name, "teacher"))
-    tails = teacher.kurtosis >= structure.LEAST_KURTOSIS  # else there are none to preserve
-    empty = teacher.energies.mean(0) <= POWER_FLOOR  # B0 of 32-px images has no mode
+    kurtosis = structure.tail_ratio(*(np.array(one.kurtosis) for one in (ours, teacher)))
     return {
-        "gain_db": {band: None if empty[b] else float(gains[b]) for b, band in enumerate(BAND_NAMES)},
-        "lsd": distance.item(),
-        "lsd_signed": signed.item(),
+        "gain_db": dict(zip(BAND_NAMES, gains.tolist(), strict=True)),
+        "lsd": distance,
+        "lsd_signed": signed,
         "fd_wavelet": {**dataclasses.asdict(fd), "excess": fd.excess},
-        "hf_kurtosis_ratio": ours.kurtosis / teacher.kurtosis if tails else math.nan,
-        "diversity_ratio": min(frechet.diversity_ratio(ours.diversity, teacher.diversity).values(), default=math.nan),
+        "hf_kurtosis_ratio": float(kurtosis),
+        "diversity_ratio": frechet.diversity_ratios(ours.diversity, teacher.diversity)["least"],
     }
 
 
@@ -179,7 +181,7 @@ def students(runs: dict[Role, Arm], device: torch.device) -> dict[str, Student]:
 
 def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Study:
     """Every run of every arm, seed by seed."""
-    teacher = Measured.of(reference.images, reference.labels)
+    teacher = Measured.of(reference)
     null = frechet.fd_null(teacher.features, bench.count, np.random.default_rng(bench.seed))
     rows: dict[str, list[dict[str, Any]]] = {}
     sets: dict[str, list[Measured]] = {}
@@ -194,7 +196,7 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
             if bench.processes.main:
                 print(f"{name}: {one.run.folder}", file=sys.stderr)
             made = bench.cached(one.identity, one.generator, name)
-            sets.setdefault(name, []).append(Measured.of(made.images, made.labels))
+            sets.setdefault(name, []).append(Measured.of(made.as_set(name, "student", True)))
             row = {"folder": str(one.run.folder), "seed": one.run.cfg.seed, "updates": one.run.cfg.steps}
             row |= network_facts(one.network, len(one.saved.rungs), one.identity["student"]) | costs[name]
             row["training_step_seconds"] = one.run.step_seconds()
@@ -210,13 +212,12 @@ def reset_shift_db(student: Student, ours: Measured, bench: Bench) -> float:
     plain = with_routers_reset(student.network)
     reset = dataclasses.replace(student, network=plain, identity={**student.identity, "routers": "reset"})
     made = bench.cached(reset.identity, reset.generator, "routers reset")
-    high = [one.energies[:, HF].mean() for one in (Measured.of(made.images, made.labels), ours)]
-    return float(decibel(high[0] / high[1]))
+    return hf_gain_db(spectrum_of(made.as_set("routers reset", "student", True).batches()), ours.luma)
 
 
 def compare_arms(study: Study, baseline: str, seed: int) -> dict[str, Any]:
     """The endpoint of the DAR arm against `baseline`, with its gain curves; JSON-able."""
-    high = study.arms(baseline, lambda one: one.energies[:, HF])
+    high = study.arms(baseline, lambda one: one.hf)
     result = endpoint(high, seed)
     seeds = [row["seed"] for row in study.rows["dar"]]
     return {
@@ -245,7 +246,7 @@ def compare_arms(study: Study, baseline: str, seed: int) -> dict[str, Any]:
 
 def curves(study: Study, baseline: str, seed: int) -> dict[str, Any]:
     """Gain over frequency of both arms, and |gain baseline| - |gain DAR|, with simultaneous 95 % bands over seeds."""
-    arms = study.arms(baseline, lambda one: one.power)
+    arms = study.arms(baseline, lambda one: one.luma.per_image.numpy())
     gains, spread, images = arms.gains, image_spread(arms), len(arms.labels)
     shared, _ = spread.of_difference(gains)
     kinds = {
@@ -253,7 +254,7 @@ def curves(study: Study, baseline: str, seed: int) -> dict[str, Any]:
         "dar": (gains[1], np.maximum(spread.shared[1, 1], 0.0)),
         "difference": (differences(gains), shared),
     }
-    result: dict[str, Any] = {"frequencies": study.teacher.frequencies.tolist()}
+    result: dict[str, Any] = {"frequencies": study.teacher.luma.frequencies.tolist()}
     for name, (values, variance) in kinds.items():
         band = max_t_band(values, np.random.default_rng([seed, 2]), variance / images)
         result[name] = dict(zip(("value", "low", "high"), (part.tolist() for part in band), strict=True))
@@ -318,7 +319,7 @@ def conclude(study: Study, cfg: CompareConfig) -> dict[str, Any]:
         adjust(family)
     result = {
         "schema_version": SCHEMA_VERSION,
-        "label": f"pilot: fewer than {PILOT_BELOW} training seeds" if primary["pilot"] else "",
+        "label": pilot_label(primary["pilot"]),
         "images": cfg.n,
         "primary": primary,
         "controls": controls,

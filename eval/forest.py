@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from eval.images import UnfitError
-from eval.seeds import PILOT_BELOW, Arms, endpoint
+from eval.seeds import Arms, endpoint, pilot_label
 from eval.sets import ImageSet
-from eval.spectrum import BAND_NAMES, spectrum_of
+from eval.spectrum import HF, spectrum_of
 from eval.stats import LARGEST_EXACT
 
-HF = BAND_NAMES.index("HF")
 Pair = tuple[int, ImageSet, ImageSet]  # training seed, residual and DAR student
 
 
@@ -44,7 +43,7 @@ def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int) -> dict[str, Any]
     }
     return {
         "source": "the runs of this report",
-        "label": label(found.pilot),
+        "label": pilot_label(found.pilot),
         "conclusion": "",
         "comparisons": [primary],
     }
@@ -53,10 +52,6 @@ def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int) -> dict[str, Any]
 def _high(one: ImageSet) -> np.ndarray:
     """Energy of the high band of each image, (N,)."""
     return spectrum_of(one.batches()).energies[:, HF]
-
-
-def label(pilot: bool) -> str:
-    return f"pilot: fewer than {PILOT_BELOW} training seeds" if pilot else ""
 
 
 def from_file(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,9 @@ Over features that need no network none of these numbers is an FID; each carries
 Legend: N images, D features, A = centred features / sqrt(N - 1), so that S = A^T A.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,3 +199,11 @@ def class_diversity(features: Tensor, labels: Tensor) -> dict[int, float]:
 def diversity_ratio(ours: dict[int, float], teachers: dict[int, float]) -> dict[int, float]:
     """Diversity of each class as a ratio to the teacher's; classes in which the teacher is constant are left out."""
     return {label: ours[label] / teachers[label] for label in ours if teachers.get(label, 0.0) > 0}
+
+
+def diversity_ratios(ours: dict[int, float], teachers: dict[int, float]) -> dict[str, Any]:
+    """`diversity_ratio` by_class, the least and the median of the classes; these are NaN where there is none."""
+    by_class = diversity_ratio(ours, teachers)
+    values = list(by_class.values())
+    median = float(np.median(values)) if values else math.nan
+    return {"by_class": by_class, "least": min(values, default=math.nan), "median": median}

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dmd_dar.spectrum import LEAST_CELLS
+from dmd_dar.spectrum import LEAST_CELLS, band_edges
 from eval.distances import Ledger
 from eval.images import share_of
 from eval.processes import Processes, Rows, grouped, ungrouped
 from eval.sets import ImageSet
-from eval.spectrum import BAND_EDGES, BAND_NAMES, Channel, Spectrum, band_gains, gain_curve, labelled, spectrum_of
+from eval.spectrum import BAND_NAMES, Channel, Spectrum, band_gains, gain_curve, labelled_pair, spectrum_of
 from eval.stats import Interval
-from eval.targets import halved_lsd
+from eval.targets import lsd_beside_null
 
 BATCH = 256
 
@@ -79,21 +79,20 @@ def latent_spectra(
     measured = [Latent.of(one, (height, width), read[one.name]) for one in sets if one.latents is not None]
     targets = {"teacher": reference.name, "real": real.name if real is not None and real.latents is not None else None}
     by_name = {one.source.name: one for one in measured}
+    null = next((one for one in measured if one.source.role == "null"), None)
+
+    def compared(one: Latent, key: str) -> dict[str, Any] | None:
+        other = by_name.get(targets[key] or "")
+        if other is None or other is one:
+            return None
+        return against(one, other, null if key == "real" and one is not null else None, seed)
+
     return {
         "channels": reference.latents.shape[1],
         "size": [height, width],
-        "bands": {"names": BAND_NAMES, "edges": [max(1.5 / min(height, width), edge) for edge in (0, *BAND_EDGES)]},
+        "bands": {"names": BAND_NAMES, "edges": band_edges(height, width)},
         **targets,
-        "sets": [
-            {
-                **described(one),
-                "against": {
-                    key: None if name in (None, one.source.name) else against(one, by_name[name], seed)
-                    for key, name in targets.items()
-                },
-            }
-            for one in measured
-        ],
+        "sets": [{**described(one), "against": {key: compared(one, key) for key in targets}} for one in measured],
     }
 
 
@@ -114,24 +113,23 @@ def described(one: Latent) -> dict[str, Any]:
     }
 
 
-def against(one: Latent, other: Latent, seed: int) -> dict[str, Any]:
-    """Band gains of all channels pooled, the HF gain of each, and the curve and distance of their mean spectra."""
+def against(one: Latent, other: Latent, second: Latent | None, seed: int) -> dict[str, Any]:
+    """Band gains of all channels pooled, the HF gain of each, and the curve and distance of their mean spectra.
+
+    second: another set of the other's source, for the distance's null; without it, halves of the other.
+    """
     paired, rng = one.source.paired and other.source.paired, np.random.default_rng(seed)
-    both = one.source.labels is not None and other.source.labels is not None
+    classes = one.source.classes, other.source.classes
 
     def gains(ours: Spectrum, theirs: Spectrum) -> dict[str, Interval]:
-        parts = ((ours, one), (theirs, other))
-        samples = [labelled(spectrum.energies, latent.source.classes if both else None) for spectrum, latent in parts]
+        samples = labelled_pair((ours.energies, theirs.energies), classes, paired)
         return band_gains(*samples, paired=paired, rng=rng)
 
-    curve, distance, signed = gain_curve(one.whole, other.whole)
-    null, given = halved_lsd(other.whole, np.random.default_rng([seed, 4]))
+    curve, *_ = gain_curve(one.whole, other.whole)
     return {
         "paired": paired,
         "gain_db": gains(one.whole, other.whole),
         "hf_gain_db_by_channel": [gains(*pair)["HF"] for pair in zip(one.channels, other.channels, strict=True)],
         "gain_curve_db": curve.tolist(),
-        "lsd": distance,
-        "lsd_signed": signed,
-        "lsd_null": null * ((1 / one.source.count + 1 / other.source.count) / given) ** 0.5,
+        **lsd_beside_null(one.whole, other.whole, None if second is None else second.whole, seed),
     }

@@ -42,10 +42,14 @@ class MapSum:
     @property
     def mean(self) -> Tensor:
         """(H, W) in dB over the whole plane, f = 0 at [H // 2, W // 2]."""
-        half = self.total / self.images
-        height, columns = half.shape
-        mirrored = half[-torch.arange(height) % height][:, -torch.arange(columns, self.width) % self.width]
-        return torch.fft.fftshift(torch.cat([half, mirrored], dim=1))
+        return whole_plane(self.total / self.images, self.width)
+
+
+def whole_plane(half: Tensor, width: int) -> Tensor:
+    """A plane (H, K) of a one-sided transform of real images, whole: (H, W) with f = 0 at [H // 2, W // 2]."""
+    height, columns = half.shape
+    mirrored = half[-torch.arange(height) % height][:, -torch.arange(columns, width) % width]
+    return torch.fft.fftshift(torch.cat([half, mirrored], dim=1))
 
 
 def map_sum(images: Tensor, *, window: Window = "hann", channel: Channel = "y") -> MapSum:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmd_dar.spectrum import BAND_NAMES, band_edges
 from eval import distances, frechet, maps, structure
 from eval.distances import Ledger, Suite
 from eval.images import UnfitError
@@ -19,11 +20,12 @@ from eval.measured import CHROMA, Measured, Reading, measure_one, read_one
 from eval.sectors import sector_means
 from eval.sets import ImageSet, validate
 from eval.spectrum import (
-    BAND_EDGES,
-    BAND_NAMES,
     band_gains,
     gain_curve,
     hf_gain_by_class,
+    hfer_difference,
+    labelled,
+    labelled_pair,
     median_gains,
 )
 from eval.stats import Interval, Sample, bootstrap_interval, images_for_half_width
@@ -112,7 +114,7 @@ def _scales(one: ImageSet) -> dict[str, Any]:
     """Image size, bands and margins: what a reader of the numbers needs to place them."""
     return {
         "image_size": one.stream.size,
-        "bands": {"names": BAND_NAMES, "edges": [1.5 / min(one.stream.size), *BAND_EDGES]},
+        "bands": {"names": BAND_NAMES, "edges": band_edges(*one.stream.size)},
         "margins": {"gain_db": GAIN_MARGIN_DB, "kurtosis": KURTOSIS_RANGE, "flat_noise_db": FLAT_NOISE_DB},
     }
 
@@ -144,7 +146,7 @@ def _fits(one: ImageSet, reference: ImageSet, others: list[ImageSet]) -> bool:
 def describe(one: Measured, seed: int) -> dict[str, Any]:
     """What is measured on a set alone."""
     slope, slope_hf = one.luma.slopes
-    lines = maps.grid_peaks(Sample(one.lines, _labels_or_one_class(one)), rng=np.random.default_rng(seed))
+    lines = maps.grid_peaks(labelled(one.lines, one.source.classes), rng=np.random.default_rng(seed))
     return {
         "name": one.source.name,
         "role": one.source.role,
@@ -169,26 +171,22 @@ def _told(lines: list[maps.GridLine]) -> list[dict[str, Any]]:
     return [{**asdict(line), "word": line.word} for line in lines]
 
 
-def _labels_or_one_class(one: Measured) -> np.ndarray:
-    return np.zeros(len(one), dtype=int) if one.source.classes is None else one.source.classes
-
-
 def compare(
     one: Measured, target: Target, colour_labels: set[int] | None, suite: Suite, ledger: Ledger
 ) -> dict[str, Any]:
     """All metrics of `one` against the target's set."""
     other, rng = target.measured, np.random.default_rng(target.seed)
     paired = one.source.paired and other.source.paired
-    labelled = one.source.labels is not None and other.source.labels is not None
+    classes = one.source.classes, other.source.classes
+    both_known = all(known is not None for known in classes)
 
     def samples(read: Any) -> tuple[Sample, Sample]:
         """What `read` takes from both, with classes where both have them."""
-        classes = [_labels_or_one_class(m) if labelled else np.zeros(len(m), dtype=int) for m in (one, other)]
-        return Sample(read(one), classes[0]), Sample(read(other), classes[1])
+        return labelled_pair((read(one), read(other)), classes, paired)
 
     energies = samples(lambda m: m.luma.energies)
     gains = band_gains(*energies, paired=paired, rng=rng)
-    by_class = hf_gain_by_class(*energies) if labelled else {}
+    by_class = hf_gain_by_class(*energies) if both_known else {}
     curve, *_ = gain_curve(one.luma, other.luma)
     kurtosis = structure.kurtosis_ratio(*samples(lambda m: m.structure.kurtosis), paired=paired, rng=rng)
     flat_noise = structure.flat_noise_db(*samples(lambda m: m.structure.flat), paired=paired, rng=rng)
@@ -198,7 +196,7 @@ def compare(
         "reference": other.source.name,
         "paired": paired,
         "reference_images": len(other),
-        "class_share_gap": class_share_gap(energies[0].labels, energies[1].labels) if labelled else None,
+        "class_share_gap": class_share_gap(energies[0].labels, energies[1].labels) if both_known else None,
         "verdict": verdict(gains["HF"], kurtosis, flat_noise),
         "gain_db": gains,
         "gain_db_median": median_gains(*energies) if paired else None,
@@ -214,25 +212,19 @@ def compare(
         "gradient_kurtosis_ratio": gradient,
         "parent_child_difference": agreement,
         "flat_noise_db": flat_noise,
-        "wavelet_kurtosis_ratio": _ratios(one.wavelet_kurtosis, other.wavelet_kurtosis),
+        "wavelet_kurtosis_ratio": structure.tail_ratio(one.wavelet_kurtosis, other.wavelet_kurtosis).tolist(),
         "grid_lines": _told(maps.grid_peaks(*samples(lambda m: m.lines), paired=paired, rng=rng)),
         "map_sectors_db": sector_means(one.plane - other.plane),
         "sliced_wasserstein": sliced_levels(one, target),
-        "diversity_ratio": _diversity(one, other, labelled),
-        "chroma": _chroma(samples, colour_labels if labelled else None, paired, rng),
+        "diversity_ratio": _diversity(one, other, both_known),
+        "chroma": _chroma(samples, colour_labels if both_known else None, paired, rng),
     }
     return {**found, **over_features(one, target, suite, ledger)}
 
 
 def _hfer_difference(ours: Sample, theirs: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
     """Difference of the means over images of the share of energy at f > 1/4."""
-    return bootstrap_interval(lambda a, b: a.mean(1) - b.mean(1), ours, theirs, paired=paired, rng=rng)
-
-
-def _ratios(ours: np.ndarray, theirs: np.ndarray) -> list[list[float]]:
-    """NaN where the reference has no heavy tails to preserve."""
-    tails = theirs >= structure.LEAST_KURTOSIS
-    return np.where(tails, ours / np.where(tails, theirs, 1.0), np.nan).tolist()
+    return bootstrap_interval(lambda a, b: hfer_difference(a, b, axis=1), ours, theirs, paired=paired, rng=rng)
 
 
 def class_share_gap(labels: np.ndarray, other: np.ndarray) -> float:
@@ -240,22 +232,16 @@ def class_share_gap(labels: np.ndarray, other: np.ndarray) -> float:
     return max(abs(float((labels == label).mean() - (other == label).mean())) for label in np.union1d(labels, other))
 
 
-def _diversity(one: Measured, other: Measured, labelled: bool) -> dict[str, Any]:
+def _diversity(one: Measured, other: Measured, both_known: bool) -> dict[str, Any]:
     """Diversity in pixels and in wavelet features, as ratios to the other set's; by class where classes are known."""
-    pairs = {"pixels": [m.spread if labelled else m.spread_of_all for m in (one, other)]}
-    if labelled and all("fd_wavelet" in m.features for m in (one, other)):
+    pairs = {"pixels": [m.spread if both_known else m.spread_of_all for m in (one, other)]}
+    if both_known and all("fd_wavelet" in m.features for m in (one, other)):
         base = other.features["fd_wavelet"].values
         pairs["wavelet"] = [
             frechet.class_diversity(frechet.standardise(m.features["fd_wavelet"].values, base), m.source.labels)
             for m in (one, other)
         ]
-    ratios = {}
-    for name, (ours, theirs) in pairs.items():
-        by_class = frechet.diversity_ratio(ours, theirs)
-        values = list(by_class.values())
-        median = float(np.median(values)) if values else math.nan
-        ratios[name] = {"by_class": by_class, "least": min(values, default=math.nan), "median": median}
-    return ratios
+    return {name: frechet.diversity_ratios(*pair) for name, pair in pairs.items()}
 
 
 def _chroma(samples: Any, colour_labels: set[int] | None, paired: bool, rng: np.random.Generator) -> Any:

@@ -100,7 +100,6 @@ def measure_one(one: ImageSet, read: Reading, seed: int) -> Measured:
 
     seed: of the directions on which patches are compared.
     """
-    some, labels = _some(one)
     group, slices = ungrouped(read.rows), sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed)
     _ = slices.ordered  # here, where sets are measured side by side
     return Measured(
@@ -114,20 +113,22 @@ def measure_one(one: ImageSet, read: Reading, seed: int) -> Measured:
         wavelet_kurtosis=np.median(group["wavelet"]["kurtosis"].numpy(), axis=0),
         slices=slices,
         features=read.features,
-        spread={} if one.labels is None else frechet.class_diversity(some, labels),
+        spread=class_spread(one),
         spread_of_all=_spread_of_all(one),
     )
 
 
-def _some(one: ImageSet) -> tuple[Tensor, Tensor]:
-    """Small pixels (n, D) and labels of at most DIVERSITY_IMAGES of each class; nothing where classes are unknown."""
-    classes = np.zeros(0, dtype=int) if one.classes is None else one.classes
-    rows = np.sort(
-        np.concatenate([np.flatnonzero(classes == c)[:DIVERSITY_IMAGES] for c in np.unique(classes)] or [[]])
-    )
-    rows = rows.astype(int)
-    pixels = [features.small_pixels(one.rows(rows[i : i + 256].tolist())) for i in range(0, len(rows), 256)]
-    return torch.cat(pixels) if pixels else torch.empty(0, 0), torch.from_numpy(classes[rows])
+def class_spread(one: ImageSet) -> dict[int, float]:
+    """Diversity of each class in pixels, over the first DIVERSITY_IMAGES of it; empty where classes are unknown.
+
+    In `small_pixels`: of pixels as they are, white noise would make distinct images of one that is repeated.
+    """
+    if one.classes is None:
+        return {}
+    of_class = [np.flatnonzero(one.classes == c)[:DIVERSITY_IMAGES] for c in np.unique(one.classes)]
+    rows = np.sort(np.concatenate(of_class))
+    pixels = [features.small_pixels(one.rows(rows[i : i + BATCH].tolist())) for i in range(0, len(rows), BATCH)]
+    return frechet.class_diversity(torch.cat(pixels), torch.from_numpy(one.classes[rows]))
 
 
 def _spread_of_all(one: ImageSet) -> dict[int, float]:

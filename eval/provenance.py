@@ -27,7 +27,6 @@ from eval import (
     structure,
     verdict,
 )
-from eval import spectrum as gains
 
 COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without its history
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
@@ -66,7 +65,7 @@ def contract() -> dict[str, Any]:
         "window": "periodic Hann, weighted mean removed, first bin dropped",
         "bands": spectrum.BAND_EDGES,
         "fits_below": spectrum.HIGHEST_FIT,
-        "power_floor": gains.POWER_FLOOR,
+        "power_floor": spectrum.POWER_FLOOR,
         "quantisation_power": spectrum.QUANTISATION_POWER,
         "wavelet": (structure.WAVELET, structure.LEVELS),
         "least_kurtosis": structure.LEAST_KURTOSIS,

@@ -29,9 +29,8 @@ from eval.processes import Processes, Rows
 from eval.provenance import command_line, provenance
 from eval.real import open_fitting, read_real
 from eval.sets import ImageSet, read_set
-from eval.spectrum import BAND_NAMES, spectrum_of
 
-__all__ = ["ReportConfig", "hf_gain_db", "main", "report"]
+__all__ = ["ReportConfig", "main", "report"]
 
 TEACHER = "teacher"
 CROPS = "real crops that are not compared"
@@ -111,7 +110,7 @@ def sampled(cfg: ReportConfig, device: torch.device, ledger: Ledger, processes: 
     sets = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
     made = {}
     for arm in read:
-        call = partial(arms.student_set, arm, bench, reference, lambda x: hf_gain_db(x, reference.images))
+        call = partial(arms.student_set, arm, bench, reference)
         made[arm.name] = ledger.attempt("every metric", arm.name, call)
     read = [arm for arm in read if made[arm.name] is not None]
     sets += [made[arm.name] for arm in read]
@@ -128,17 +127,6 @@ def opened(cfg: ReportConfig) -> Inputs:
     real = read_set(cfg.real, "real") if cfg.real else None
     source = real or reference
     return Inputs(reference, real, [], [], (source.first(cfg.n), None), f"{source.name} itself", None, {})
-
-
-def hf_energy(images: Tensor) -> float:
-    """Mean energy of the high band of uint8 images."""
-    return float(spectrum_of(images.float() / 255).energies[:, BAND_NAMES.index("HF")].mean())
-
-
-def hf_gain_db(images: Tensor, reference: Tensor) -> float:
-    """Gain of the high band against `reference`, both uint8 (N, 3, H, W)."""
-    ratio = torch.tensor(hf_energy(images) / hf_energy(reference), dtype=torch.float64)
-    return float(10 * torch.log10(ratio))
 
 
 def better_baseline(sets: list[ImageSet], result: dict[str, Any]) -> str:

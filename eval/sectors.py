@@ -6,7 +6,8 @@ Legend: H x W pixels; f = 0 at [H // 2, W // 2].
 import torch
 from torch import Tensor
 
-from dmd_dar.spectrum import BAND_EDGES
+from dmd_dar.spectrum import BAND_EDGES, modes
+from eval.maps import whole_plane
 
 DIRECTIONS = ("x", "y", "diagonal")
 HALF_ANGLE = torch.pi / 8  # of the sectors around the axes
@@ -21,16 +22,13 @@ def sector_means(plane: Tensor) -> dict[str, dict[str, float | None]]:
     height, width = plane.shape
     rows = torch.fft.fftshift(torch.fft.fftfreq(height, dtype=torch.float64))[:, None]
     columns = torch.fft.fftshift(torch.fft.fftfreq(width, dtype=torch.float64))[None, :]
-    radius = torch.hypot(rows, columns)
     angle = torch.atan2(rows.abs(), columns.abs())  # 0 on the horizontal axis, pi / 2 on the vertical one
     inside = {"x": angle <= HALF_ANGLE, "y": angle >= torch.pi / 2 - HALF_ANGLE}
     inside["diagonal"] = ~(inside["x"] | inside["y"])
-    edges = (1.5 / min(height, width), *BAND_EDGES)
-    means: dict[str, dict[str, float | None]] = {}
-    for b, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        band = (radius >= low) & ((radius <= high) if high == edges[-1] else (radius < high))
-        means[f"B{b}"] = {name: _mean(plane[band & inside[name]]) for name in DIRECTIONS}
-    return means
+    band = whole_plane(modes(height, width).band, width)
+    return {
+        f"B{b}": {name: _mean(plane[(band == b) & inside[name]]) for name in DIRECTIONS} for b in range(len(BAND_EDGES))
+    }
 
 
 def _mean(values: Tensor) -> float | None:

@@ -323,6 +323,11 @@ class Endpoint:
         return len(self.per_seed) < PILOT_BELOW
 
 
+def pilot_label(pilot: bool) -> str:
+    """What a comparison is called; empty where it can decide."""
+    return f"pilot: fewer than {PILOT_BELOW} training seeds" if pilot else ""
+
+
 def endpoint(arms: Arms, seed: int) -> Endpoint:
     """D with its interval, test and power, from HF energies (K, N). `seed` is of the resampling and the simulation."""
     per_seed, (_, images) = differences(arms.gains), arms.baseline.shape

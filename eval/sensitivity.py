@@ -30,7 +30,7 @@ from eval import features, maps, sliced, spoil, structure
 from eval.frechet import feature_distance
 from eval.measure import jsonable
 from eval.provenance import command_line, provenance
-from eval.spectrum import BAND_NAMES, Spectrum, decibel, gain_curve, spectrum_of
+from eval.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains, spectrum_of
 from eval.verdict import Verdict
 
 SCHEMA_VERSION = 1
@@ -120,13 +120,17 @@ def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
 
 
 def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
-    """Every metric of `ours` against the reference `theirs`, by name; differences and ratios as the reports define."""
-    gains = decibel(ours.luma.energies.mean(0) / theirs.luma.energies.mean(0))
+    """Every metric of `ours` against the reference `theirs`, by name; differences and ratios as the reports define.
+
+    Without those that the reference leaves undefined: bands without a mode, ratios to a kurtosis without heavy tails.
+    """
+    gains = pooled_gains(ours.luma.energies, theirs.luma.energies)
     _, distance, signed = gain_curve(ours.luma, theirs.luma)
     slopes = np.subtract(ours.luma.slopes, theirs.luma.slopes)
     heights = maps.line_heights(ours.lines) - maps.line_heights(theirs.lines)
-    found = {f"gain {band}, dB": gain for band, gain in zip(BAND_NAMES, gains, strict=True) if np.isfinite(gain)}
-    found |= {"lsd, dB": distance, "lsd signed, dB": signed, "hfer difference": ours.luma.hfer - theirs.luma.hfer}
+    found = {f"gain {band}, dB": gain for band, gain in zip(BAND_NAMES, gains, strict=True)}
+    shares = hfer_difference(ours.luma.hfer_per_image, theirs.luma.hfer_per_image)
+    found |= {"lsd, dB": distance, "lsd signed, dB": signed, "hfer difference": shares}
     found |= {"slope difference": slopes[0], "slope_hf difference": slopes[1]}
     found |= {
         "largest grid peak, dB": np.nanmax(np.abs(heights)),
@@ -137,7 +141,7 @@ def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
     for name, values in ours.features.items():
         target = theirs.features[name]
         found[name] = feature_distance(features.scaled(values, target), features.scaled(target, target))
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in found.items() if not np.isnan(value)}
 
 
 def _structure_metrics(ours: structure.Structure, theirs: structure.Structure) -> dict[str, float]:
@@ -145,12 +149,11 @@ def _structure_metrics(ours: structure.Structure, theirs: structure.Structure) -
         return np.median(getattr(ours, name)), np.median(getattr(theirs, name))
 
     kurtosis, gradient, agreement = (medians(name) for name in ("kurtosis", "gradient_kurtosis", "parent_child"))
-    flat = [one.flat.sum(0) for one in (ours, theirs)]
     return {
-        "hf_kurtosis ratio": kurtosis[0] / max(kurtosis[1], structure.LEAST_KURTOSIS),
-        "gradient kurtosis ratio": gradient[0] / max(gradient[1], structure.LEAST_KURTOSIS),
+        "hf_kurtosis ratio": structure.tail_ratio(*kurtosis),
+        "gradient kurtosis ratio": structure.tail_ratio(*gradient),
         "parent-child difference": agreement[0] - agreement[1],
-        "flat noise, dB": decibel(flat[0][0] / flat[0][1]) - decibel(flat[1][0] / flat[1][1]),
+        "flat noise, dB": structure.flat_gain(ours.flat, theirs.flat),
     }
 
 

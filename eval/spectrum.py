@@ -3,7 +3,7 @@
 Gains are in dB: 0 preserved, below 0 lost, above 0 added (a failure as well).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +17,12 @@ from dmd_dar.spectrum import (
     Channel,
     Window,
     band_energies,
-    energies,
+    compared_powers,
     hfer,
+    hfer_of,
     image_psd,
     log_radial_psd,
     log_spectral_distance,
-    modes,
     radial_frequencies,
     radial_psd,
     slope,
@@ -44,9 +44,11 @@ __all__ = [
     "band_gains",
     "gain_curve",
     "hf_gain_by_class",
+    "hf_gain_db",
     "hfer",
     "image_psd",
     "labelled",
+    "labelled_pair",
     "log_radial_psd",
     "log_spectral_distance",
     "median_gains",
@@ -58,8 +60,8 @@ __all__ = [
     "with_hf",
 ]
 
+HF = BAND_NAMES.index("HF")
 SLOPE_HF_LOW = 0.2
-POWER_FLOOR = 1e-9  # a thousandth of the power of 8-bit rounding in a single mode
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,11 @@ class Spectrum:
     @property
     def hfer(self) -> float:
         """Energy at f > 1/4 over energy at f > 0, pooled."""
-        return (self.parts[:, 0].sum() / self.parts.sum()).item()
+        return hfer_of(self.parts)[0].item()
 
     @property
     def hfer_per_image(self) -> np.ndarray:
-        return (self.parts[:, 0] / self.parts.sum(1).clamp(min=QUANTISATION_POWER)).numpy()
+        return hfer_of(self.parts)[1].numpy()
 
     @property
     def slopes(self) -> tuple[float, float]:
@@ -136,17 +138,27 @@ def spectrum_of(
 
 def _measure(images: Tensor, window: Window, channel: Channel) -> Spectrum:
     frequencies, counts = radial_frequencies(*images.shape[-2:], window=window)
-    sums = energies(images, window=window, channel=channel)
-    per_image = sums.radial[:, -len(counts) :].cpu() / counts
-    empty = torch.bincount(modes(*images.shape[-2:]).band.flatten(), minlength=6)[:5] == 0
-    bands = with_hf(sums.bands.cpu().clamp(min=POWER_FLOOR).masked_fill(empty, torch.nan))
+    powers = compared_powers(images, window=window, channel=channel)
     size = (images.shape[-2], images.shape[-1])
-    return Spectrum(size, frequencies, counts, per_image.clamp(min=POWER_FLOOR), bands.numpy(), sums.parts.cpu())
+    return Spectrum(size, frequencies, counts, powers.radial, powers.bands.numpy(), powers.parts)
 
 
 def labelled(values: np.ndarray, labels: Tensor | np.ndarray | None) -> Sample:
     """Per-image values (N, ...) with their classes; without labels all images are of one class."""
     return Sample(values, np.zeros(len(values), dtype=int) if labels is None else np.asarray(labels))
+
+
+def labelled_pair(
+    values: tuple[np.ndarray, np.ndarray], labels: Sequence[Tensor | np.ndarray | None], paired: bool
+) -> tuple[Sample, Sample]:
+    """Two sets' per-image values with the classes within which they are resampled: those of both, if both are known.
+
+    Images of two paired sets share their class, so that one set's will do.
+    """
+    ours, theirs = labels
+    if ours is None or theirs is None:
+        ours = theirs = (theirs if ours is None else ours) if paired else None
+    return labelled(values[0], ours), labelled(values[1], theirs)
 
 
 def band_gain_db(
@@ -163,12 +175,12 @@ def band_gain_db(
     """Gain 10 log10(mean E / mean E_ref) in dB of each band of BAND_NAMES: {band: (value, low, high)}, 95 % interval.
 
     images (N, C, H, W) and reference (M, C, H, W): uint8, floats in [0, 1], or batches of them, of one size.
-    labels: classes (N,) within which the bootstrap resamples. paired: row i of both shares noise and class (N = M).
-    A band without a mode (B0 of a 32-px image) reads NaN. UnfitError as for `spectrum_of`.
+    labels: classes (N,) within which the bootstrap resamples, see `labelled_pair`. paired: row i of both shares noise
+    and class (N = M). A band without a mode (B0 of a 32-px image) reads NaN. UnfitError as for `spectrum_of`.
     """
     ours, theirs = (spectrum_of(x, window=window, channel=channel) for x in (images, reference))
     same_size(ours, theirs, "the images", "the reference")
-    samples = labelled(ours.energies, labels), labelled(theirs.energies, reference_labels)
+    samples = labelled_pair((ours.energies, theirs.energies), (labels, reference_labels), paired)
     gains = band_gains(*samples, paired=paired, rng=np.random.default_rng(seed))
     return {band: (gain.value, gain.low, gain.high) for band, gain in gains.items()}
 
@@ -184,11 +196,26 @@ def decibel(ratio: np.ndarray) -> np.ndarray:
     return 10 * np.log10(ratio)
 
 
+def pooled_gains(energies: np.ndarray, reference: np.ndarray, axis: int = 0) -> np.ndarray:
+    """10 log10(mean E / mean E_ref) in dB, the means over the images on `axis`."""
+    return decibel(energies.mean(axis) / reference.mean(axis))
+
+
+def hf_gain_db(ours: Spectrum, reference: Spectrum) -> float:
+    """The pooled gain of HF alone, without its interval."""
+    return float(pooled_gains(ours.energies[:, HF], reference.energies[:, HF]))
+
+
+def hfer_difference(shares: np.ndarray, reference: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Difference of the means over images of `hfer_per_image`."""
+    return shares.mean(axis) - reference.mean(axis)
+
+
 def band_gains(student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator) -> dict[str, Interval]:
     """gain_db[b] = 10 log10(mean_i E_b student / mean_i E_b reference) for B0..B4 and HF, from energies (N, 6)."""
 
     def gains(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:  # (R, N, 6) -> (R, 6)
-        return decibel(ours.mean(1) / theirs.mean(1))
+        return pooled_gains(ours, theirs, axis=1)
 
     value, low, high = bootstrap(gains, student, reference, paired=paired, rng=rng)
     return {name: Interval(float(value[b]), float(low[b]), float(high[b])) for b, name in enumerate(BAND_NAMES)}
@@ -203,11 +230,10 @@ def median_gains(student: Sample, reference: Sample) -> dict[str, float]:
 def hf_gain_by_class(student: Sample, reference: Sample) -> dict[int, float]:
     """Gain of HF in dB within each class that both sets have, from energies (N, 6)."""
     shared = np.intersect1d(student.labels, reference.labels)
-    return {int(label): float(decibel(_class_hf(student, label) / _class_hf(reference, label))) for label in shared}
-
-
-def _class_hf(sample: Sample, label: int) -> float:
-    return sample.values[sample.labels == label, BAND_NAMES.index("HF")].mean()
+    return {
+        int(label): float(pooled_gains(*(one.values[one.labels == label, HF] for one in (student, reference))))
+        for label in shared
+    }
 
 
 def gain_curve(student: Spectrum, reference: Spectrum) -> tuple[Tensor, float, float]:

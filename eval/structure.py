@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmd_dar.spectrum import QUANTISATION_POWER, to_channel
-from eval.spectrum import as_floats, band_gains, labelled, same_size, spectrum_of
+from eval.spectrum import as_floats, band_gains, decibel, labelled_pair, same_size, spectrum_of
 from eval.stats import UNDEFINED, Interval, Sample, bootstrap_interval
 from eval.verdict import Verdict
 from eval.verdict import verdict as word_of
@@ -71,9 +71,14 @@ def hf_kurtosis(images: Tensor) -> np.ndarray:
     return excess_kurtosis(details(luma(images), 1)[0][2])
 
 
+def tail_ratio(kurtosis: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Ratio of excess kurtoses, elementwise; NaN where the reference has no heavy tails to preserve."""
+    return np.where(reference >= LEAST_KURTOSIS, kurtosis / np.maximum(reference, LEAST_KURTOSIS), np.nan)
+
+
 def kurtosis_ratio(student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
     """Ratio of the medians of `hf_kurtosis`; undefined where the reference has no heavy tails to preserve."""
-    if np.median(reference.values) < LEAST_KURTOSIS:
+    if np.isnan(tail_ratio(*(np.median(one.values) for one in (student, reference)))):
         return UNDEFINED
 
     def ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:  # (R, N) -> (R,)
@@ -143,12 +148,14 @@ def _patches(coefficients: np.ndarray) -> np.ndarray:
 def flat_noise_db(student: Sample, reference: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
     """Energy per flat patch against the reference in dB, from `flat_patch_energy` (N, 2); above 0: noise was added."""
 
-    def gain(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:  # (R, N, 2) -> (R,)
-        ours, theirs = ours.sum(1), theirs.sum(1)
-        with np.errstate(invalid="ignore"):  # a resample without any flat patch makes the interval undefined
-            return 10 * np.log10(ours[:, 0] / ours[:, 1]) - 10 * np.log10(theirs[:, 0] / theirs[:, 1])
+    return bootstrap_interval(lambda a, b: flat_gain(a, b, axis=1), student, reference, paired=paired, rng=rng)
 
-    return bootstrap_interval(gain, student, reference, paired=paired, rng=rng)
+
+def flat_gain(ours: np.ndarray, theirs: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The gain of `flat_noise_db` from (..., N, 2) each, the images on `axis`; NaN where no patch is flat."""
+    ours, theirs = ours.sum(axis), theirs.sum(axis)
+    with np.errstate(invalid="ignore"):
+        return decibel(ours[..., 0] / ours[..., 1]) - decibel(theirs[..., 0] / theirs[..., 1])
 
 
 @dataclass(frozen=True)
@@ -198,17 +205,18 @@ def verdict(
 
     From the HF gain, the ratio of `hf_kurtosis` and `flat_noise_db`, each with its 95 % interval; see eval.verdict.
     images (N, 3, H, W) and reference (M, 3, H, W): uint8 or floats in [0, 1], of one size. labels: classes (N,) within
-    which the bootstrap resamples. paired: row i of both shares noise and class (N = M). UnfitError for NaN images.
+    which the bootstrap resamples, see `labelled_pair`. paired: row i of both shares noise and class (N = M).
+    UnfitError for NaN images.
     """
     rng = np.random.default_rng(seed)
     spectra = [spectrum_of(x) for x in (images, reference)]
     same_size(*spectra, "the images", "the reference")
     structures = [structure_of(x) for x in (images, reference)]
 
-    def samples(values: list[np.ndarray]) -> list[Sample]:
-        return [labelled(*pair) for pair in zip(values, (labels, reference_labels), strict=True)]
+    def samples(ours: np.ndarray, theirs: np.ndarray) -> tuple[Sample, Sample]:
+        return labelled_pair((ours, theirs), (labels, reference_labels), paired)
 
-    gains = band_gains(*samples([one.energies for one in spectra]), paired=paired, rng=rng)
-    kurtosis = kurtosis_ratio(*samples([one.kurtosis for one in structures]), paired=paired, rng=rng)
-    noise = flat_noise_db(*samples([one.flat for one in structures]), paired=paired, rng=rng)
+    gains = band_gains(*samples(*(one.energies for one in spectra)), paired=paired, rng=rng)
+    kurtosis = kurtosis_ratio(*samples(*(one.kurtosis for one in structures)), paired=paired, rng=rng)
+    noise = flat_noise_db(*samples(*(one.flat for one in structures)), paired=paired, rng=rng)
     return word_of(gains["HF"], kurtosis, noise)

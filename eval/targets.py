@@ -13,7 +13,7 @@ import torch
 from eval import distances, features, sliced
 from eval.distances import Ledger, Suite
 from eval.measured import Measured
-from eval.spectrum import Spectrum, log_spectral_distance
+from eval.spectrum import Spectrum, gain_curve, log_spectral_distance
 
 NULL_SPLITS = 8
 
@@ -67,16 +67,22 @@ class Target:
 
 def lsd(one: Measured, target: Target) -> dict[str, float]:
     """The log-spectral distance in dB, its signed mean, and its null, which falls as the root of 1 / N + 1 / M."""
-    other = target.measured.luma
-    distance, signed = log_spectral_distance(other.frequencies, one.luma.power, other.power)
-    wanted = 1 / len(one) + 1 / len(target.measured)
     second = target.second_for(one)
-    if second is not None:
-        null, _ = log_spectral_distance(other.frequencies, second.luma.power, other.power)
-        null, given = null.item(), 1 / len(second) + 1 / len(target.measured)
+    return lsd_beside_null(one.luma, target.measured.luma, None if second is None else second.luma, target.seed)
+
+
+def lsd_beside_null(ours: Spectrum, other: Spectrum, second: Spectrum | None, seed: int) -> dict[str, float]:
+    """`lsd` of spectra; the null is what `second`, of the other's source, reads, or else the other's random halves."""
+
+    def spread(one: Spectrum) -> float:
+        return 1 / len(one.per_image) + 1 / len(other.per_image)
+
+    _, distance, signed = gain_curve(ours, other)
+    if second is None:
+        null, given = halved_lsd(other, np.random.default_rng([seed, 4]))
     else:
-        null, given = halved_lsd(other, np.random.default_rng([target.seed, 4]))
-    return {"lsd": distance.item(), "lsd_signed": signed.item(), "lsd_null": null * (wanted / given) ** 0.5}
+        null, given = gain_curve(second, other)[1], spread(second)
+    return {"lsd": distance, "lsd_signed": signed, "lsd_null": null * (spread(ours) / given) ** 0.5}
 
 
 def halved_lsd(other: Spectrum, rng: np.random.Generator) -> tuple[float, float]:

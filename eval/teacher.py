@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def memorisation(sets: dict[str, ImageSet], data: Photos, neighbours: int, seed:
         bank = data.crops(torch.full_like(samples, label), Draws(seed, f"bank_{name}", 0, samples)).cpu()
         for set_name, one in sets.items():
             distances = nearest_distance(one.images[one.labels == label], bank)
-            result[set_name][name] = {"median": distances.median().item(), "least": distances.min().item()}
+            result[set_name][name] = {"median": float(np.median(distances)), "least": distances.min().item()}
     return result
 
 

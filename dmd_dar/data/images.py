@@ -15,7 +15,12 @@ def to_model_range(images: Tensor) -> Tensor:
 
 def to_pixels(x: Tensor) -> Tensor:
     """[-1, 1] floats -> uint8: clamped, quantised once by rounding."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels(x).to(torch.uint8)
+
+
+def levels(x: Tensor) -> Tensor:
+    """The same as floats, 0 to 255: what is not a number stays so."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 def tile(images: Tensor, columns: int = 0, zoom: int = 2, gap: int = 2) -> Tensor:

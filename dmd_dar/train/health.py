@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dmd_dar import spectrum
+from dmd_dar.data.images import levels
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.methods.generate import Generator
 from dmd_dar.train.advice import Advice
@@ -51,9 +52,10 @@ def samples_of(x0: Tensor, cond: Tensor, images: Tensor) -> Samples:
     frequencies = power = lines = None
     hf = math.nan
     if min(images.shape[-2:]) >= spectrum.MIN_SIZE:
-        shown = ((images + 1) / 2).clamp(0, 1)
-        frequencies, power = spectrum.radial_psd(shown)
-        hf = spectrum.with_hf(spectrum.band_energies(shown)).mean(0)[-1].item()
+        shown = levels(images) / 255
+        frequencies, _ = spectrum.radial_frequencies(*shown.shape[-2:])
+        powers = spectrum.compared_powers(shown)
+        power, hf = powers.radial.mean(0), powers.bands.mean(0)[-1].item()
         lines = spectrum.line_heights(spectrum.grid_lines(shown))
     saturation = (images.abs() > 1).double().mean().item()
     mean, std = values.mean(1), values.std(1, correction=0)
@@ -89,11 +91,10 @@ def signals(student: Samples, teacher: Samples) -> dict[str, float]:
     if teacher.diversity:
         found["diversity"] = student.diversity / teacher.diversity
     if student.power is not None and teacher.power is not None and student.frequencies is not None:
-        if teacher.hf:
-            found["hf_gain"] = 10 * math.log10(max(student.hf, 1e-30) / teacher.hf)
+        found["hf_gain"] = 10 * math.log10(student.hf / teacher.hf)
         distance, _ = spectrum.log_spectral_distance(student.frequencies, student.power, teacher.power)
         found["log_spectral_distance"] = distance.item()
-        found["score"] = abs(found.get("hf_gain", math.nan)) + found["log_spectral_distance"]
+        found["score"] = abs(found["hf_gain"]) + found["log_spectral_distance"]
     if student.lines is not None and teacher.lines is not None:
         held = ~teacher.lines.isnan()  # this size has not every line
         found["grid_peak"] = torch.where(held, student.lines - teacher.lines, -math.inf).max().item()

@@ -30,7 +30,8 @@ from eval.compare import CompareConfig
 from eval.controls import frozen_at_mean
 from eval.pairing import ArmsConfig, read_groups
 from eval.provenance import contract_hash
-from eval.report import hf_gain_db
+from eval.sets import ImageSet
+from eval.spectrum import hf_gain_db, spectrum_of
 from eval.stats import holm
 from tests.tiny import tiny_sit, tiny_teacher
 
@@ -101,7 +102,7 @@ def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
         for role in ("residual", "dar"):
             network, card = load_network(runs / f"{role}_{seed}" / "student")
             made = bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs))
-            expected[role] = hf_gain_db(made.images, reference)
+            expected[role] = hf_gain_db(spectrum_of(made.images), spectrum_of(reference))
             powers[role].append(radial_psd(made.images.double() / 255)[1])
         assert row["seed"] == seed and row["gain_db"] == pytest.approx(expected, abs=1e-3)
         difference = abs(expected["residual"]) - abs(expected["dar"])
@@ -207,7 +208,7 @@ def test_resetting_the_routers_shows_what_they_did(runs, written):
         images.append(bench.images(few_step_generator(velocity_of(network, card.prediction), card.rungs)).images)
         network.dar.reset()
     shift = written["runs"]["dar"][0]["reset_shift_db"]
-    assert shift == pytest.approx(hf_gain_db(images[1], images[0]), abs=1e-3) and abs(shift) > 0.01
+    assert shift == pytest.approx(hf_gain_db(*map(spectrum_of, images[::-1])), abs=1e-3) and abs(shift) > 0.01
 
 
 def test_a_matched_arm_of_another_size_is_refused(tmp_path):
@@ -324,9 +325,8 @@ def test_fewer_images_than_classes_are_compared_all_the_same():
 
     def images(seed):
         generator = torch.Generator().manual_seed(seed)
-        return compare.Measured.of(
-            torch.randint(0, 256, (64, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(64)
-        )
+        pixels = torch.randint(0, 256, (64, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return compare.Measured.of(ImageSet("set", pixels, torch.arange(64), "student", True))
 
     teacher, sets = images(0), {"residual": [images(1), images(2)], "dar": [images(3), images(4)]}
     costs = {name: 1.0 for name in ("latency_ms_per_image", "peak_memory_mb", "gflops_per_image", "parameters")}

@@ -103,4 +103,6 @@ def test_what_cannot_be_compared_is_named():
     with pytest.raises(UnfitError, match="image 2: holds NaN or infinity"):
         spectrum_of([images[:1], images[1:]])
     with pytest.raises(ValueError, match="classes row by row"):
-        band_gain_db(images[:2], images[:2], labels=torch.tensor([0, 1]), paired=True)
+        band_gain_db(
+            images[:2], images[:2], labels=torch.tensor([0, 1]), reference_labels=torch.tensor([1, 0]), paired=True
+        )

@@ -17,7 +17,6 @@ from eval import (
     structure,
     verdict,
 )
-from eval import spectrum as gains
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,7 @@ from eval import spectrum as gains
         (spectrum, "LEAST_PERIODS"),
         (spectrum, "PERIODS"),
         (spectrum, "BAND_EDGES"),
-        (gains, "POWER_FLOOR"),
+        (spectrum, "POWER_FLOOR"),
         (measured, "SLICED_IMAGES"),
         (measured, "DIVERSITY_IMAGES"),
         (classifier, "LEAST_SHARE"),

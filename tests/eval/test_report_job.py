@@ -402,6 +402,6 @@ def test_resetting_routers_that_add_detail_shows_as_a_negative_shift(runs, monke
     real, _ = real_sets(maker, Photos(32))
     given = iter([real.images, torch.div(real.images, 2, rounding_mode="floor")])
     monkeypatch.setattr(Bench, "cached", lambda self, facts, generator, what: Made(next(given), real.labels))
-    one = arms.student_set(arm, maker, real, lambda x: report.hf_gain_db(x, real.images))
+    one = arms.student_set(arm, maker, real)
     assert one.facts["routing"]["hf_gain_shift_db"] == pytest.approx(-6.0, abs=0.2)
     assert one.facts["label"] == "router used"

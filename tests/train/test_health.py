@@ -63,7 +63,7 @@ def test_drift_is_signed_and_in_the_teachers_deviations(teacher):
 
 
 def test_what_the_teacher_has_none_of_is_left_out(teacher):
-    found = signals(teacher, dataclasses.replace(teacher, diversity=0.0, hf=0.0))
+    found = signals(teacher, dataclasses.replace(teacher, diversity=0.0, hf=math.nan))
     assert {"diversity", "hf_gain", "score"}.isdisjoint(found)
     assert found["log_spectral_distance"] == 0 and found["std_ratio"] == 1
 
