@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import png_bytes, tile
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels
-from dmd_dar.pipeline import load_pipeline
+from dmd_dar.pipeline import StudentPipeline, load_pipeline
 
 GRID_LIMIT = 64  # images shown in grid.png
 
@@ -67,6 +68,14 @@ def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
             raise config.ConfigError(f"out = {out}: it holds the images of another request; name another folder")
 
 
+def names_of(pipe: StudentPipeline, labels: Tensor) -> dict[str, Any]:
+    """What an evaluation reads of these labels: the names of the classes, or the prompts, as far as they are known."""
+    prompts = getattr(pipe.student.network, "prompts", None)
+    names = pipe.label_names if prompts is None else prompts.texts()
+    shown = {label: names[label] for label in labels.unique().tolist()} if names else {}
+    return {"names": shown, "prompted": prompts is not None}
+
+
 def sample(cfg: SampleConfig) -> None:
     """Write the images, a grid of the first ones, and what they were made with."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
@@ -80,7 +89,7 @@ def sample(cfg: SampleConfig) -> None:
     out = make_folder(cfg.out)
     facts = {**config.to_dict(cfg), "rungs": list(pipe.rungs), "sampler": sampler, "network": pipe.student.digest}
     refuse_other_images(out, facts)
-    described = json.dumps({**facts, "labels": labels.tolist()}, indent=1)
+    described = json.dumps({**facts, **names_of(pipe, labels), "labels": labels.tolist()}, indent=1)
     write_atomic(out / "samples.json", described)  # first: what a killed run leaves is known to be of this request
     images = pipe(labels, seed=cfg.seed, sampler=sampler, batch_size=cfg.batch_size, output="uint8")
     for i, image in enumerate(images):

@@ -23,6 +23,7 @@ from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models import teachers
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import holds_network
 from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
 from dmd_dar.routing.history import Observer
@@ -115,8 +116,17 @@ class Teacher:
     weights: str
     rungs: tuple[float, ...]
     guidance_scale: float
+    loaded: teachers.Teacher
     codec: Codec | None = None
-    label_names: tuple[str, ...] = ()
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.loaded.label_names
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """Those that it reads; None of one that reads labels."""
+        return getattr(self.network, "prompts", None)
 
     @staticmethod
     def of(arm: Arm, device: torch.device) -> "Teacher":
@@ -125,7 +135,7 @@ class Teacher:
         teacher, codec = open_teacher(cfg, device)
         require_teacher([arm], teacher.digest)
         velocity = teachers.guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
-        more = cfg.rungs, cfg.guidance_scale, codec, teacher.label_names
+        more = cfg.rungs, cfg.guidance_scale, teacher, codec
         return Teacher(teacher.network, velocity, teacher.digest, *more)
 
     def sample_set(self, bench: Bench, solver_steps: int) -> ImageSet:

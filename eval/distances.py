@@ -30,6 +30,7 @@ KID_SUBSET_OFFLINE = 256  # images; of no use for comparisons with published val
 KID_SUBSET = 1000
 MOST_CLASSIFIED = 10_000  # images of a set whose modes are counted
 MOST_PERCEPTUAL = 1000  # images of a set that CLIP and LPIPS read
+OF_CLASS, ITSELF = "a photo of {}", "{}"  # what CLIP reads of a class, and of a prompt, unless the user says otherwise
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Suite:
     classifier: Classifier | None = None
     clip: perceptual.Clip | None = None
     lpips: perceptual.Lpips | None = None
-    prompt: str = "{}"
+    prompt: str = ""  # of CLIP, {} being the name of the class or the prompt; empty: OF_CLASS or ITSELF
     statistics: Gaussian | None = None  # of FID's features of other images
 
     @property
@@ -220,13 +221,24 @@ def alone(one: ImageSet, suite: Suite, class_names: dict[int, str], seed: int, l
 
 def _clip(one: ImageSet, suite: Suite, class_names: dict[int, str]) -> dict[str, Any]:
     images = one.first(MOST_PERCEPTUAL)
-    labels = _classes(one, "CLIP score")[: len(images)].tolist()
-    prompts = [suite.prompt.replace("{}", class_names.get(label, str(label))) for label in labels]
+    template = suite.prompt or (ITSELF if one.prompted else OF_CLASS)
+    prompts = _prompts(one, template, one.names if one.prompted else one.names or class_names)[: len(images)]
     score = perceptual.clip_score(suite.clip, images, prompts)
     error = float(score.per_image.std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else None
     published = score.facts.get("model") == perceptual.HUB + perceptual.CLIP_REPO
-    told = {"value": score.value, "standard_error": error, "prompt": suite.prompt, **score.facts}
+    told = {"value": score.value, "standard_error": error, "prompt": template, **score.facts}
     return {**told, "comparable_to_published": published}
+
+
+def _prompts(one: ImageSet, template: str, names: dict[int, str]) -> list[str]:
+    """What CLIP reads beside each image. UnfitError where that takes a name and a class or prompt has none."""
+    labels = _classes(one, "CLIP score").tolist()
+    unnamed = sorted(set(labels) - names.keys()) if ITSELF in template else []
+    if unnamed:
+        what = f"the text of prompt {unnamed[0]} is" if one.prompted else f"the name of class {unnamed[0]} is"
+        remedy = "encode its prompts again" if one.prompted else "name classes in its samples.json or its teacher"
+        raise UnfitError(f"CLIP score of {one.name}: {what} not known; {remedy}, or set prompt to a text without {{}}")
+    return [template.replace(ITSELF, names.get(label, "")) for label in labels]
 
 
 def _diversity(one: ImageSet, suite: Suite, seed: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Real images beside the samples: crops of the run's own data, and for a latent model what its VAE makes of them."""
+"""Real images beside the samples: crops of the run's own data, and for a latent model what its VAE makes of them; or
+images of a folder.
+"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -11,10 +13,12 @@ from dmd_dar.data.sources import Source, open_data
 from dmd_dar.draws import Draws
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.models.codecs import sample_latents
+from dmd_dar.models.teachers import Teacher
 from eval.bench import Bench, Made
 from eval.images import UnfitError
-from eval.sets import ImageSet
+from eval.sets import ImageSet, read_set
 
+REMEDY = "name real images by real=FOLDER"
 NAMES = ("real", "real, again", "VAE(real)", "VAE(real), again")
 
 
@@ -32,17 +36,28 @@ class Real:
     hash: str
 
 
-def open_fitting(cfg: DataConfig, bench: Bench, label_names: tuple[str, ...]) -> Source:
+def open_fitting(cfg: DataConfig, bench: Bench, teacher: Teacher) -> Source:
     """The run's data; UnfitError where their classes or sizes are not those of the samples."""
     data = open_data(cfg, bench.device)
     found = f"data.name = {cfg.name}"
+    if not teacher.knows(tuple(data.label_names)):
+        raise UnfitError(f"{found}: its classes are not the teacher's prompts; {REMEDY}")
     if data.num_classes != bench.num_classes:
-        raise UnfitError(f"{found}: {data.num_classes} classes, but the teacher knows {bench.num_classes}")
-    if label_names and data.label_names and label_names != tuple(data.label_names):
-        raise UnfitError(f"{found}: its classes are others than the teacher's, first {data.label_names[0]!r}")
+        raise UnfitError(f"{found}: {data.num_classes} classes, but the teacher knows {bench.num_classes}; {REMEDY}")
+    if teacher.label_names and data.label_names and teacher.label_names != tuple(data.label_names):
+        raise UnfitError(f"{found}: its classes are others than the teacher's, first {data.label_names[0]!r}; {REMEDY}")
     if not isinstance(data, Latents) and data.size != bench.side:
         raise UnfitError(f"{found}: data.size is {data.size}, but the teacher's images are of {bench.side} px")
     return data
+
+
+def named_real(path: str, bench: Bench) -> ImageSet:
+    """The real images of a folder, in the place of crops; UnfitError where they are not of the samples' size."""
+    one = replace(read_set(path, "real"), name=NAMES[0])
+    if one.stream.size != (bench.side, bench.side):
+        size = " x ".join(map(str, one.stream.size))
+        raise UnfitError(f"real = {path}: images of {size} px, but the teacher's are of {bench.side}; give this size")
+    return one
 
 
 def read_real(data: Source, bench: Bench) -> Real:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder
+from dmd_dar.data.config import DataConfig
+from dmd_dar.data.sources import Source
 from dmd_dar.distill_config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
@@ -27,7 +29,7 @@ from eval.page import write_report
 from eval.pairing import ROUTING, Groups, book_keeping, different_networks, same_data
 from eval.processes import Processes, Rows
 from eval.provenance import command_line, provenance
-from eval.real import open_fitting, read_real
+from eval.real import named_real, open_fitting, read_real
 from eval.sets import ImageSet, read_set
 
 __all__ = ["ReportConfig", "main", "report"]
@@ -45,7 +47,7 @@ class ReportConfig:
     runs: tuple[str, ...] = key((), "run folders of distill.py; they share teacher, rungs and guidance", path=True)
     images: tuple[str, ...] = key((), "further sets: folders of PNG or npy files, named after the folder", path=True)
     reference: str = key(TEACHER, "what the verdict compares with: the runs' teacher, or without runs a folder")
-    real: str = key("", "without runs: folder of real images; runs bring their own", path=True)
+    real: str = key("", "folder of real images; empty: of runs, crops of their own data where these fit", path=True)
     compare: str = key("", "compare.json of eval.compare, whose seeds are drawn", path=True)
     metrics: tuple[Metric, ...] = key(
         ("auto",), "which metrics with weights: auto takes those whose weights are there, offline none, or name them"
@@ -53,7 +55,9 @@ class ReportConfig:
     statistics: str = key("", "npz with mu and sigma of other images' FID features", path=True)
     inception: str = key("", "file of FID's Inception; empty looks where eval.weights does", path=True)
     clip: str = key("", "local-dir:FOLDER or hf-hub:OWNER/NAME; empty takes the default of eval.weights")
-    prompt: str = key("a photo of {}", "prompt of the CLIP score, {} being the class")
+    prompt: str = key(
+        "", "text of the CLIP score, {} being class or prompt; empty: 'a photo of {}' of classes, prompts as they are"
+    )
     allow_download: bool = key(False, "fetch weights that are missing")
     strict: bool = key(False, "exit with code 2 where a metric that was asked for is skipped; --strict does the same")
     out: str = key("out/report", "folder for report.html, report.json, report.csv and the figures")
@@ -68,8 +72,8 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.runs and not self.images:
             raise ValueError("runs is empty: name at least one run folder, runs=[out/demo/residual,out/demo/dar]")
-        if self.runs and (self.reference != TEACHER or self.real):
-            raise ValueError("reference and real are for folders without runs, which bring their own; leave them out")
+        if self.runs and self.reference != TEACHER:
+            raise ValueError("reference is for folders without runs, which bring their teacher; leave it out")
         if not self.runs and self.reference == TEACHER:
             raise ValueError("reference is the teacher of runs, but there are none: name a folder, reference=FOLDER")
         if len(self.metrics) > 1 and any(word in self.metrics for word in GENERAL):
@@ -89,6 +93,7 @@ class Inputs:
     colour_labels: set[int] | None
     class_names: dict[int, str]
     data_hash: str | None = None
+    prompts: dict[int, str] | None = None  # of the runs, by number, as far as their texts are known; None for labels
     bench: Bench | None = None  # None without networks
 
     @property
@@ -102,7 +107,8 @@ def sampled(cfg: ReportConfig, device: torch.device, ledger: Ledger, processes: 
     teacher = arms.Teacher.of(read[0], device)
     arms.require_teacher(read, teacher.weights)
     bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
-    data = ledger.attempt("against real images", "", lambda: open_fitting(read[0].cfg.data, bench, teacher.label_names))
+    given = named_real(cfg.real, bench) if cfg.real else None
+    data = None if given else data_of(read[0].cfg, bench, teacher, ledger)
     if processes.main:
         print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
     real = None if data is None else read_real(data, bench)
@@ -114,11 +120,35 @@ def sampled(cfg: ReportConfig, device: torch.device, ledger: Ledger, processes: 
         made[arm.name] = ledger.attempt("every metric", arm.name, call)
     read = [arm for arm in read if made[arm.name] is not None]
     sets += [made[arm.name] for arm in read]
-    names = dict(enumerate(real.label_names if real else teacher.label_names))
+    prompts = prompts_of(teacher, reference)
+    reference, *sets = (as_prompted(one, prompts) for one in (reference, *sets))
+    names = dict(enumerate(real.label_names if real else teacher.label_names)) or prompts or {}
+    common = {"prompts": prompts, "bench": bench}
     if real is None:
         fit = teacher.sample_set(replace(bench, seed=bench.seed + 1), cfg.solver_steps)
-        return Inputs(reference, None, sets, read, (fit.first(cfg.n), fit.labels), OWN, None, names, bench=bench)
-    return Inputs(reference, real.reference, sets, read, real.fit, CROPS, real.colour_labels, names, real.hash, bench)
+        shown = given and as_prompted(given, prompts)
+        return Inputs(reference, shown, sets, read, (fit.first(cfg.n), fit.labels), OWN, None, names, **common)
+    shown, colour = as_prompted(real.reference, prompts), real.colour_labels
+    return Inputs(reference, shown, sets, read, real.fit, CROPS, colour, names, real.hash, **common)
+
+
+def as_prompted(one: ImageSet, prompts: dict[int, str] | None) -> ImageSet:
+    """The set, whose labels are numbers of the runs' prompts unless it names them itself."""
+    return one if prompts is None or one.names else replace(one, names=prompts, prompted=True)
+
+
+def data_of(cfg: DistillConfig, bench: Bench, teacher: arms.Teacher, ledger: Ledger) -> Source | None:
+    """The run's data where they can stand beside the samples; nobody asked for those that it names by default."""
+    asked = cfg.needs_data or cfg.data.name != DataConfig().name
+    return ledger.attempt("against real images", "", lambda: open_fitting(cfg.data, bench, teacher.loaded), asked)
+
+
+def prompts_of(teacher: arms.Teacher, reference: ImageSet) -> dict[int, str] | None:
+    """The texts of the prompts that occur, as far as they are known; None for a teacher of labels."""
+    if teacher.prompts is None:
+        return None
+    texts = teacher.prompts.texts()
+    return {label: texts[label] for label in reference.labels.unique().tolist()} if texts else {}
 
 
 def opened(cfg: ReportConfig) -> Inputs:
@@ -301,7 +331,7 @@ def report(cfg: ReportConfig) -> None:
     inputs = sampled(cfg, device, ledger, processes) if cfg.runs else opened(cfg)
     for folder in cfg.images:
         one = ledger.attempt("every metric", folder, lambda folder=folder: read_set(folder))
-        inputs.sets.extend([one] if one is not None else [])
+        inputs.sets.extend([as_prompted(one, inputs.prompts)] if one is not None else [])
     if processes.main:
         print_left_out(inputs)
     sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device)

@@ -38,6 +38,8 @@ class ImageSet:
     facts: dict[str, Any] = field(default_factory=dict)  # JSON-able: evaluations, updates, parameters, ...
     generator: Generator | None = field(default=None, repr=False, compare=False)  # what made them, for its cost
     latents: Tensor | None = field(default=None, repr=False, compare=False)  # (N, C, h, w) that they were decoded from
+    names: dict[int, str] = field(default_factory=dict, repr=False)  # of the labels, where the set itself says so
+    prompted: bool = False  # whether these names are the prompts that the images were made from
 
     @cached_property
     def stream(self) -> ImageStream:
@@ -67,29 +69,32 @@ class ImageSet:
 def read_set(path: str, role: Role = "images") -> ImageSet:
     """The set named after a folder of PNG or npy files, or after an npy file.
 
-    Its classes are those of a samples.json, as dmd_dar.sample writes it, where one lies beside the images; its facts
-    say what else lies there. UnfitError as for `open_images`.
+    Its classes and their names are those of a samples.json, as dmd_dar.sample writes it, where one lies beside the
+    images; its facts say what else lies there. UnfitError as for `open_images`.
     """
     stream = open_images(path)
     small = 3 * stream.count * stream.size[0] * stream.size[1] <= IN_MEMORY
-    labels = _labels(Path(path) / SAMPLES, stream.count)
+    labels, names, prompted = _described(Path(path) / SAMPLES, stream.count)
     images = stream.all() if small else stream
     facts = {"folder": str(path)} | ({"left_out": stream.others} if stream.others else {})
-    return ImageSet(stream.name, images, labels, role, paired=False, facts=facts)
+    return ImageSet(stream.name, images, labels, role, paired=False, facts=facts, names=names, prompted=prompted)
 
 
-def _labels(path: Path, count: int) -> Tensor | None:
+def _described(path: Path, count: int) -> tuple[Tensor | None, dict[int, str], bool]:
+    """What a samples.json says: the labels, the names of those that have one, and whether these are prompts."""
     if not path.is_file():
-        return None
+        return None, {}, False
     try:
-        labels = json.loads(path.read_bytes())["labels"]  # bytes: of whatever encoding JSON is written in
+        said = json.loads(path.read_bytes())  # bytes: of whatever encoding JSON is written in
+        labels = said["labels"]
         if not isinstance(labels, list) or not all(type(label) is int and abs(label) < NO_LABEL for label in labels):
             raise ValueError("labels are integers, one for each image")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = {int(label): str(name) for label, name in said.get("names", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnfitError(f"{path}: no list of labels ({error}); make the samples anew or remove the file") from error
     if len(labels) != count:
         raise UnfitError(f"{path}: {len(labels)} labels for {count} images; make the samples anew")
-    return torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(labels, dtype=torch.int64), names, said.get("prompted") is True
 
 
 def validate(one: ImageSet, reference: ImageSet) -> None:

@@ -78,6 +78,32 @@ def test_only_the_usual_weights_give_a_published_score(folder):
     assert found["comparable_to_published"]
 
 
+@pytest.mark.parametrize(
+    ("own", "prompted", "template", "read"),
+    [
+        ({}, False, "", ["a photo of a cat", "a photo of two cats", "a photo of a cat"]),
+        ({0: "x", 1: "y"}, False, "", ["a photo of x", "a photo of y", "a photo of x"]),
+        ({0: "x", 1: "y"}, True, "", ["x", "y", "x"]),
+        ({0: "x", 1: "y"}, True, "a drawing of {}", ["a drawing of x", "a drawing of y", "a drawing of x"]),
+        ({}, True, "noise", ["noise"] * 3),
+        ({}, True, "", "the text of prompt 0 is not known; encode its prompts again, or set prompt"),
+        ({0: "x"}, False, "", "the name of class 1 is not known; name classes in its samples.json"),
+    ],
+)
+def test_every_image_is_scored_with_what_it_was_made_from(monkeypatch, own, prompted, template, read):
+    seen = []
+
+    def scored(clip, images, prompts):
+        seen.extend(prompts)
+        return perceptual.ClipScore(1.0, np.ones(len(images)), {})
+
+    monkeypatch.setattr(perceptual, "clip_score", scored)
+    one = ImageSet("a", noise(3, 3, 32, 32), torch.tensor([0, 1, 0]), "student", True, names=own, prompted=prompted)
+    ledger = Ledger()
+    distances.alone(one, Suite((), clip="clip", prompt=template), {0: "a cat", 1: "two cats"}, 0, ledger)
+    assert seen == read or (not seen and read in ledger.skipped[0].reason)
+
+
 def test_a_hub_name_is_looked_for_here_first(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setenv(weights.VARIABLE, str(tmp_path))

@@ -268,7 +268,7 @@ def test_metrics_with_weights_stand_beside_the_others(sets, tmp_path, monkeypatc
     ledger, known = Ledger(), str(tmp_path / "known.npz")
     fit = sets["real"].images, None
     asked = prepare(("fid", "lpips", "clip"), fit, 0, ledger, Sources(), "a photo of {}", known)
-    measured = measure([sets["residual"]], sets["teacher"], sets["real"], set(), 0, {0: "x"}, asked, ledger)
+    measured = measure([sets["residual"]], sets["teacher"], sets["real"], set(), 0, NAMES, asked, ledger)
     assert {one.metric for one in ledger.skipped if one.requested} == {"precision and recall"} and not asked.small
     one = row(measured, "residual")
     assert one["against"]["real"]["fid"]["comparable_to_published"]
@@ -280,6 +280,9 @@ def test_metrics_with_weights_stand_beside_the_others(sets, tmp_path, monkeypatc
     assert one["clip"]["value"] == 1.0 and one["clip"]["standard_error"] == 0.0
     metrics = {number.metric for number in numbers(measured) if number.name == "residual"}
     assert {"fid", "fid_npz", "kid.fid", "lpips_paired", "lpips_diversity", "clip"} <= metrics
+
+
+NAMES = {0: "x", **{label: str(label) for label in range(1, 7)}}
 
 
 def scored(clip, images, prompts):

@@ -280,7 +280,7 @@ def test_the_flag_is_the_key(monkeypatch, folders):
     "argv, message",
     [
         (["images=[{ours}]"], "reference is the teacher of runs, but there are none"),
-        (["runs=[{ours}]", "real={ours}"], "leave them out"),
+        (["runs=[{ours}]", "reference={ours}"], "leave it out"),
         (["runs=[{ours}]", "metrics=[auto,fid]"], "alone"),
         (["runs=[{ours}]", "metrics=[fld]"], "one of auto, offline, fid"),
         (["runs=[{ours}]", "statistics=/nowhere.npz"], "no such file"),
