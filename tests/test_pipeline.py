@@ -177,7 +177,7 @@ class Replayed:
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["flow", "dit"])
 def test_the_saved_scheduler_steps_as_our_sampler_does(tmp_path, prediction):
-    """With the rungs given by hand; for a chain at whole timesteps, which are all that LCMScheduler knows."""
+    """With the rungs of a chain given by hand, whole timesteps, which are all that LCMScheduler knows."""
     import diffusers
 
     meaning, network = MEANINGS[prediction], tiny_sit(replace(TINY, input_size=16)).eval()
@@ -188,7 +188,7 @@ def test_the_saved_scheduler_steps_as_our_sampler_does(tmp_path, prediction):
     said = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     scheduler = getattr(diffusers, said["_class_name"]).from_pretrained(tmp_path, subfolder="scheduler")
     if prediction == "flow":
-        scheduler.set_timesteps(sigmas=scheduler.config.rungs)
+        scheduler.set_timesteps(len(rungs))
     else:
         assert scheduler.config.rung_timesteps == [999, 700, 300]
         scheduler.set_timesteps(timesteps=scheduler.config.rung_timesteps)

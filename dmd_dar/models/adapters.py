@@ -1,7 +1,8 @@
 """A LoRA student apart from its base: an adapter in peft's form, and beside it its routers and whose adapter it is.
 
 adapter_config.json, adapter_model.safetensors    as peft reads and writes them
-routers.safetensors                               of a routed student
+pytorch_lora_weights.safetensors                  the same for diffusers' load_lora_weights and load_lora_adapter
+routers.safetensors                               of a routed student, whose adapter peft and diffusers refuse
 adapter.json                                      the card, the base's hash, the routing, the merged network's hash,
                                                   a SiT's attention heads
 """
@@ -29,20 +30,29 @@ from dmd_dar.routing.layout import RoutingConfig
 
 FORMAT, CARD = 1, "adapter.json"
 CONFIG, WEIGHTS, ROUTERS = "adapter_config.json", "adapter_model.safetensors", "routers.safetensors"
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # which its loaders choose among the files of a folder
 PEFT = "base_model.model."  # before the names of the base's layers
-OURS = "transformer."  # before those of a diffusers transformer, in our wrapper
+OURS = "transformer."  # before those of a diffusers transformer, in our wrapper and in diffusers' files
+LORA = "LORA"  # peft's type of an adapter
+BARRIER = "it has routers, load it with dmd_dar's load_pipeline"  # where peft and diffusers look, and then quote it
 
 
 def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: str) -> None:
     """Fill an empty folder. `digest` is the merged network's, card.origin["teacher"] the base's."""
-    layers, (rank, alpha) = _layers(student), _size(student)
-    weights = {f"{PEFT}{name}.lora_A.weight": layer.lora.A for name, layer in layers.items()}
-    weights |= {f"{PEFT}{name}.lora_B.weight": layer.lora.B for name, layer in layers.items()}
-    config = {"peft_type": "LORA", "base_model_name_or_path": None, "r": rank, "lora_alpha": alpha, "bias": "none"}
-    config |= {"target_modules": sorted(layers), "lora_dropout": 0.0, "inference_mode": True}
-    write_atomic(make_folder(folder) / WEIGHTS, _bytes(weights))
-    write_atomic(folder / CONFIG, json.dumps(config, indent=1))
-    if routers := _routers(student):
+    layers, routers = _layers(student), _routers(student)
+    updates = {f"{name}.lora_A.weight": layer.lora.A for name, layer in layers.items()}
+    # The scale is part of B: load_lora_adapter takes 1 whatever a configuration beside the file says.
+    updates |= {f"{name}.lora_B.weight": layer.lora.scale * layer.lora.B for name, layer in layers.items()}
+    rank, kind = len(next(iter(updates.values()))), BARRIER if routers else LORA
+    config = {"peft_type": kind, "base_model_name_or_path": None, "r": rank}
+    config |= {"lora_alpha": rank, "bias": "none", "target_modules": sorted(layers), "lora_dropout": 0.0}
+    write_atomic(make_folder(folder) / WEIGHTS, _bytes({_prefix(kind) + name: x for name, x in updates.items()}))
+    write_atomic(folder / CONFIG, json.dumps({**config, "inference_mode": True}, indent=1))
+    if hasattr(getattr(student.network, "transformer", None), "load_lora_adapter"):
+        if routers:
+            updates = {f"{BARRIER}.lora_{part}.weight": torch.zeros(1, 1) for part in "AB"}
+        write_atomic(folder / DIFFUSERS, _bytes({OURS + name: x for name, x in updates.items()}))
+    if routers:
         write_atomic(folder / ROUTERS, _bytes(routers))
     said = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
     said |= {"routing": asdict(student.config.routing), "heads": getattr(student.config, "heads", 0)}
@@ -89,7 +99,7 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
             raise ValueError(f"its format is not {FORMAT}")
         card, trained_on, routing = card_from_dict(said["card"]), str(said["base"]), RoutingConfig(**said["routing"])
         targets = tuple(str(name) for name in size["target_modules"])
-        lora = LoraConfig(int(size["r"]), float(size["lora_alpha"]), targets)
+        lora, kind = LoraConfig(int(size["r"]), float(size["lora_alpha"]), targets), str(size["peft_type"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
     digest = base.digest_with(card.origin.get("prompts_hash", ""))
@@ -100,10 +110,8 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
         )
     routed = with_routing if isinstance(base.network, SiT) else routed_copy
     student = LoraDenoiser(routed(base.network, routing, True), lora)  # type: ignore[arg-type]
-    layers = _layers(student)
-    own = {
-        f"{PEFT}{name}.lora_{part}.weight": getattr(layer.lora, part) for name, layer in layers.items() for part in "AB"
-    }
+    layers, before = _layers(student).items(), _prefix(kind)
+    own = {f"{before}{name}.lora_{part}.weight": getattr(x.lora, part) for name, x in layers for part in "AB"}
     _fill(folder / WEIGHTS, own)
     if routers := _routers(student):
         _fill(folder / ROUTERS, routers)
@@ -128,10 +136,9 @@ def _layers(student: LoraDenoiser) -> dict[str, Any]:
     return {name.removeprefix(OURS): x for name, x in named if isinstance(getattr(x, "lora", None), Lora)}
 
 
-def _size(student: LoraDenoiser) -> tuple[int, float]:
-    """(rank, alpha), the same for all layers."""
-    lora = next(iter(_layers(student).values())).lora
-    return len(lora.A), lora.scale * len(lora.A)
+def _prefix(kind: str) -> str:
+    """What stands before a layer's name in WEIGHTS: of an adapter that is none of peft's, no layer has that name."""
+    return PEFT if kind == LORA else f"{PEFT}{kind}."
 
 
 def _routers(student: LoraDenoiser) -> dict[str, nn.Parameter]:

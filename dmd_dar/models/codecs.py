@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.diffusers_denoiser import read_json
-from dmd_dar.models.hub import VAE_FILES, resolve
+from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, resolve, variant_of
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
 CHUNK = 8  # images at a time through the VAE, whose activations are far larger than a denoiser's
@@ -108,9 +108,10 @@ def load_codec(path: str, revision: str = "") -> Codec:
     name = read_json(folder / "config.json").get("_class_name")
     if name not in (None, *CLASSES):
         raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(CLASSES)}")
+    given = {"variant": variant_of(folder, DIFFUSERS), "use_safetensors": True, "local_files_only": True}
     try:
         vae, info = getattr(diffusers, name or CLASSES[0]).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            folder, low_cpu_mem_usage=False, output_loading_info=True, **given
         )
         faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
         if faults:

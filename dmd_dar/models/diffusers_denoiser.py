@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
+from dmd_dar.models.hub import DIFFUSERS, variant_of
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.routing.attach import attach, load_routed
 from dmd_dar.routing.folder import FORM
@@ -163,10 +164,10 @@ def _load_plain(folder: Path, prompts: Prompts | None) -> Any:
             f"{folder} holds no safetensors; pickled weights are not read: name a revision that has them, or save the"
             " pipeline again with diffusers' save_pretrained (safetensors is its default)"
         )
+    given = {"variant": variant_of(folder, DIFFUSERS), "use_safetensors": True, "local_files_only": True}
     try:
-        kind = getattr(diffusers, name)
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        model, info = getattr(diffusers, name).from_pretrained(
+            folder, low_cpu_mem_usage=False, output_loading_info=True, **given
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"{folder}: diffusers cannot load it: {error}") from error

@@ -12,6 +12,7 @@ FILES = ("*.json", "diffusion_pytorch_model*.safetensors", "model.safetensors")
 VAE_FILES = ("vae/*.safetensors",)
 TEXT_FILES = ("text_encoder*/*.safetensors", "tokenizer*/*.model", "tokenizer*/merges.txt")
 TEACHER_FILES = ("transformer/*.safetensors", *VAE_FILES)
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # how their files of weights begin
 
 
 def resolve(path: str, revision: str = "", more: tuple[str, ...] = TEACHER_FILES) -> Path:
@@ -54,6 +55,28 @@ def _snapshot(name: str, revision: str, more: tuple[str, ...]) -> Path:
             )
             remedy += " copy the folder here and name its path"
         raise MissingWeightsError(f"{at}: {remedy} ({type(error).__name__})") from error
+
+
+def variant_of(folder: Path, stem: str) -> str | None:
+    """The variant ("fp16") of a folder's safetensors, as from_pretrained takes it; None where the plain ones are there.
+
+    `stem` is DIFFUSERS or TRANSFORMERS. Raises MissingWeightsError, naming what is there, where it is neither or where
+    there are several variants, of which none is the plain one.
+    """
+    names = sorted(file.name for file in folder.iterdir())
+    if {f"{stem}.safetensors", f"{stem}.safetensors.index.json"} & {*names}:
+        return None
+    form = re.compile(rf"{stem}\.(\w+)\.safetensors|{stem}\.safetensors\.index\.(\w+)\.json")
+    found = sorted({match.group(match.lastindex or 0) for match in map(form.fullmatch, names) if match})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise MissingWeightsError(
+            f"{folder} holds no {stem}.safetensors but the variants {', '.join(found)}, and which one is meant is"
+            f" unknown: save it as a plain one, from_pretrained(..., variant={found[0]!r}).save_pretrained(NEW_FOLDER)"
+        )
+    held = ", ".join(name for name in names if name.endswith((".safetensors", ".index.json")))
+    raise MissingWeightsError(f"{folder} holds no {stem}.safetensors but {held}: rename it, or restore the folder")
 
 
 def files_hash(files: list[Path], *more: str) -> str:

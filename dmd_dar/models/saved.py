@@ -29,7 +29,7 @@ from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transforme
 from dmd_dar.models.families import FixedInputs
 from dmd_dar.models.hub import files_hash
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.schedulers import scheduler_config
+from dmd_dar.models.schedulers import faults_of, scheduler_config
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.layout import RoutingConfig
@@ -191,9 +191,8 @@ def _checked(folder: Path, described: dict[str, Any]) -> Saved:
     """Today's form, whose parts must have been saved together."""
     latent, digest = described.pop("vae"), described.pop("network")
     card, file = card_from_dict(described), folder / "scheduler" / "scheduler_config.json"
-    theirs, ours = read_json(file), scheduler_config(meaning_of(card.prediction), card.rungs, card.sampler)
-    if wrong := [name for name, value in ours.items() if theirs.get(name) != value]:
-        told = ", ".join(f"{name} = {theirs.get(name)} where {CARD} says {ours[name]}" for name in wrong)
+    if wrong := faults_of(read_json(file), meaning_of(card.prediction), card.rungs, card.sampler):
+        told = ", ".join(f"{name} = {theirs} where {CARD} says {ours}" for name, (theirs, ours) in wrong.items())
         raise DamagedFileError(f"{file}: {told}; one of them belongs to another network: restore the whole folder")
     if _hash(folder, card) != digest:
         raise DamagedFileError(

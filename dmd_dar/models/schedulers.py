@@ -1,56 +1,150 @@
 """The scheduler beside a network, in diffusers' words: its chain and a student's rungs, written and read.
 
-No class of diffusers keeps a list of timesteps in its configuration. So the rungs stand under names of their own,
-which diffusers hands through as `scheduler.config.rungs` and `.rung_timesteps`, for `set_timesteps(sigmas=...)` and
-`set_timesteps(timesteps=...)`.
+No class of diffusers keeps a list of timesteps in its configuration. A flow student's rungs are written as that curve
+of FlowMatchLCMScheduler which passes through them, where one does; those of a chain of whole timesteps have to be
+handed over. What diffusers would sample at other rungs, or by another sampler, it is made to refuse.
+The rungs also stand under names of their own: `scheduler.config.trained_at`; `.rungs` and `.rung_timesteps` of a chain.
 """
 
-from typing import Any, Literal
+import inspect
+import math
+from typing import Any
 
 import torch
 
-from dmd_dar.flow import Schedule
+from dmd_dar.flow import Sampler, Schedule, shift_time
 from dmd_dar.models.denoiser import Meaning
 
 PREDICTED = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+# diffusers' classes whose configuration says how a network is asked: on the linear flow, or on a chain of betas.
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+CHAINS = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler")
+CHAINS += ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "PNDMScheduler")
+CHAINS += ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler")
+CHAINS += ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "SASolverScheduler")
+CHAINS += ("TCDScheduler", "UniPCMultistepScheduler")
+REFUSED = "no scheduler of diffusers samples at this student's rungs: use dmd_dar.load_pipeline; this one"
+CLOSE = 1e-5  # how far a curve may pass a rung by; a hundredth of one of a thousand timesteps
 
 
 def scheduler_config(
-    meaning: Meaning, rungs: tuple[float, ...] = (), sampler: Literal["stochastic", "deterministic"] = "stochastic"
+    meaning: Meaning, rungs: tuple[float, ...] = (), sampler: Sampler = "stochastic"
 ) -> dict[str, Any]:
-    """scheduler_config.json of a network of that meaning.
+    """scheduler_config.json of a network of that meaning, of a student with `rungs` and of a teacher without."""
+    if meaning.schedule is not None:
+        return _chain(meaning, meaning.schedule, rungs, sampler)
+    steps = int(meaning.time_scale) if meaning.time_scale > 1 else 1000
+    euler: dict[str, Any] = {"_class_name": FLOWS[0], "num_train_timesteps": steps, "shift": 1.0}
+    if meaning.reversed:
+        euler["invert_sigmas"] = True
+    if not rungs:
+        return euler
+    # Not named "rungs", as before: sigmas that a user hands over are shifted once more, so it must not be those.
+    said = {**euler, "stochastic_sampling": sampler == "stochastic", "trained_at": list(rungs)}
+    curve = None if meaning.reversed or (sampler != "stochastic" and len(rungs) > 1) else _curve(rungs, steps)
+    if curve is None:  # the flow classes fail at the last key, the others at beta_schedule, which they quote
+        said |= {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": PREDICTED["flow"]}
+        return {**said, "use_flow_sigmas": True, "beta_schedule": REFUSED, "time_shift_type": REFUSED}
+    # A factor for each step but the last, so that another number of steps fails; FluxPipeline would pass a grid of its
+    # own but for use_flow_sigmas.
+    same_size = {"scale_factors": [1.0] * (len(rungs) - 1), "upscale_mode": "nearest", "use_flow_sigmas": True}
+    return {**said, "_class_name": "FlowMatchLCMScheduler", **same_size, **curve}
 
-    A flow student has the Euler scheduler, which with `stochastic_sampling` and sigmas = rungs re-noises as
-    `rollout.sample` does. A student of a chain of discrete steps has LCMScheduler, which re-noises too, but knows whole
-    timesteps only; its one original step makes it refuse to choose several timesteps by itself.
+
+def _curve(rungs: tuple[float, ...], steps: int) -> dict[str, Any] | None:
+    """The keys with which FlowMatchLCMScheduler's grid of len(rungs) points falls on the rungs; None if none do.
+
+    The grid is even from 1 to s_min, shifted by s (flow.shift_time) and stretched linearly to end at the last rung;
+    s_min is 1 / steps, shifted likewise. One rung: all of the grid stands at 1.
     """
-    if meaning.schedule is None:
-        steps = int(meaning.time_scale) if meaning.time_scale > 1 else 1000
-        euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": steps, "shift": 1.0}
-        few = {"stochastic_sampling": sampler == "stochastic", "rungs": list(rungs)}
-        return {**euler, **few} if rungs else euler
-    chain = meaning.schedule
-    shape = {"num_train_timesteps": chain.steps, "beta_schedule": BETAS[chain.betas]}
+    if len(rungs) == 1:
+        return {"use_exponential_sigmas": True, "sigma_min": 1.0, "sigma_max": 1.0}
+    wanted = torch.tensor(rungs, dtype=torch.float64)
+
+    def grid(shift: float) -> torch.Tensor:
+        last = shift_time(torch.tensor(1 / steps, dtype=torch.float64), shift).item()
+        fall = 1 - shift_time(torch.linspace(1, last, len(rungs), dtype=torch.float64), shift)
+        return 1 - fall * (1 - rungs[-1]) / fall[-1]
+
+    low, high = -10.0, 10.0  # of log s; every point but the ends rises with s
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if grid(math.exp(middle))[1] > wanted[1] else (middle, high)
+    for shift in (1.0, math.exp(low)):  # without a shift, rungs that are handed over stay themselves
+        if (grid(shift) - wanted).abs().max() <= CLOSE:
+            return {"shift": shift, "shift_terminal": rungs[-1]}
+    return None
+
+
+def _chain(meaning: Meaning, chain: Schedule, rungs: tuple[float, ...], sampler: Sampler) -> dict[str, Any]:
+    """LCMScheduler for a student, which re-noises as `rollout.sample` does, at whole timesteps.
+
+    It chooses one timestep, the last, by itself, and only where that is the rung: its number of original steps makes it
+    refuse to choose, and for a student that does not re-noise to sample at all.
+    """
+    shape: dict[str, Any] = {"num_train_timesteps": chain.steps, "beta_schedule": BETAS[chain.betas]}
     shape |= {"beta_start": chain.start, "beta_end": chain.end, "clip_sample": False}
     shape["prediction_type"] = PREDICTED[meaning.predicts]
     if not rungs:
         return {"_class_name": "DDIMScheduler", **shape, "set_alpha_to_one": False}
     timesteps = chain.timestep(torch.tensor(rungs, dtype=torch.float64)).round().long().tolist()
-    few = {"original_inference_steps": 1, "rungs": list(rungs), "rung_timesteps": timesteps}
+    original = 1 if len(rungs) == 1 else -1 if sampler == "stochastic" else chain.steps + 1
+    few = {"original_inference_steps": original, "rungs": list(rungs), "rung_timesteps": timesteps}
     return {"_class_name": "LCMScheduler", **shape, **few}
 
 
+def faults_of(
+    scheduler: dict[str, Any], meaning: Meaning, rungs: tuple[float, ...], sampler: Sampler
+) -> dict[str, tuple[Any, Any]]:
+    """(value, expected value) of each key of a saved scheduler that is none of this network's; empty for its own.
+
+    What earlier versions wrote, which diffusers sampled at rungs of its choice, is the network's own too.
+    """
+    today = scheduler_config(meaning, rungs, sampler)
+    if meaning.schedule is None:
+        before = {"_class_name": FLOWS[0], "num_train_timesteps": today["num_train_timesteps"], "shift": 1.0}
+        before |= {"stochastic_sampling": sampler == "stochastic", "rungs": list(rungs)} if rungs else {}
+    else:
+        before = {**today, "original_inference_steps": 1} if rungs else today
+    forms = [{name: (scheduler.get(name), value) for name, value in form.items()} for form in (today, before)]
+    faults = [{name: pair for name, pair in form.items() if not _same(*pair)} for form in forms]
+    return min(faults, key=len)
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Up to the rounding of another machine, of a shift that was found there."""
+    numbers = isinstance(value, float) and isinstance(expected, float)
+    return math.isclose(value, expected, rel_tol=1e-6) if numbers else value == expected
+
+
 def meaning_of_scheduler(scheduler: dict[str, Any]) -> Meaning:
-    """How the network is asked, by diffusers' scheduler_config.json. Raises ValueError for what is not known here."""
-    name, steps = str(scheduler.get("_class_name", "")), int(scheduler.get("num_train_timesteps", 1000))
-    kind, shape = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
-    if name.startswith("FlowMatch") or kind == PREDICTED["flow"]:
-        return Meaning("flow", time_scale=float(steps))
+    """How the network is asked, by diffusers' scheduler_config.json, whose missing keys have its class's defaults.
+
+    Raises ValueError, naming the class or the key, for what is not known here. Keys that decide only where a sampler
+    asks (spacing, shifts, Karras' and other sigmas, clipping) are not looked at.
+    """
+    name = str(scheduler.get("_class_name", "DDIMScheduler"))
+    if name not in (*FLOWS, *CHAINS):
+        raise ValueError(f"{name} is not known, so what the network predicts is unknown; known are {FLOWS + CHAINS}")
+    said = {**_defaults(name), **scheduler}
+    steps, kind = int(said["num_train_timesteps"]), said.get("prediction_type", PREDICTED["flow"])
     predicted, betas = ({theirs: ours for ours, theirs in words.items()} for words in (PREDICTED, BETAS))
-    if kind not in predicted or shape not in betas:
+    if name in FLOWS or said.get("use_flow_sigmas"):
+        if kind not in (PREDICTED["flow"], PREDICTED["eps"], PREDICTED["x0"]):
+            raise ValueError(f"prediction_type {kind!r} on the linear flow is not known")
+        return Meaning(predicted[kind], None, float(steps), bool(said.get("invert_sigmas")))  # type: ignore[arg-type]
+    shape = said["beta_schedule"]
+    if kind not in predicted or kind == PREDICTED["flow"] or shape not in betas:
         raise ValueError(f"prediction_type {kind!r} with beta_schedule {shape!r} is not known")
-    if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError("trained_betas and rescale_betas_zero_snr are not known")
-    start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
-    return Meaning(predicted[kind], Schedule(betas[shape], steps, float(start), float(end)))  # type: ignore[arg-type]
+    for key, usual in {"trained_betas": None, "rescale_betas_zero_snr": False, "timestep_type": "discrete"}.items():
+        if said.get(key, usual) not in (usual, None):
+            raise ValueError(f"{key} = {said[key]!r} is not known")
+    return Meaning(predicted[kind], Schedule(betas[shape], steps, float(said["beta_start"]), float(said["beta_end"])))  # type: ignore[arg-type]
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    return {given.name: given.default for given in parameters if given.default is not given.empty}

@@ -30,6 +30,9 @@ from dmd_dar.models.schedulers import meaning_of_scheduler
 from dmd_dar.models.sit import PRESETS, SiT, SiTConfig, sin_cos_positions
 
 LABELS = "y_embedder.embedding_table.weight"  # of the public weights: a row for each class, then the unconditional one
+# Parts of names that wrappers of torch put in: DDP and its averages, torch.compile, FSDP, checkpointing.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+COUNTER = "n_averaged"  # of torch's AveragedModel, no weight
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
     if file.is_file():
         try:
             meaning = meaning_of_scheduler(read_json(file))
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(f"{file}: {error}") from error
     prediction = _stated(config, meaning, file)
     folder, names = place / "transformer", {"codec": vae_of(place)}
@@ -265,7 +268,8 @@ def _public(file: Path, config: TeacherConfig) -> Teacher:
 def public_weights(file: Path) -> dict[str, Tensor]:
     """The averaged weights of a public checkpoint: its `ema` entry if it has one, else the file's own tensors.
 
-    Raises DamagedFileError for a file that is none, UserError for one that needs unpickling.
+    Under the network's own names, whatever wrappers it was saved in. Raises DamagedFileError for a file that is none
+    or holds one weight under two names, UserError for one that needs unpickling.
     """
     try:
         if file.suffix == ".safetensors":
@@ -286,7 +290,19 @@ def public_weights(file: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         held = sorted(map(str, found))[:8] if isinstance(found, dict) else type(found).__name__
         raise DamagedFileError(f"{file} holds neither `ema` nor the weights themselves, but {held}")
-    return {str(name).removeprefix("module."): value for name, value in weights.items()}
+    return _unwrapped(weights, file)
+
+
+def _unwrapped(weights: dict[Any, Tensor], file: Path) -> dict[str, Tensor]:
+    """The weights by their names without WRAPPERS, which may stand anywhere in a name."""
+    bare: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        own = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+        if own in bare:
+            raise DamagedFileError(f"{file} holds {own} twice, once as {name}: save the weights of one network alone")
+        if own != COUNTER:
+            bare[own] = value
+    return bare
 
 
 def public_shape(weights: dict[str, Tensor], heads: int, file: Path) -> SiTConfig:

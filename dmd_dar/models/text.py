@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.diffusers_denoiser import read_json
-from dmd_dar.models.hub import TEXT_FILES, files_hash, resolve
+from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, resolve, variant_of
 
 # The pipelines whose prompts are known, and the most tokens that they read where nothing else is asked for.
 PIPELINES = {
@@ -119,9 +119,10 @@ def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
 
     if not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(f"{folder} holds no safetensors; pickled weights are not read")
+    given = {"variant": variant_of(folder, TRANSFORMERS), "use_safetensors": True, "local_files_only": True}
     try:
         model, info = getattr(transformers, name).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, output_loading_info=True, **given
         )
     except LOADING as error:
         raise DamagedFileError(f"{folder}: transformers cannot load it: {error}") from error

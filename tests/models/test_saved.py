@@ -167,10 +167,10 @@ def test_rungs_that_card_and_scheduler_do_not_share_are_refused(tmp_path):
     save_network(tmp_path, network(), CARD)
     file = tmp_path / "scheduler" / "scheduler_config.json"
     said = json.loads(file.read_text())
-    assert said["rungs"] == list(CARD.rungs)
-    said["rungs"][1] *= 1.003
+    assert said["trained_at"] == list(CARD.rungs)
+    said["trained_at"][1] *= 1.003
     file.write_text(json.dumps(said))
-    with pytest.raises(DamagedFileError, match=rf"{file}: rungs = \[1.0, 0.9027.* where denoiser.json says \[1.0, 0.9"):
+    with pytest.raises(DamagedFileError, match=rf"{file}: trained_at = \[1.0, 0.9027.* where .*json says \[1.0, 0.9"):
         load_network(tmp_path)
 
 
