@@ -7,6 +7,7 @@ code 2. The dataclasses belong to the components (declared with `keys.key`); onl
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 import typing
@@ -28,6 +29,7 @@ COMMAND_LINE = "command line"
 DEFAULTS = "defaults"
 # What the YAML constructors raise on text like `!!int x`, beside their own errors.
 UNREADABLE = (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, AttributeError)
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 FLAGS = ("--help", "-h", "--dry-run")
 
 
@@ -115,20 +117,42 @@ def run_job(
 
 
 def _override(name: str, text: str) -> Layer:
-    """`a.b.c=text` as a layer; the text is read as YAML, as OmegaConf reads a dotlist."""
+    """`a.b.c=text` as a layer; the text is read as YAML without comments, as OmegaConf reads a dotlist."""
     if "${" in name:
         raise ConfigError(f"{name} ({COMMAND_LINE}): interpolations are refused; write the key out")
-    _compose(text, COMMAND_LINE, name)
-    try:
-        read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except UNREADABLE as error:
-        raise ConfigError(f"{name} = {shown(text)} ({COMMAND_LINE}): {_yaml_problem(error)}; quote it") from error
-    value = typing.cast(dict, read)["value"] if text else ""
+    value = _uncommented(name, text) if text else ""
     *sections, last = name.split(".")
     values: dict[str, Any] = {last: value}
     for section in reversed(sections):
         values = {section: values}
     return Layer(COMMAND_LINE, values)
+
+
+def _uncommented(name: str, text: str) -> Any:
+    """The YAML value of `text`, in which no # starts a comment; plain text that YAML would cut short is refused."""
+    stand_in = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text)  # of private use, so plain
+    held = text.replace("#", stand_in)
+    try:
+        node = _compose(held, COMMAND_LINE, name)
+        value = typing.cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={held}"]), resolve=False))
+    except UNREADABLE as error:
+        told = str(error) if isinstance(error, ConfigError) else ""
+        told = told or f"{name} = {shown(held)} ({COMMAND_LINE}): {_yaml_problem(error)}; quote it"
+        raise ConfigError(told.replace(stand_in, "#").replace(ascii(stand_in)[1:-1], "#")) from error
+    value = _replaced(value["value"], stand_in)
+    if isinstance(node, yaml.ScalarNode) and node.style is None and isinstance(value, str) and value != text:
+        remedy = f"quote it: {name}='{json.dumps(text, ensure_ascii=False)}'"
+        raise ConfigError(f"{name} = {shown(text)} ({COMMAND_LINE}): YAML would read only {shown(value)}; {remedy}")
+    return value
+
+
+def _replaced(value: Any, stand_in: str) -> Any:
+    """The value with # again wherever `stand_in` took its place."""
+    if isinstance(value, dict):
+        return {_replaced(name, stand_in): _replaced(entry, stand_in) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_replaced(entry, stand_in) for entry in value]
+    return value.replace(stand_in, "#") if isinstance(value, str) else value
 
 
 def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
@@ -177,10 +201,20 @@ def _compose(text: str, where: str, name: str) -> yaml.Node | None:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         key = f"{name} = {shown(text)}" if name else "syntax"
-        raise ConfigError(f"{key} ({where}): {_yaml_problem(error)}; correct it, quoting special characters") from error
+        raise ConfigError(f"{key} ({where}): {_yaml_problem(error)}; {_syntax_remedy(error)}") from error
     if tree is not None:
         _refuse_nodes(tree, where, name, ())
     return tree
+
+
+def _syntax_remedy(error: yaml.YAMLError) -> str:
+    """For a character that YAML cannot hold quotes are none: bytes that are not UTF-8 come as lone surrogates."""
+    if not isinstance(error, yaml.reader.ReaderError):
+        return "correct it, quoting special characters"
+    code = ord(error.character) if isinstance(error.character, str) else error.character
+    if 0xD800 <= code <= 0xDFFF:
+        return "it is not UTF-8, which configurations are written in: rename it, or name it by a link in UTF-8"
+    return f'leave the character out, or write it as "\\u{code:04x}" within double quotes'
 
 
 def _refuse_nodes(node: yaml.Node, where: str, path: str, above: tuple[yaml.Node, ...]) -> None:
@@ -189,6 +223,8 @@ def _refuse_nodes(node: yaml.Node, where: str, path: str, above: tuple[yaml.Node
         raise ConfigError(f"{path} ({place}): the value contains itself; write it out without the alias")
     if isinstance(node, yaml.ScalarNode) and "${" in node.value:
         raise ConfigError(f"{path} = {shown(node.value)} ({place}): interpolations are refused; write the value out")
+    if isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and (problem := _odd_number(node.value)):
+        raise ConfigError(f"{path} = {node.value} ({place}): {problem}; or quote it if it is a text")
     if isinstance(node, yaml.SequenceNode):
         for entry in node.value:
             _refuse_nodes(entry, where, path, (*above, node))
@@ -199,6 +235,18 @@ def _refuse_nodes(node: yaml.Node, where: str, path: str, above: tuple[yaml.Node
                 key = f"the key {name.value}" if isinstance(name, yaml.ScalarNode) else "a key"
                 raise ConfigError(f"{path or 'config'} ({place}): {key} is not a string; quote it")
             _refuse_nodes(entry, where, f"{path}.{name.value}".lstrip("."), (*above, node))
+
+
+def _odd_number(text: str) -> str:
+    """What is wrong with a number that YAML 1.1 reads in another base than ten or sixteen, with the remedy."""
+    if ":" in text:
+        return f"YAML reads it in base 60, as {yaml.safe_load(text)}; write that"
+    digits, sign = text.lstrip("+-").replace("_", ""), "-" * text.startswith("-")
+    if digits[:2] in ("0b", "0B"):
+        return f"YAML reads it as binary, as {yaml.safe_load(text)}; write that"
+    if len(digits) > 1 and digits.isdecimal() and digits[0] == "0":
+        return f"YAML reads it as octal, as {yaml.safe_load(text)}; write {sign}{int(digits)} without the zero in front"
+    return ""
 
 
 def _yaml_problem(error: Exception) -> str:

@@ -174,6 +174,8 @@ def _type_remedy(value: Any, slot: Slot) -> str:
         return f"write {slot.path}=[{value}]"
     if int in kinds and isinstance(value, float) and value == value // 1:
         return f"write {int(value)}"
+    if isinstance(value, str) and int in kinds and value.startswith("0") and value.isdecimal():
+        return f"write {int(value)}, without the zero in front"
     if isinstance(value, str) and (int in kinds or float in kinds):
         return "write a number without quotes"
     return f"quote it: {slot.path}='\"{value}\"'" if str in kinds and value is not None else "see --help"

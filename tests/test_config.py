@@ -1,6 +1,7 @@
 """Each error a user can make in a configuration is one line with the key, the value, its place and the remedy."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -161,6 +162,79 @@ def test_a_bad_override_is_one_clear_line(argument: str, parts: list[str]) -> No
     text = message(GOOD, argument)
     for part in [*parts, "command line"]:
         assert part in text, text
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("out_dir=out/run #1", "out_dir", "out/run #1"),
+        ("note=#1", "note", "#1"),
+        ("note=a # b #c", "note", "a # b #c"),
+        ("note='a #b'", "note", "a #b"),
+        ('note="a #b"', "note", "a #b"),
+        ("runs=[tests, '#']", "runs", ("tests", "#")),
+        ("runs=[tests #1, docs]", "runs", ("tests #1", "docs")),
+        ("cap=null", "cap", None),
+        ("seed=-3", "seed", -3),
+        ("seed=0", "seed", 0),
+        ("seed=1_000", "seed", 1000),
+        ("seed=0x10", "seed", 16),
+        ("note='010'", "note", "010"),
+        ("note='1:30'", "note", "1:30"),
+        ("rungs=[1,0.5]", "rungs", (1.0, 0.5)),
+    ],
+)
+def test_an_override_is_taken_as_it_is_typed(tmp_path: Path, monkeypatch, argument: str, name: str, value: object):
+    for place in ("tests", "tests #1", "docs", "#"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert getattr(config.load(Job, [GOOD, argument]), name) == value
+
+
+def test_what_follows_a_number_is_not_dropped() -> None:
+    assert "steps = '3 #x' (command line): expected int" in message(GOOD, "steps=3 #x")
+    assert "student.lr = '1 #x' (command line): expected float" in message(GOOD, "student={lr: 1 #x}")
+
+
+@pytest.mark.parametrize("text", ["&a b", "--- b", " b", "b ", "a\nb", "!!str b"])
+def test_a_text_that_yaml_would_cut_short_is_to_be_quoted(text: str) -> None:
+    told = message(GOOD, f"note={text}")
+    assert "note = " in told and "YAML would read only" in told and "quote it" in told
+    assert config.load(Job, [GOOD, f"note={json.dumps(text)}"]).note == text
+
+
+@pytest.mark.parametrize(
+    ("number", "read", "remedy"),
+    [
+        ("010", "octal, as 8", "write 10"),
+        ("-010", "octal, as -8", "write -10"),
+        ("00", "octal, as 0", "write 0"),
+        ("0_17", "octal, as 15", "write 17"),
+        ("0b11", "binary, as 3", "write that"),
+        ("1:30", "base 60, as 90", "write that"),
+        ("1:30.5", "base 60, as 90.5", "write that"),
+    ],
+)
+@pytest.mark.parametrize("name", ["seed", "student.lr", "note", "rungs"])
+def test_numbers_of_other_bases_are_refused_in_arguments_and_files(tmp_path: Path, number, read, remedy, name) -> None:
+    given = f"[1, {number}]" if name == "rungs" else number
+    text = f"{name}: {given}\n" if "." not in name else f"student:\n  lr: {given}\n"
+    for told in (message(GOOD, f"{name}={given}"), message(f"config={yaml_file(tmp_path, text)}", GOOD)):
+        assert f"{name} = {number} (" in told and read in told and remedy in told
+
+
+def test_a_digit_that_octal_lacks_is_told_the_decimal_number() -> None:
+    assert "seed = '08' (command line): expected int, got the string '08'; write 8" in message(GOOD, "seed=08")
+
+
+def test_a_character_that_yaml_cannot_hold_is_not_to_be_quoted(tmp_path: Path) -> None:
+    """A path that is not UTF-8 comes from the system as lone surrogates."""
+    for argument in ("teacher=a\udcff", "out_dir=a\udcff", "runs=[a, b\udcff]"):
+        told = message(GOOD, argument)
+        assert "it is not UTF-8" in told and "rename it" in told and "quot" not in told
+    assert 'leave the character out, or write it as "\\u0007" within double quotes' in message(GOOD, "note=a\x07b")
+    assert config.load(Job, [GOOD, 'note="a\\u0007b"']).note == "a\x07b"
+    assert "leave the character out" in message(f"config={yaml_file(tmp_path, 'note: a' + chr(7))}", GOOD)
 
 
 def test_empty_text_and_unset_paths_are_fine_where_they_are_the_default() -> None:
