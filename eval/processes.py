@@ -3,7 +3,6 @@
     torchrun --nproc_per_node=2 -m eval.report ...
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dmd_dar.errors import UserError
 from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.world import MEETING, launched
 from eval.images import UnfitError
 
 Rows = dict[str, Tensor]  # each (n, ...), of the same n images
@@ -40,7 +40,8 @@ class Processes:
     @staticmethod
     def of(cpu: bool) -> "Processes":
         """Those that a launcher started, as WORLD_SIZE says."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        world = launched(*MEETING)
+        if world is None or world.processes == 1:
             return Processes()
         return Processes(Runtime(LaunchConfig(precision="no", cpu=cpu)))
 

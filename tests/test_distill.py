@@ -22,7 +22,7 @@ from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train import log
 from dmd_dar.train.runtime import LaunchConfig, Runtime
-from tests.tiny import TINY, tiny_sit, tiny_teacher
+from tests.tiny import ON_CPU, TINY, tiny_sit, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "photos32"
@@ -48,7 +48,7 @@ def arguments(teacher: Path, out: Path, *more: str, recipe: str = "dar") -> list
         f"regression.cache={out.parent / 'pairs'}",
         "log.every=1",
         "log.wandb=disabled",
-        "launch.cpu=true",
+        *ON_CPU,
         "preflight=false",  # random weights denoise nothing
         "log.health_samples=4",
         *more,
@@ -222,7 +222,7 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
     cfg = config.load(distill.DistillConfig, arguments(teacher, Path("unused"), "regression.weight=0"))
     network, card = load_network(teacher)
     networks = distill.networks_of(cfg, network)
-    runtime = Runtime(LaunchConfig(cpu=True))
+    runtime = Runtime(LaunchConfig(cpu=bool(ON_CPU)))
     recipe = distill.recipe_of(cfg, network, "digest")
     method = distill.build_method(cfg, recipe, card.prediction, networks, runtime)
     step = next(s for s in range(50) if Draws(0, "student", s, sample_range(0, 1)).shared_integer("rung", 4) == 3)

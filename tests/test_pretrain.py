@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +17,19 @@ from dmd_dar.errors import UserError
 from dmd_dar.models.saved import load_network
 from dmd_dar.models.sit import SiTConfig
 from dmd_dar.train import log
-from tests.tiny import tiny_sit
+from tests.tiny import ON_CPU, tiny_sit
 
-RECIPE = Path(__file__).parents[1] / "configs" / "photos32" / "teacher.yaml"
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "configs" / "photos32" / "teacher.yaml"
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    argv = [f"config={RECIPE}", f"out_dir={out}", "steps=5", "batch_size=6", "log.every=1", *ON_CPU]
+    return [*argv, "model.width=16", "model.depth=2", "model.heads=2", "model.patch=8", "optimiser.warmup=0", *more]
 
 
 def run(out: Path, *more: str) -> dict[str, torch.Tensor]:
-    argv = [f"config={RECIPE}", f"out_dir={out}", "steps=5", "batch_size=6", "log.every=1", "launch.cpu=true"]
-    argv += ["model.width=16", "model.depth=2", "model.heads=2", "model.patch=8", "optimiser.warmup=0", *more]
-    pretrain.pretrain(config.load(pretrain.PretrainConfig, argv))
+    pretrain.pretrain(config.load(pretrain.PretrainConfig, arguments(out, *more)))
     return load_file(out / "student" / "transformer" / "model.safetensors")
 
 
@@ -35,6 +42,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, query):
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert [record["step"] for record in log.read(tmp_path / "parts" / "log.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_two_processes_of_the_command_equal_one(tmp_path):
+    """Without any key of a CPU, and with as many threads as they take by themselves."""
+    one, few = run(tmp_path / "one", "steps=2", "log.wandb=disabled"), ("steps=2", "log.wandb=disabled")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "dmd_dar.pretrain", *arguments(tmp_path / "two", *few), "launch.processes=2"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 and "OMP_NUM_THREADS" not in ran.stderr, ran.stderr[-2000:]
+    two = load_file(tmp_path / "two" / "student" / "transformer" / "model.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=2e-5, msg=f"{name} differs")
+    records = [log.read(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    for alone, both in zip(*records, strict=True):
+        assert both["pretrain/loss"] == pytest.approx(alone["pretrain/loss"], rel=1e-5)
 
 
 def test_a_dar_teacher_trains_in_the_papers_form(tmp_path):
@@ -89,7 +111,7 @@ def test_two_commands_lead_from_a_folder_to_a_student(tmp_path):
         *few,
         *places,
         f"out_dir={tmp_path / 'dar'}",
-        "launch.cpu=true",
+        *ON_CPU,
         "preflight=false",
         "log.health_samples=4",
     ]

@@ -8,6 +8,8 @@ from dmd_dar.data.photos import NAMES
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, SiTConfig
 
+# Tests type the documented commands; where a GPU would answer, they keep to the CPU.
+ON_CPU = ("launch.cpu=true",) if torch.cuda.is_available() else ()
 TINY = SiTConfig(input_size=32, in_channels=3, patch=8, width=16, depth=2, heads=2, num_classes=len(NAMES))
 
 

@@ -17,6 +17,7 @@ import torch
 
 from dmd_dar.errors import UserError, users_line
 from dmd_dar.train.stop import EXIT_CODE, StopRequest, leaving
+from dmd_dar.train.world import MEETING, launched
 
 LOOK = 0.5  # seconds between looks at the processes
 GRACE = 10.0  # seconds that the others have to end by themselves when one has failed
@@ -26,12 +27,13 @@ Job = Callable[[Any], None]  # of a module's top level, so that another process 
 
 def run(job: Job, cfg: Any) -> None:
     """job(cfg) in as many processes as `cfg.launch.processes` says; in this one alone where it says one, or where
-    WORLD_SIZE is set: then a launcher (torchrun, accelerate, Slurm's script) has started them all.
+    WORLD_SIZE is set: then a launcher (torchrun, accelerate, Slurm's script) has started them all. Raises UserError
+    where that launcher left out what they need to find each other.
 
     SIGTERM and SIGINT are passed on once; a second one ends all at once. Where a process fails, the others follow
     within GRACE: UserError with its message if it had one, else exit code 1. None outlives this process.
     """
-    processes = 1 if os.environ.get("WORLD_SIZE") else processes_of(cfg.launch)
+    processes = processes_of(cfg.launch) if launched(*MEETING) is None else 1
     if processes == 1:
         job(cfg)
         return

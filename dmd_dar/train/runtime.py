@@ -1,9 +1,10 @@
 """Processes, devices, precision and sharding. The only importer of accelerate and torch.distributed."""
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
+from dmd_dar.train.world import MEETING, World, alone, launched
 
 T = TypeVar("T")
 
@@ -48,15 +50,13 @@ class LaunchConfig:
 
 
 class Runtime:
-    """One process of a run. Under fsdp2 a call of a network is an exchange: every process has to make it."""
+    """One process of a run. Under fsdp2 a call of a network is an exchange: every process has to make it.
+
+    Raises UserError where the environment tells of other processes, but not how to find them, or none is found.
+    """
 
     def __init__(self, config: LaunchConfig):
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        gpu = torch.cuda.is_available() and not config.cpu
-        precision = ("bf16" if gpu else "no") if config.precision == "auto" else config.precision
-        patience = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))
-        self.accelerator = Accelerator(cpu=config.cpu, mixed_precision=precision, kwargs_handlers=[patience])
+        self.accelerator = _accelerator(config, launched(*MEETING))
         self.accumulation, self.check_every = config.accumulation, config.check_every
         self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -215,6 +215,34 @@ class Runtime:
 
     def close(self) -> None:
         self.accelerator.end_training()
+
+
+def _accelerator(config: LaunchConfig, world: World | None) -> Accelerator:
+    """Of this process alone, or joined with the others of `world`: on GPUs, or on CPUs where there are none."""
+    threads = config.threads or torch.get_num_threads()
+    gpu = torch.cuda.is_available() and not config.cpu
+    precision = ("bf16" if gpu else "no") if config.precision == "auto" else config.precision
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))
+    processes = 1 if world is None else world.processes
+    cpu = config.cpu or (processes > 1 and not _exchanging_device())
+    with alone() if processes == 1 else nullcontext(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
+        try:
+            made = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
+        except dist.DistError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = " ".join(str(error).split())
+            raise UserError(f"no process was found at MASTER_ADDR:MASTER_PORT {place}: {reason}; mend them") from error
+    torch.set_num_threads(threads)  # on CPUs, accelerate has just set another number
+    if processes > 1 and made.num_processes != processes:
+        raise UserError(f"{processes} processes cannot exchange on {made.device.type}: set launch.cpu=true")
+    return made
+
+
+def _exchanging_device() -> bool:
+    """Whether processes can exchange on what torch computes on here: not on a Mac's."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is not None and device.type != "mps"
 
 
 class GradientMean:

@@ -13,13 +13,14 @@ import torch._dynamo  # which the first optimiser would import
 
 from dmd_dar import atomic, distill
 from dmd_dar.train import job
+from tests.tiny import ON_CPU
 
 torch.set_num_threads(1)
 KEYS = (
     "seed=1 batch_size=2 rungs=[1.0,0.5] data.name=textures data.size=32 student.routing.query=timestep"
     " student.warmup=3 student.weight_decay=0.01 student.lr=1e-3 fake_score.updates=2 fake_score.lr=1e-3"
     " fake_score.decay_start=2 fake_score.decay_steps=8 regression.count=4 regression.solver_steps=2"
-    " log.every=1 log.samples_every=3 log.health_every=0 log.wandb=disabled launch.cpu=true launch.threads=1"
+    " log.every=1 log.samples_every=3 log.health_every=0 log.wandb=disabled launch.threads=1"
     " preflight=false"
 )
 
@@ -56,4 +57,4 @@ def train(keys: list[str], said: Path, act: str = "", at: int = 0, world: dict[s
             ACTS[act]()
 
     atomic.reached = reached
-    distill.main([*KEYS.split(), *keys])
+    distill.main([*KEYS.split(), *ON_CPU, *keys])

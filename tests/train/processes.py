@@ -34,7 +34,7 @@ from dmd_dar.train.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.replicas import ReplicaError
 from dmd_dar.train.runtime import LaunchConfig, Runtime, gathered, local
 from tests.models.tiny_pipelines import tiny_dit
-from tests.tiny import tiny_sit
+from tests.tiny import ON_CPU, tiny_sit
 
 SHAPE = SiTConfig(input_size=8, in_channels=2, patch=4, width=12, depth=2, heads=2, num_classes=3)
 ROUTING = RoutingConfig(query="timestep", chunk_size=2)
@@ -146,7 +146,7 @@ def single_gradients(config: LaunchConfig) -> dict[str, Any]:
 
 
 def config(sharding: str, accumulation: int = 1, **more: Any) -> LaunchConfig:
-    return LaunchConfig(cpu=True, sharding=sharding, accumulation=accumulation, **more)  # type: ignore[arg-type]
+    return LaunchConfig(cpu=bool(ON_CPU), sharding=sharding, accumulation=accumulation, **more)  # type: ignore[arg-type]
 
 
 def divergence(sharding: str, harm: Callable[[Phase], None] | None, **more: Any) -> str:
@@ -179,8 +179,21 @@ def hurry(phase: Phase) -> None:
     phase.optimiser.adamw.param_groups[1]["base_lr"] *= 1.001
 
 
+def kept_threads() -> list[int]:
+    """What is left of 7 threads that the launcher chose, and of 5 that the configuration asks for."""
+    del os.environ["OMP_NUM_THREADS"]
+    torch.set_num_threads(7)
+    left = []
+    for asked in (0, 5):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Runtime(config("none", threads=asked))
+        left.append(torch.get_num_threads())
+    torch.set_num_threads(1)
+    return left
+
+
 def by_two(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"threads": kept_threads()}
     for sharding in ("none", "fsdp2"):
         found[f"{sharding} whole"] = trained(config(sharding, 5), 5)
         found[f"{sharding} halfway"] = trained(config(sharding), 2, CYCLES[2] // 2)

@@ -180,8 +180,12 @@ def test_how_many_processes_a_command_starts(monkeypatch):
         launch.processes_of(LaunchConfig(processes=5))
 
 
+MET = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 def test_where_a_launcher_has_started_processes_none_is_added(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", **MET}.items():
+        monkeypatch.setenv(name, value)
     seen = []
     launch.run(seen.append, Config(Path(), "", Launch(processes=3)))
     assert len(seen) == 1

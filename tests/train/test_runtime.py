@@ -90,6 +90,10 @@ def test_two_processes_with_adapters_over_one_base_equal_one(two):
     assert fake and all(".lora." in name or ".rungs." in name for name in fake)
 
 
+def test_processes_keep_the_threads_that_were_chosen(two):
+    assert two["threads"] == [7, 5]
+
+
 def test_bfloat16_is_the_same_choice_sharded_or_not(two):
     exact, expected = single_gradients(config("none")), single_gradients(config("none", precision="bf16"))
 
@@ -179,7 +183,7 @@ def test_an_outline_holds_no_weights_and_takes_them_back():
 def test_the_parts_of_a_batch_are_its_samples_once():
     processes = []
     for rank in (0, 1):
-        one = Runtime(LaunchConfig(cpu=True, accumulation=2))
+        one = Runtime(LaunchConfig(accumulation=2))
         one.rank, one.processes = rank, 2
         processes += one.micro_batches(8)
     assert torch.equal(torch.cat(processes), sample_range(0, 8)) and len(processes) == 4

@@ -13,7 +13,7 @@ from dmd_dar.train.stop import StopRequest
 @dataclass(frozen=True)
 class Launch:
     processes: int = 2
-    cpu: bool = True
+    cpu: bool = False
 
 
 @dataclass(frozen=True)
