@@ -165,4 +165,5 @@ def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:
     frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
     memory = Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
     rungs = len(cfg.rungs) if cfg.fake_score.per_rung else 1
-    return build_networks(teacher, cfg.student.routing.form(), cfg.student.routing.allow_change, memory, rungs)
+    routing = cfg.student.routing
+    return build_networks(teacher, routing.form(), routing.allow_change, memory, rungs, cfg.seed)

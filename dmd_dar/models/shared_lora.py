@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, Shape
@@ -35,10 +36,17 @@ class LoraConfig:
 class Lora(nn.Module):
     """The update of one linear layer: alpha / r B A x (arXiv:2106.09685 Eq. 3), A (r, in) random, B (out, r) zero.
 
-    A and B are float32 or wider, whatever the layer is stored in.
+    A and B are float32 or wider, whatever the layer is stored in. A is keyed by `seed` and `name`.
     """
 
-    def __init__(self, linear: nn.Linear, config: LoraConfig, device: torch.device | None = None):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        config: LoraConfig,
+        device: torch.device | None = None,
+        seed: int = 0,
+        name: str = "",
+    ):
         super().__init__()
         weight, rank = linear.weight, config.rank
         device = device or weight.device
@@ -46,7 +54,8 @@ class Lora(nn.Module):
         self.scale = config.alpha / rank
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        if device.type != "meta":
+            self.A.data.copy_(start_of_a(rank, linear.in_features, seed, name))
         self.handle = linear.register_forward_hook(self.add)
 
     def add(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -62,25 +71,34 @@ class Lora(nn.Module):
         del linear.lora
 
 
+def start_of_a(rank: int, width: int, seed: int, name: str) -> Tensor:
+    """(rank, width) float64, uniform within 1 / sqrt(width) of 0, which is He's law for a slope of sqrt(5) as in
+    Microsoft's LoRA; the same on every device, whatever was drawn before."""
+    uniform = Draws(seed, "lora", 0, sample_range(0, rank)).uniform(name, width)
+    return (2 * uniform - 1) / math.sqrt(width)
+
+
 class LoraDenoiser(nn.Module):
     """A view of a frozen network: its tensors, with adapters, and routers where it has them, that are the view's own.
 
     Same surface as the network. `parameters()`, `state_dict()` and a deep copy hold what is its own; the frozen
     tensors are shared with the copy. `device` is the one it computes on; None: that of the weights, which may be
-    stored elsewhere.
+    stored elsewhere. `role` says whose adapters they are: their start is keyed by it and `seed`.
     """
 
-    def __init__(self, network: Plain, config: LoraConfig, device: torch.device | None = None):
+    def __init__(
+        self, network: Plain, config: LoraConfig, device: torch.device | None = None, seed: int = 0, role: str = ""
+    ):
         super().__init__()
         self.network = network
         layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-        chosen = [layer for name, layer in layers if not config.targets or name.endswith(config.targets)]
+        chosen = [(name, layer) for name, layer in layers if not config.targets or name.endswith(config.targets)]
         if not chosen:
             names = sorted({name.rpartition(".")[2] for name, _ in layers})
             raise UserError(f"lora.targets = {list(config.targets)}: no linear layer's name ends so, but with {names}")
         network.requires_grad_(False)
-        for layer in chosen:
-            layer.lora = Lora(layer, config, device)
+        for name, layer in chosen:
+            layer.lora = Lora(layer, config, device, seed, f"{role}.{name}")
         for _, parameter in self.named_parameters():
             parameter.requires_grad_(True)
 

@@ -43,11 +43,12 @@ def build_networks(
     allow_change: bool = False,
     memory: Memory | None = None,
     rungs: int = 1,
+    seed: int = 0,
 ) -> Networks:
     """Student, under `routing`, and fake score, both starting as the teacher's function.
 
-    `full`: weights of their own. `shared_lora`: the teacher's weights and adapters of their own. With several `rungs`,
-    the fake score is told them apart (models/rungs.py).
+    `full`: weights of their own. `shared_lora`: the teacher's weights and adapters of their own, whose start is keyed
+    by `seed`. With several `rungs`, the fake score is told them apart (models/rungs.py).
     Raises UserError where the routing would change that function and `allow_change` is not set.
     """
     memory = memory or Memory()
@@ -64,11 +65,13 @@ def build_networks(
     fake_score = copied(teacher)
     if rungs > 1:
         tell_rungs_apart(fake_score, rungs, device)
-    pair = student, fake_score
+    pair = {"student": student, "fake_score": fake_score}
     if shared:
-        student, fake_score = (LoraDenoiser(network, memory.lora, device).train() for network in pair)
+        student, fake_score = (
+            LoraDenoiser(network, memory.lora, device, seed, role).train() for role, network in pair.items()
+        )
     else:
-        student, fake_score = (_trainable(network) for network in pair)
+        student, fake_score = (_trainable(network) for network in pair.values())
         store(teacher, memory.frozen, memory.offload)
     if memory.checkpointing:
         student.checkpoint_activations()

@@ -141,6 +141,45 @@ def test_an_update_is_alpha_over_rank_b_a():
     )
 
 
+def starts(ambient: int, seed: int = 0, **changes) -> dict[str, Tensor]:
+    """Every A of student and fake score, by name; `ambient` is what torch's own generator holds."""
+    teacher = teacher_of("sit")
+    torch.manual_seed(ambient)
+    networks = build_networks(teacher, ROUTED, memory=replace(SHARED, **changes), seed=seed)
+    pair = {"student": networks.student, "fake_score": networks.fake_score}
+    named = {f"{role}.{name}": p for role, network in pair.items() for name, p in network.named_parameters()}
+    return {name: p.detach() for name, p in named.items() if name.endswith(".lora.A")}
+
+
+def test_adapters_start_by_seed_network_and_layer_whatever_was_drawn_before():
+    first, again, other = starts(0), starts(1), starts(0, seed=1)
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert len({tuple(value.flatten()[:4].tolist()) for held in (first, other) for value in held.values()}) == (
+        2 * len(first)
+    )
+    few = starts(0, lora=LoraConfig(rank=4, targets=("attn.qkv",)))  # fewer adapters change none of the others
+    assert 0 < len(few) < len(first) and all(torch.equal(first[name], value) for name, value in few.items())
+    wide = starts(0, lora=LoraConfig(rank=2))
+    assert all(torch.equal(first[name][:2], value) for name, value in wide.items())
+
+
+def test_adapters_start_uniform_within_the_inverse_root_of_the_width():
+    scaled = torch.cat(
+        [value.flatten() * value.shape[1] ** 0.5 for value in starts(0, lora=LoraConfig(rank=64)).values()]
+    )
+    assert scaled.abs().max() < 1 and scaled.mean().abs() < 4 * (3 * len(scaled)) ** -0.5
+    assert scaled.square().mean() == pytest.approx(1 / 3, rel=0.02) and (scaled > 0.5).float().mean() == pytest.approx(
+        0.25, abs=0.01
+    )
+
+
+def test_building_networks_draws_nothing_from_torchs_generator():
+    teacher = teacher_of("dit")
+    before = torch.random.get_rng_state()
+    build_networks(teacher, ROUTED, memory=SHARED, rungs=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
 @pytest.mark.parametrize("kind", ["sit", "dit"])
 def test_state_is_what_the_network_owns_and_restores_it(kind):
     networks = build_networks(teacher_of(kind), ROUTED, memory=SHARED)
