@@ -81,7 +81,8 @@ def newest_whole(root: Path) -> int | None:
     """The newest step whose files are what its manifest says, None where there is no checkpoint.
 
     Newer ones that are damaged are told on stderr and set aside as damaged_*. Raises DamagedFileError where none is
-    whole; then all stay as they are. For the only process that writes under `root`: it sweeps first.
+    whole; then all stay as they are. Raises UserError where one is a link whose content is not here. For the only
+    process that writes under `root`: it sweeps first.
     """
     sweep(root)
     damaged: dict[int, DamagedFileError] = {}
@@ -99,7 +100,7 @@ def newest_whole(root: Path) -> int | None:
         return None
     for other, error in damaged.items():
         aside = _folder(root, other, "damaged")
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         os.replace(_folder(root, other), aside)
         print(f"{error}; set aside as {aside.name}, continuing from step {step}", file=sys.stderr)
     return step
@@ -108,9 +109,12 @@ def newest_whole(root: Path) -> int | None:
 def read_manifest(root: Path, step: int, *, hashed: bool = True) -> dict[str, Any]:
     """What checkpoint.json says: format, step, identity, score, files.
 
-    Raises DamagedFileError where a file is not there in its length or, if `hashed`, has not its hash.
+    Raises DamagedFileError where a file is not there in its length or, if `hashed`, has not its hash; UserError where
+    it is a link whose content is elsewhere.
     """
     folder = _folder(root, step)
+    _require_content(folder)
+    _require_content(folder / MANIFEST)
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if (manifest["format"], manifest["step"]) != (FORMAT, step):
@@ -144,13 +148,13 @@ def best(root: Path) -> int | None:
 
 
 def best_whole(root: Path) -> int | None:
-    """`best`; None, too, after a line on stderr, where its files are not what its manifest says."""
+    """`best`; None, too, after a line on stderr, where its files are not here or not what its manifest says."""
     step = best(root)
     try:
         if step is not None:
             read_manifest(root, step)
         return step
-    except DamagedFileError as error:
+    except UserError as error:
         print(f"{error}; the best checkpoint is left out", file=sys.stderr)
         return None
 
@@ -158,7 +162,7 @@ def best_whole(root: Path) -> int | None:
 def sweep(root: Path) -> None:
     """Remove what was being written or removed when a process died."""
     for rest in root.glob("partial_*"):
-        shutil.rmtree(rest, ignore_errors=True)
+        _remove(rest)
 
 
 def size(state: Any) -> int:
@@ -196,8 +200,9 @@ def _folder(root: Path, step: int, kind: str = "step") -> Path:
 
 def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
     path = folder / name
-    if Path(name).name != name or path.resolve().parent != folder.resolve():
+    if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"its {MANIFEST} names '{name}', which is not a file in its own folder")
+    _require_content(path)
     if path.stat().st_size != size:
         raise ValueError(f"{name} has {path.stat().st_size} bytes, not {size}")
     if sha256 is None:
@@ -205,6 +210,15 @@ def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError(f"the SHA-256 of {name} is not that of {MANIFEST}")
+
+
+def _require_content(path: Path) -> None:
+    """Stores of large files (DVC, git-annex) leave a link; its content is judged like a file's, its absence is not."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"'{path}' is a link to {os.readlink(path)}, which is not on this machine: fetch it from where it is stored"
+            " (such as dvc pull or git annex get), and run again"
+        )
 
 
 def _write(folder: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -234,8 +248,16 @@ def _prune(root: Path, config: CheckpointConfig) -> None:
             rest = _folder(root, step, "partial")
             os.replace(_folder(root, step), rest)  # so none is ever seen half removed
             atomic.reached("checkpoint withdrawn")
-            shutil.rmtree(rest, ignore_errors=True)
+            _remove(rest)
             atomic.reached("checkpoint pruned")
+
+
+def _remove(folder: Path) -> None:
+    """A folder, or the link to one that is stored elsewhere, whose content stays there."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_space(root: Path, step: int, need: int) -> None:

@@ -112,10 +112,16 @@ def elsewhere(folder: Path) -> None:
     described(folder, files={"state.pt": {"bytes": 1, "sha256": ""}, "../../secret": {"bytes": 1, "sha256": ""}})
 
 
-def linked(folder: Path) -> None:
-    outside = folder.parent.parent / "outside.pt"
-    (folder / "state.pt").rename(outside)
-    (folder / "state.pt").symlink_to(outside)
+def linked(folder: Path, name: str = "state.pt") -> Path:
+    """As stores of large files leave one; its content elsewhere."""
+    outside = folder.parent.parent / f"stored_{name}"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    return outside
+
+
+def flip_linked(folder: Path) -> None:
+    spoil(linked(folder))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +133,7 @@ def linked(folder: Path) -> None:
         (unlisted, "checkpoint.json: No such file"),
         (garbled, "is damaged: Expecting"),
         (older, "not of format 1"),
-        (linked, "names 'state.pt', which is not a file in its own folder"),
+        (flip_linked, "the SHA-256 of state.pt"),
     ],
 )
 def test_a_damaged_checkpoint_is_told_in_one_line_and_the_one_before_it_is_used(tmp_path, harm, said, capsys):
@@ -143,6 +149,34 @@ def test_a_damaged_checkpoint_is_told_in_one_line_and_the_one_before_it_is_used(
     assert checkpoint.newest_whole(root) == 2 and capsys.readouterr().err == ""
     save(root, 3, 4)
     assert names(root) == ["damaged_00000004", "step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "checkpoint.json", "step_00000004"])
+def test_a_link_to_what_is_stored_elsewhere_is_followed_or_its_content_asked_for(tmp_path, name):
+    root = tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    save(root, 2, 4)
+    outside = linked(root if name.startswith("step") else root / "step_00000004", name)
+    assert checkpoint.newest_whole(root) == 4
+    for mapped in (False, True):
+        assert torch.equal(checkpoint.load(root, 4, mapped=mapped)["a"]["x"], state_of(4)["a"]["x"])
+    outside.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"{name}' is a link to .*, which is not on this machine: fetch it") as told:
+        checkpoint.newest_whole(root)
+    assert "remove" not in str(told.value) and "damaged" not in str(told.value)
+    assert names(root) == ["step_00000002", "step_00000004"]
+    (tmp_path / "gone").rename(outside)
+    assert checkpoint.newest_whole(root) == 4
+    save(root, 5, 6)
+    assert names(root) == ["step_00000005", "step_00000006"] and outside.exists()
+
+
+def test_the_best_checkpoint_whose_content_is_elsewhere_is_left_out(tmp_path, capsys):
+    root = tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    save(root, 2, score=1.0)
+    linked(root / "step_00000002").unlink()
+    assert checkpoint.best_whole(root) is None and "not on this machine" in capsys.readouterr().err
 
 
 def test_a_name_that_leaves_the_folder_is_refused_unread(tmp_path):
