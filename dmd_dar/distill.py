@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmd_dar import config, losses, plan
+from dmd_dar.data.latents import Latents
 from dmd_dar.data.sources import Source, data_hash, open_data
 from dmd_dar.distill_config import DistillConfig, networks_of
 from dmd_dar.errors import UserError
@@ -35,8 +36,9 @@ from dmd_dar.train import launch
 from dmd_dar.train.ema import Ema
 from dmd_dar.train.export import export
 from dmd_dar.train.failure import Calls
+from dmd_dar.train.folder import RunFolder
 from dmd_dar.train.health import SOLVER_STEPS, Health
-from dmd_dar.train.job import open_run, run_cycle
+from dmd_dar.train.job import begin, open_run, run_cycle
 from dmd_dar.train.loop import Phase
 from dmd_dar.train.optimise import Optimiser
 from dmd_dar.train.preflight import preflight
@@ -166,7 +168,7 @@ def distance_of(
 def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Codec | None]:
     """The frozen teacher and the codec of its latents, None for pixels; a ConfigError where they do not fit.
 
-    Its classes may be others than those of `data`.
+    Its classes may be others than those of `data`, which stays closed.
     """
     try:
         teacher = load_teacher(cfg.teacher, device)
@@ -181,16 +183,29 @@ def open_teacher(cfg: DistillConfig, device: torch.device) -> tuple[Teacher, Cod
         raise config.ConfigError(f"{made}, not data.size {cfg.data.size}; set data.size, or name another teacher")
     if codec is not None and channels != codec.channels:
         raise config.ConfigError(f"{made}, but latents of teacher.codec {teacher.codec} have {codec.channels} channels")
-    prompted = getattr(teacher.network.config, "prompted", False)
-    if cfg.needs_data and prompted and not teacher.knows(open_data(cfg.data).label_names):
+    return teacher, codec
+
+
+def open_source(cfg: DistillConfig, teacher: Teacher, codec: Codec | None, device: torch.device) -> Source | None:
+    """The data, opened once, if this run looks at any; a ConfigError where they do not fit the teacher."""
+    latents = cfg.data.name == "latents"
+    if not (cfg.preflight or cfg.needs_data or latents):
+        return None
+    data, shape = open_data(cfg.data, device), teacher.network.config
+    if cfg.needs_data and getattr(shape, "prompted", False) and not teacher.knows(data.label_names):
         raise config.ConfigError(
             f"data.name = {cfg.data.name}: its classes are no prompts: encode their names, in order, or one description"
             " each with teacher.prompts_are_classes=true; or set gan.weight=0 and student_input=simulate"
         )
-    if cfg.data.name == "latents":
-        size = teacher.network.config.input_size
-        open_data(cfg.data).require(codec.digest() if codec else "", (channels, size, size))
-    return teacher, codec
+    if isinstance(data, Latents):
+        data.require(codec.digest() if codec else "", (shape.in_channels, shape.input_size, shape.input_size))
+    return data
+
+
+def identity_of(cfg: DistillConfig, teacher: Teacher, codec: Codec | None, data: Source | None) -> dict[str, str]:
+    """Hashes of what the configuration names by path."""
+    held = {"teacher": teacher.digest, "data": data_hash(cfg.data) if data is None else data.hash}
+    return held if codec is None else {**held, "codec": codec.digest()}
 
 
 def build_health(
@@ -214,55 +229,58 @@ def build_health(
 def distill(cfg: DistillConfig) -> None:
     """Run, or continue, the job. The averaged student lands in out_dir/student, averages of other decays beside it."""
     runtime = Runtime(cfg.launch)
-    torch.manual_seed(cfg.seed)
+    with open_run(cfg, runtime) as folder:
+        train(cfg, runtime, folder)
+
+
+def train(cfg: DistillConfig, runtime: Runtime, folder: RunFolder | None) -> None:
+    """The job in its folder, which is None in all processes but the main one."""
     teacher, codec = open_teacher(cfg, runtime.device)
-    data = open_data(cfg.data, runtime.device) if cfg.preflight or cfg.needs_data else None
+    data = open_source(cfg, teacher, codec, runtime.device)
     if cfg.preflight and data is not None:
         preflight(runtime, teacher, data, codec, cfg.seed)
+    identity = identity_of(cfg, teacher, codec, data)
     networks = networks_of(cfg, teacher.network)
     student, fake_score = networks.student, networks.fake_score
     recipe = recipe_of(cfg, teacher.network, teacher.digest)
     calls = Calls()
-    with open_run(cfg, runtime) as folder:
-        method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls, data)
-        ema = Ema(student, *cfg.student.decays)
-        runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
-        routers = student.router_parameters(), cfg.student.routing.lr
-        optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers)
-        student_phase = Phase("student", student, optimiser, method.student_loss, ema)
-        routers = fake_score.router_parameters(), cfg.student.routing.lr
-        rungs = rung_parameters(fake_score), cfg.fake_score.rung_lr
-        optimiser = Optimiser(cfg.fake_score, fake_score.backbone_parameters(), routers, rungs)
-        fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
-        cycle = [fake_phase] * (cfg.fake_score.updates if cfg.trains_fake_score else 0)
-        if method.gan is not None:
-            optimiser = Optimiser(cfg.gan, method.gan.heads.parameters())
-            cycle += [Phase("discriminator", method.gan.heads, optimiser, method.discriminator_loss)] * cfg.gan.updates
-        identity = {"teacher": teacher.digest, "data": data_hash(cfg.data)}
-        if codec is not None:
-            identity["codec"] = codec.digest()
-        if isinstance(method.trajectories, StoredTrajectories):
-            identity["pairs"] = method.trajectories.shards.hash
-        origin = {**identity, "guidance_scale": cfg.guidance_scale, **origin_of(teacher, codec)}
-        card = ModelCard(teacher.prediction, cfg.rungs, teacher.label_names, origin, cfg.sampler)
-        velocity = calls.watch("averaged_student", velocity_of(ema.module, teacher.prediction))
-        averaged = few_step_generator(velocity, cfg.rungs, cfg.sampler)
-        cycle = (*cycle, student_phase)
-        others = {f"student_ema_{decay}": other for decay, other in ema.modules.items() if other is not ema.module}
-        run_cycle(
-            cfg,
-            runtime,
-            folder,
-            cycle,
-            identity=identity,
-            generator=decoded(averaged, codec and codec.decode),
-            shape=recipe.shape,
-            num_classes=recipe.num_classes,
-            calls=calls,
-            health=build_health(cfg, runtime, method, codec, averaged, cycle),
-            results={"student": ema.module, **others},
-            save=lambda place, network, step: export(place, network, card.at(step), codec),
-        )
+    method = build_method(cfg, recipe, teacher.prediction, networks, runtime, codec, calls, data)
+    ema = Ema(student, *cfg.student.decays)
+    runtime.shard(teacher.network, student, fake_score, *ema.modules.values())
+    routers = student.router_parameters(), cfg.student.routing.lr
+    optimiser = Optimiser(cfg.student, student.backbone_parameters(), routers)
+    student_phase = Phase("student", student, optimiser, method.student_loss, ema)
+    routers = fake_score.router_parameters(), cfg.student.routing.lr
+    rungs = rung_parameters(fake_score), cfg.fake_score.rung_lr
+    optimiser = Optimiser(cfg.fake_score, fake_score.backbone_parameters(), routers, rungs)
+    fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
+    cycle = [fake_phase] * (cfg.fake_score.updates if cfg.trains_fake_score else 0)
+    if method.gan is not None:
+        optimiser = Optimiser(cfg.gan, method.gan.heads.parameters())
+        cycle += [Phase("discriminator", method.gan.heads, optimiser, method.discriminator_loss)] * cfg.gan.updates
+    if isinstance(method.trajectories, StoredTrajectories):
+        identity["pairs"] = method.trajectories.shards.hash
+    origin = {**identity, "guidance_scale": cfg.guidance_scale, **origin_of(teacher, codec)}
+    card = ModelCard(teacher.prediction, cfg.rungs, teacher.label_names, origin, cfg.sampler)
+    velocity = calls.watch("averaged_student", velocity_of(ema.module, teacher.prediction))
+    averaged = few_step_generator(velocity, cfg.rungs, cfg.sampler)
+    cycle = (*cycle, student_phase)
+    others = {f"student_ema_{decay}": other for decay, other in ema.modules.items() if other is not ema.module}
+    begin(runtime, folder)
+    run_cycle(
+        cfg,
+        runtime,
+        folder,
+        cycle,
+        identity=identity,
+        generator=decoded(averaged, codec and codec.decode),
+        shape=recipe.shape,
+        num_classes=recipe.num_classes,
+        calls=calls,
+        health=build_health(cfg, runtime, method, codec, averaged, cycle),
+        results={"student": ema.module, **others},
+        save=lambda place, network, step: export(place, network, card.at(step), codec),
+    )
 
 
 def planned(cfg: DistillConfig) -> str:

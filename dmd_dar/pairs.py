@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ from dmd_dar.train.filling import Make, Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
 BATCH = 64
+HOW = {"solver": "heun", "labels": "in turn"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,13 @@ def layout_of(recipe: Recipe, shard_size: int) -> Layout:
     count = decides.pop("count")
     states, ends = Form("F32", (len(recipe.rungs), *recipe.shape)), Form("F32", recipe.shape)
     tensors = {"states": states, "ends": ends, "cond": Form("I64", ())}
-    return Layout({"solver": "heun", "labels": "in turn", **decides}, count, shard_size, tensors)
+    return Layout({**HOW, **decides}, count, shard_size, tensors)
+
+
+def told_by(cfg: PairsConfig) -> dict[str, Any]:
+    """What of `layout_of` needs no look at the teacher."""
+    same = ("guidance_scale", "rungs", "solver_steps", "seed", "n", "shard_size")
+    return {**HOW, **{name: getattr(cfg, name) for name in same}}
 
 
 def open_pairs(folder: str, recipe: Recipe, device: torch.device) -> StoredTrajectories:
@@ -221,7 +228,7 @@ def prepare(cfg: PairsConfig, device: torch.device) -> Work:
 
 def make_pairs(cfg: PairsConfig) -> None:
     """Make what is missing of the folder, see `fill_folder`."""
-    fill_folder(cfg, prepare)
+    fill_folder(cfg, prepare, told_by(cfg))
 
 
 if __name__ == "__main__":

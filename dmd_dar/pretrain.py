@@ -29,7 +29,7 @@ from dmd_dar.train.ema import Ema
 from dmd_dar.train.export import export
 from dmd_dar.train.failure import Calls
 from dmd_dar.train.folder import RunFolder
-from dmd_dar.train.job import open_run, run_cycle
+from dmd_dar.train.job import begin, open_run, run_cycle
 from dmd_dar.train.log import LogConfig
 from dmd_dar.train.loop import Metrics, Phase
 from dmd_dar.train.model_card import CardConfig
@@ -136,6 +136,12 @@ def show(data: Source, codec: Codec | None, seed: int, folder: RunFolder) -> Non
 def pretrain(cfg: PretrainConfig) -> None:
     """Run, or continue, the job. The averaged weights land in out_dir/student."""
     runtime = Runtime(cfg.launch)
+    with open_run(cfg, runtime) as folder:
+        train(cfg, runtime, folder)
+
+
+def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> None:
+    """The job in its folder, which is None in all processes but the main one."""
     data = open_data(cfg.data, runtime.device)
     codec = open_codec(cfg, data, runtime.device)
     check_data(first_batch(data, cfg.seed)[0])
@@ -153,22 +159,22 @@ def pretrain(cfg: PretrainConfig) -> None:
         origin |= {"codec": cfg.codec, "codec_revision": cfg.codec_revision, "codec_digest": codec.digest()}
     card = ModelCard(label_names=data.label_names, origin=origin)
     averaged = calls.watch("averaged_network", velocity_of(ema.module))
-    with open_run(cfg, runtime) as folder:
-        if folder is not None:
-            show(data, codec, cfg.seed, folder)
-        run_cycle(
-            cfg,
-            runtime,
-            folder,
-            (phase,),
-            identity=identity,
-            generator=decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode),
-            shape=data.shape,
-            num_classes=data.num_classes,
-            calls=calls,
-            results={"student": ema.module},
-            save=lambda place, network, _: export(place, network, card, codec),
-        )
+    begin(runtime, folder)
+    if folder is not None:
+        show(data, codec, cfg.seed, folder)
+    run_cycle(
+        cfg,
+        runtime,
+        folder,
+        (phase,),
+        identity=identity,
+        generator=decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode),
+        shape=data.shape,
+        num_classes=data.num_classes,
+        calls=calls,
+        results={"student": ema.module},
+        save=lambda place, network, _: export(place, network, card, codec),
+    )
 
 
 if __name__ == "__main__":

@@ -154,13 +154,7 @@ class ShardFolder:
         with self._faults("opening"):
             self.lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             with self._locked(0):
-                if (self.folder / MANIFEST).exists():
-                    self._refuse_others()
-                elif any(self.folder.glob("shard_*")):
-                    raise UserError(
-                        f"'{self.folder}' holds shards but no {MANIFEST}; restore it, or use another folder"
-                    )
-                else:
+                if not holds_shards(self.folder, flat(self.layout.described())):
                     self._write_manifest({})
 
     def close(self) -> None:
@@ -228,14 +222,6 @@ class ShardFolder:
         text = json.dumps({"format": FORMAT, **self.layout.described(), "shards": listed}, indent=1)
         write_atomic(self.folder / MANIFEST, text)
 
-    def _refuse_others(self) -> None:
-        old, new = read_manifest(self.folder)[0].described(), self.layout.described()
-        differ = differences({**old.pop("content"), **old}, {**new.pop("content"), **new})
-        if differ:
-            raise UserError(
-                f"'{self.folder}' holds other samples: {'; '.join(differ)}. Use another folder or restore these values"
-            )
-
     @contextlib.contextmanager
     def _locked(self, byte: int, wait: bool = True) -> Iterator[bool]:
         try:
@@ -260,6 +246,29 @@ class ShardFolder:
                 f"{'free some space' if full else 'mend that'}, and the same command continues from the whole shards"
             )
             raise UserError(f"'{self.folder}': {error.strerror or error} while {doing}; {remedy}") from error
+
+
+def holds_shards(folder: Path, wanted: dict[str, Any], *, partly: bool = False) -> bool:
+    """Whether the folder was begun for samples that are described as `wanted`, see `flat`; `partly`: by some keys.
+
+    Raises UserError where it was begun for others, or holds shards without a manifest.
+    """
+    if (folder / MANIFEST).exists():
+        old = flat(read_manifest(folder)[0].described())
+        differ = differences({name: old[name] for name in old if not partly or name in wanted}, wanted)
+        if differ:
+            raise UserError(
+                f"'{folder}' holds other samples: {'; '.join(differ)}. Use another folder or restore these values"
+            )
+        return True
+    if any(folder.glob("shard_*")):
+        raise UserError(f"'{folder}' holds shards but no {MANIFEST}; restore it, or use another folder")
+    return False
+
+
+def flat(described: dict[str, Any]) -> dict[str, Any]:
+    """A layout's description with what is in `content` beside the rest."""
+    return {**described["content"], **{name: value for name, value in described.items() if name != "content"}}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill
+from dmd_dar.atomic import make_folder
+from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill, holds_shards
 from dmd_dar.errors import UserError
 from dmd_dar.train.stop import EXIT_CODE, StopRequest
+from dmd_dar.train.world import World, launched
 
 LOOK = 0.5  # seconds between looks at the workers
 SAY = 10.0  # seconds between lines of progress
@@ -62,19 +64,22 @@ def device_of(cfg: FillConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
 
 
-def fill_folder(cfg: FillConfig, prepare: Prepare) -> None:
+def fill_folder(cfg: FillConfig, prepare: Prepare, told: dict[str, Any] | None = None) -> None:
     """Make what is missing of `cfg.out`. Exits with code 143 where SIGTERM or SIGINT stopped it, a shard finished.
 
+    `told` is what `cfg` alone says of the folder's samples: where that differs, nothing is prepared.
     Where RANK and WORLD_SIZE are set, this process is one of those that a launcher started, and starts none itself.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0)) if processes > 1 else 0
+    world = launched() or World(1, 0, 0)
+    processes, rank = world.processes, world.rank
     if processes > 1 and cfg.workers > 1:
         raise UserError(f"workers = {cfg.workers}: WORLD_SIZE = {processes} processes are there already; leave it out")
     workers = 1 if processes > 1 else cfg.workers or (0 if cfg.cpu else torch.cuda.device_count()) or 1
-    device = torch.device("cpu") if workers > 1 else device_of(cfg, int(os.environ.get("LOCAL_RANK", rank)))
+    device = torch.device("cpu") if workers > 1 else device_of(cfg, world.local_rank)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if os.path.lexists(cfg.out):
+        holds_shards(make_folder(cfg.out), told or {}, partly=True)
     work = prepare(cfg, device)
     if rank == 0 and not Path(cfg.out, MANIFEST).exists():
         work.check()

@@ -38,14 +38,19 @@ class FolderError(UserError):
 
 @dataclasses.dataclass
 class RunFolder:
-    """An open, locked run folder; `resumed` says whether it held this run before. Closes as a context manager."""
+    """An open, locked run folder; `resumed` says whether it held this run before. Closes as a context manager.
+
+    Nothing but the lock is written until `begin`; closed before that, a folder that was made for the run is gone.
+    """
 
     path: Path
     resumed: bool
     lock: int
+    cfg: dict[str, Any]
+    made: list[Path] = dataclasses.field(default_factory=list)  # folders that were not there, from the top
 
     @classmethod
-    def open(
+    def claim(
         cls,
         out_dir: str | os.PathLike[str],
         cfg: dict[str, Any],
@@ -54,23 +59,40 @@ class RunFolder:
         grow_only: Iterable[str] = GROW_ONLY,
         resume: Literal["auto", "never"] = "auto",
     ) -> Self:
-        """Create or re-open `out_dir` for `cfg` (plain containers); refuse another configuration and a second run."""
-        path = _make(Path(out_dir))
-        lock = _lock(path)
+        """Lock `out_dir` for `cfg` (plain containers); refuse another configuration and a second run."""
+        path = Path(out_dir)
+        made = [folder for folder in (*reversed(path.parents), path) if not os.path.lexists(folder)]
+        folder = cls(_make(path), False, -1, cfg, made)
         try:
-            resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume)
-            recover_folders(path, "student")
-            for name in ("checkpoints", "samples", "student"):
-                (path / name).mkdir(exist_ok=True)
-            sweep(path)
-            write_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
-        except OSError as error:
-            os.close(lock)
-            raise FolderError(f"out_dir '{path}' cannot be written: {error.strerror}; use another out_dir") from error
+            folder.lock = _lock(path)
+            folder.resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume)
         except BaseException:
-            os.close(lock)
+            folder.close()
             raise
-        return cls(path, resumed, lock)
+        return folder
+
+    @classmethod
+    def open(cls, out_dir: str | os.PathLike[str], cfg: dict[str, Any], **rules: Any) -> Self:
+        """`claim` and `begin`."""
+        folder = cls.claim(out_dir, cfg, **rules)
+        folder.begin()
+        return folder
+
+    def begin(self) -> None:
+        """Write the configuration and make the folders of what is to come."""
+        try:
+            recover_folders(self.path, "student")
+            for name in ("checkpoints", "samples", "student"):
+                (self.path / name).mkdir(exist_ok=True)
+            sweep(self.path)
+            write_atomic(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, OSError):
+                raise
+            reason = f"out_dir '{self.path}' cannot be written: {error.strerror}"
+            raise FolderError(f"{reason}; use another out_dir") from error
+        self.made.clear()
 
     @property
     def checkpoints(self) -> Path:
@@ -85,6 +107,12 @@ class RunFolder:
         return self.path / "student"
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # what others put there since stays, and the folder with it
+            if self.made and self.lock >= 0:
+                (self.path / ".lock").unlink()
+            for folder in reversed(self.made):
+                folder.rmdir()
+        self.made.clear()
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
@@ -130,6 +158,8 @@ def _lock(path: Path) -> int:
         raise FolderError(f"out_dir '{path}' cannot be written: {error.strerror}; use another out_dir") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(lock).st_nlink:  # its last holder took it away, with a folder that was to stay empty
+            raise BlockingIOError(errno.EWOULDBLOCK, "is being removed")
     except OSError as error:
         holder = _holder(lock)
         os.close(lock)

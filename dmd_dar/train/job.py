@@ -45,17 +45,22 @@ def sample_grid(generator: Generator, seed: int, shape: tuple[int, ...], num_cla
 
 @contextlib.contextmanager
 def open_run(cfg: Any, runtime: Runtime) -> Iterator[RunFolder | None]:
-    """The locked run folder in the main process, None in the others; before anything costly is made.
+    """The locked run folder in the main process, None in the others; before teacher, data or networks are opened.
 
-    Where the main process is refused, all of them stop. An uneven batch split is refused before anything is written.
+    Where the main process is refused, all of them stop. Until `begin`, a refusal leaves nothing behind.
     """
     runtime.micro_batches(cfg.batch_size)
     config = dataclasses.asdict(cfg)
     folder = runtime.together(
-        lambda: RunFolder.open(cfg.out_dir, config, resume=cfg.resume) if runtime.is_main else None
+        lambda: RunFolder.claim(cfg.out_dir, config, resume=cfg.resume) if runtime.is_main else None
     )
     with folder or contextlib.nullcontext():
         yield folder
+
+
+def begin(runtime: Runtime, folder: RunFolder | None) -> None:
+    """All is opened and fits: from here on the folder holds this run. Call it in every process."""
+    runtime.together(folder.begin if folder is not None else lambda: None)
 
 
 def run_cycle(
