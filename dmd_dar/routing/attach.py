@@ -22,7 +22,7 @@ from dmd_dar.routing.check import prove
 from dmd_dar.routing.consumers import Plan, plan_of
 from dmd_dar.routing.examples import example_inputs as inputs_for
 from dmd_dar.routing.folder import FORM, WEIGHTS, computed_buffers, read_folder, save_routed
-from dmd_dar.routing.hooks import DarBank
+from dmd_dar.routing.hooks import DarBank, owner
 from dmd_dar.routing.layout import ChunkSize, Final, Query, RoutingConfig, Scale, Summary
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -104,11 +104,13 @@ def _prove(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def detach(model: Model) -> Model:
     """Take the routers and all that came with them off again, in place; returns the plain `model`.
 
-    Raises ValueError where `model` has no routers.
+    Raises ValueError where `model` has no routers, or an adapter holds them.
     """
-    bank = getattr(model, "dar", None)
-    if not isinstance(bank, DarBank):
-        raise ValueError(f"this {type(model).__name__} has no routers that attach put there")
+    bank, name = owner(model), type(model).__name__
+    if bank is None:
+        raise ValueError(f"this {name} has no routers that attach put there")
+    if not isinstance(model.dar, DarBank):
+        raise ValueError(f"an adapter holds the routers of this {name} (modules_to_save): merge or unload it first")
     bank.remove(model)
     del model.dar
     vars(model).pop("save_pretrained", None)

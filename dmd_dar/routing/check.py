@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd_dar.routing.hooks import owner
+
 # How far a block's output may move in `count`, relative in norm: n alpha_i rounds, and so do differences in half
 # precision; in `stream` nothing may move.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -72,7 +74,8 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
 
 def _outputs(model: Any, args: tuple, kwargs: dict, *, routed: bool) -> dict[str, list[Tensor]]:
     """Path of each block -> its output tensors, in the order in which they ran; the model's own as "output"."""
-    bank, found = model.dar, {}
+    bank, found = owner(model), {}
+    assert bank is not None
 
     def keep(path: str) -> Callable:
         return lambda module, inputs, output: found.__setitem__(path, tensors(output))

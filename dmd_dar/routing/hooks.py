@@ -23,10 +23,10 @@ StreamObserver = Callable[[str, int, Tensor], None]  # (stream, router l, alpha 
 
 
 class Pass:
-    """What the hooks know of one forward pass; they leave one that is not `routed` alone."""
+    """What the hooks know of one forward pass through `routers`; they leave one that is not `routed` alone."""
 
-    def __init__(self, observe: StreamObserver | None = None, routed: bool = True) -> None:
-        self.observe, self.routed = observe, routed
+    def __init__(self, routers: "DarBank", observe: StreamObserver | None, routed: bool = True) -> None:
+        self.routers, self.observe, self.routed = routers, observe, routed
         self.with_grad = torch.is_grad_enabled()
         self.graph: dict[str, bool] = {}  # whether each stream's latest consumer ran with gradients
         self.histories: dict[str, History] = {}
@@ -52,6 +52,9 @@ class DarBank(nn.Module):
     `t_projection` (d, d_t) exists where the network's timestep embedding is not d wide and the query needs it; it
     starts as copies of the identity, the routers' gates at zero. `observe`, if set, sees every router's weights once a
     forward. The parameters are float32 or wider, also when the model is cast to less. Each thread has its own pass.
+
+    The hooks of a model stay those of the bank that was installed (`owner`), but route with what `model.dar` holds at
+    the time of the call: PEFT's `modules_to_save` puts copies in its place, which train and are saved.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, config: RoutingConfig):
@@ -75,7 +78,6 @@ class DarBank(nn.Module):
         self.proof: Callable[[nn.Module, tuple, dict], None] | None = None  # runs once, at the next forward
         self._warned = False
         self._thread = threading.local()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def _pass(self) -> Pass | None:
@@ -98,6 +100,11 @@ class DarBank(nn.Module):
             return x.to(y.device, torch.float32) if y.dtype.itemsize < 4 else y
 
         return super()._apply(wide, recurse)
+
+    @property
+    def in_use(self) -> Self:
+        """Itself; PEFT's wrapper passes the question on to its active copy, or to the original where none is."""
+        return self
 
     def bank(self, stream: str) -> RouterBank:
         bank = self.streams[stream]
@@ -132,34 +139,43 @@ class DarBank(nn.Module):
             raise
 
     def _register(self, model: nn.Module) -> None:
-        keep = self._handles.append
-        keep(model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        keep(model.register_forward_hook(self._end, always_call=True))
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.register_forward_hook(self._end, always_call=True)
         if self.time is not None:
-            keep(model.get_submodule(self.time).register_forward_hook(self._embed_t))
+            model.get_submodule(self.time).register_forward_hook(self._embed_t)
         if self.plan.first_block is not None:
-            keep(model.get_submodule(self.plan.first_block).register_forward_pre_hook(self._note_dtype))
+            model.get_submodule(self.plan.first_block).register_forward_pre_hook(self._note_dtype)
         for tap in self.plan.taps:
             module = model.get_submodule(tap.path)
             if tap.output:
-                keep(module.register_forward_hook(partial(self._last_block, tap.stream, tap.router)))
+                module.register_forward_hook(partial(self._last_block, tap.stream, tap.router))
                 continue
             hook = partial(self._route, tap.stream, tap.router, stream_argument(module))
-            keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+            module.register_forward_pre_hook(hook, with_kwargs=True)
             if self.plan.granularity == "block":
-                keep(module.register_forward_hook(partial(self._note_outputs, tap.stream)))
+                module.register_forward_hook(partial(self._note_outputs, tap.stream))
 
     def remove(self, model: nn.Module) -> None:
-        """Take every hook off again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Take every hook off again.
+
+        By looking for them: handles would be copied with the bank, and a copy's handles hold nothing.
+        """
+        for module in model.modules():
+            stores = [
+                store
+                for name, store in vars(module).items()
+                if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+            ]
+            hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+            for key in [key for key, hook in hooks.items() if _bank_of(hook) is self]:
+                for store in stores:
+                    store.pop(key, None)
         if isinstance(func := getattr(model, "_gradient_checkpointing_func", None), Checkpointed):
             model._gradient_checkpointing_func = func.inner  # type: ignore[assignment]
 
     def run(self, model: Any, args: tuple, kwargs: dict, *, routed: bool) -> Any:
         """The model's forward, routed or plain, past the hooks of its call: for use before or within one."""
-        self._pass = Pass(self.observe, routed)
+        self._pass = _started(model, routed)
         try:
             return model.forward(*args, **kwargs)
         finally:
@@ -174,15 +190,16 @@ class DarBank(nn.Module):
             proof(model, args, kwargs)
         if torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
             self._warn_if_frozen(model)
-        self._pass = Pass(self.observe)
+        self._pass = _started(model)
 
-    def _warn_if_frozen(self, model: nn.Module) -> None:
-        if any(x.requires_grad for x in self.parameters()) or not any(x.requires_grad for x in model.parameters()):
+    def _warn_if_frozen(self, model: Any) -> None:
+        if any(x.requires_grad for x in model.dar.parameters()) or not any(x.requires_grad for x in model.parameters()):
             return
         self._warned = True
         warnings.warn(
-            f"{type(model).__name__} trains, but its routers are frozen, as PEFT leaves them: to train them too, call"
-            " model.dar.requires_grad_(True)",
+            f"{type(model).__name__} trains, but its routers are frozen, as PEFT leaves them: to train them too, give"
+            " the adapter's configuration modules_to_save=['dar'], or call model.dar.requires_grad_(True) and save"
+            " model.dar.state_dict() beside the adapter, whose file does not hold it",
             stacklevel=2,
         )
 
@@ -268,11 +285,11 @@ class DarBank(nn.Module):
         return _laid_out(history.state()[:, -tokens:], raw)
 
     def _new_history(self, now: Pass, stream: str) -> History:
-        bank = self.bank(stream)
+        bank = now.routers.bank(stream)
         t_embedding = self._t_embedding(now)
         observe = None if now.observe is None else partial(now.observe, stream)
         if stream in now.last:
-            joinable = "joint" in self.streams
+            joinable = "joint" in self.plan.streams
             history = History(bank, now.last[stream], t_embedding, observe, joinable)
         else:
             now.last[stream] = torch.cat([now.last.pop("text"), now.last.pop("image")], dim=1)
@@ -291,7 +308,23 @@ class DarBank(nn.Module):
         if e is None or e.ndim != 2 or (len(e) > 1 and len(e) % batch):
             raise ValueError("query timestep needs one timestep per sample: use query static or dynamic")
         e = e[:batch].expand(batch, -1)  # Qwen-Image's clean tokens have their timesteps behind the samples'
-        return nn.functional.linear(e, self.t_projection.to(e.dtype)) if hasattr(self, "t_projection") else e
+        routers = now.routers
+        return nn.functional.linear(e, routers.t_projection.to(e.dtype)) if hasattr(routers, "t_projection") else e
+
+
+def owner(model: nn.Module) -> DarBank | None:
+    """The bank whose hooks route `model`, None for a plain one."""
+    return next(filter(None, map(_bank_of, model._forward_pre_hooks.values())), None)
+
+
+def _bank_of(hook: Callable) -> DarBank | None:
+    """The bank that a hook is a method of."""
+    bank = getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
+    return bank if isinstance(bank, DarBank) else None
+
+
+def _started(model: Any, routed: bool = True) -> Pass:
+    return Pass(model.dar.in_use, model.dar.observe, routed)
 
 
 class Checkpointed:
