@@ -21,7 +21,7 @@ from dmd_dar.errors import DamagedFileError
 from dmd_dar.routing.check import prove
 from dmd_dar.routing.consumers import Plan, plan_of
 from dmd_dar.routing.examples import example_inputs as inputs_for
-from dmd_dar.routing.folder import FORM, WEIGHTS, computed_buffers, read_folder, save_routed
+from dmd_dar.routing.folder import FORM, WEIGHTS, class_of, computed_buffers, read_folder, save_routed
 from dmd_dar.routing.hooks import DarBank, owner
 from dmd_dar.routing.layout import ChunkSize, Final, Query, RoutingConfig, Scale, Summary
 
@@ -123,12 +123,10 @@ def load_routed(folder: str | os.PathLike[str]) -> Any:
     Raises MissingWeightsError or DamagedFileError, naming the file, where the folder is not of that form or its parts
     do not fit each other.
     """
-    import diffusers
-
     saved, form = read_folder(folder), Path(folder) / FORM
     name = saved.backbone["_class_name"]
-    model_class: Any = getattr(diffusers, name, None)
-    if nn.Module not in getattr(model_class, "__mro__", ()) or not hasattr(model_class, "from_config"):
+    model_class = class_of(name)
+    if model_class is None:
         raise DamagedFileError(f"{form}: backbone._class_name: diffusers has no model class {name!r}")
     with _blamed(f"{form}: backbone"):
         model: Any = model_class.from_config(saved.backbone)

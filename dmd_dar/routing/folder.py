@@ -14,15 +14,31 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmd_dar.atomic import make_folder, sync_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.routing.fused import unfused
 from dmd_dar.routing.layout import RoutingConfig
 
 FORMAT = 1
 WEIGHTS, FORM, CONFIG = "dar_weights.safetensors", "dar.json", "config.json"
 KEYS = {"format": int, "backbone": dict, "routing": dict, "granularity": str, "buffer_dtypes": dict}
+SAVE_OPTIONS = {  # of diffusers' save_pretrained, with their defaults
+    "save_function": None,  # diffusers does not call it either
+    "safe_serialization": True,
+    "variant": None,
+    "max_shard_size": "10GB",
+    "push_to_hub": False,
+    "use_flashpack": False,
+    **dict.fromkeys(("commit_message", "private", "create_pr", "token", "repo_id", "subfolder")),  # for push_to_hub
+}
+FIXED = {
+    "safe_serialization": "saved as safetensors alone: leave safe_serialization out",
+    "variant": "saved without a variant: leave it out, and cast the model before",
+    "push_to_hub": "saved locally: save it without push_to_hub, then call model.push_to_hub(repo_id)",
+    "use_flashpack": "saved as safetensors alone: leave use_flashpack out",
+}
 BARRIER = {"quant_method": "dar: it has routers, load it with dmd_dar.routing.load_routed"}
 
 
@@ -41,30 +57,28 @@ def save_routed(
     model: Any,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
-    save_function: None = None,
-    safe_serialization: bool = True,
-    variant: str | None = None,
-    max_shard_size: int | str | None = None,
-    push_to_hub: bool = False,
+    **options: Any,
 ) -> None:
     """`save_pretrained` of a routed transformer: weights, dar.json and config.json, each written atomically.
 
-    The arguments are diffusers' own; all weights go into one file whatever `max_shard_size` says. Raises UserError
-    for what this form does not offer, for a model with adapters, and for a folder that holds a plain model's weights.
+    The arguments are diffusers' own: `options` are SAVE_OPTIONS, by name. All weights go into one file, whatever
+    `max_shard_size` says, and fused projections into the layers that they were made from. Raises UserError for what
+    this form does not offer, for a model with adapters, for one whose weights are not those of its class, which could
+    not be loaded, and for a folder that holds a plain model's weights.
     """
-    if not safe_serialization or variant is not None or push_to_hub or save_function is not None:
-        raise UserError("a routed transformer is saved locally, as safetensors, without variant or save_function")
-    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    _check_options(options)
+    weights = {name: value.contiguous() for name, value in unfused(model).items()}
     if any(type(value).__name__ == "DTensor" for value in weights.values()):
         raise UserError("the model is sharded: load its gathered state dict into one that is not, and save that")
-    if any(".base_layer." in name for name in weights):
+    if any(".base_layer." in name or ".modules_to_save." in name for name in weights):
         raise UserError("the model has adapters: fuse or unload them before save_pretrained, save them on their own")
+    backbone, routing = json.loads(model.to_json_string()), asdict(model.dar.config)
+    _check_weights(type(model).__name__, backbone, weights)
     if not is_main_process:
         return
     folder = make_folder(save_directory)
     if plain := sorted(path.name for path in folder.glob("diffusion_pytorch_model*")):
         raise UserError(f"{folder} holds the weights of a plain model, {plain[0]}: save to another folder")
-    backbone, routing = json.loads(model.to_json_string()), asdict(model.dar.config)
     form = {"format": FORMAT, "backbone": backbone, "routing": routing, "granularity": model.dar.plan.granularity}
     buffers = computed_buffers(model)
     form["buffer_dtypes"] = {name: str(value.dtype).removeprefix("torch.") for name, value in buffers.items()}
@@ -74,6 +88,42 @@ def save_routed(
     sync_folder(folder)
     write_atomic(folder / FORM, json.dumps(form, indent=1))
     write_atomic(folder / CONFIG, json.dumps({**backbone, "quantization_config": BARRIER}, indent=1))
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises UserError for an option that is none of diffusers', or asks for another form than ours."""
+    if unknown := sorted(options.keys() - SAVE_OPTIONS.keys()):
+        raise UserError(f"save_pretrained of a routed transformer has no option {', '.join(unknown)}: leave it out")
+    for name, remedy in FIXED.items():
+        if (value := options.get(name, SAVE_OPTIONS[name])) != SAVE_OPTIONS[name]:
+            raise UserError(f"{name}={value!r}: a routed transformer is {remedy}")
+
+
+def _check_weights(name: str, backbone: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raises UserError where `load_routed` would find that the weights are not those of the class."""
+    model_class = class_of(name)
+    if model_class is None:
+        raise UserError(
+            f"{name} is no class of diffusers', so load_routed could not make one: save model.state_dict(), and load it"
+            " into a model that was attached in the same way"
+        )
+    with torch.device("meta"):
+        own = {key: value.shape for key, value in model_class.from_config(backbone).state_dict().items()}
+    found = {key: value.shape for key, value in weights.items() if not key.startswith("dar.")}
+    if wrong := sorted(key for key in {*own, *found} if own.get(key) != found.get(key)):
+        raise UserError(
+            f"these weights of the model are not what {name} has by its configuration: {', '.join(wrong[:4])}"
+            f"{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}: take off what was added (IP-adapter,"
+            " quantisation), or bring its configuration up to date with register_to_config, before save_pretrained"
+        )
+
+
+def class_of(name: str) -> Any:
+    """The model class that diffusers has under `name`, None where it has none."""
+    import diffusers
+
+    found: Any = getattr(diffusers, name, None)
+    return found if nn.Module in getattr(found, "__mro__", ()) and hasattr(found, "from_config") else None
 
 
 def computed_buffers(model: Any) -> dict[str, Tensor]:
