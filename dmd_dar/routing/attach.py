@@ -19,7 +19,7 @@ from torch import nn
 
 from dmd_dar.errors import DamagedFileError
 from dmd_dar.routing.check import prove
-from dmd_dar.routing.consumers import Plan, plan_of
+from dmd_dar.routing.consumers import Plan, plan_of, wrapped
 from dmd_dar.routing.examples import example_inputs as inputs_for
 from dmd_dar.routing.folder import FORM, WEIGHTS, class_of, computed_buffers, read_folder, save_routed
 from dmd_dar.routing.hooks import DarBank, owner
@@ -52,7 +52,8 @@ def attach(
 
     The routers are float32 (float64 in a float64 model), and stay so when the model is cast to less. Attach before
     `fully_shard` and `torch.compile`, and call `model.dar.reset()` after filling a model that was on the meta device.
-    PEFT freezes all that is not its own: attach after adding an adapter, or call `model.dar.requires_grad_(True)`.
+    PEFT freezes all that is not its own, and saves nothing else: attach before adding an adapter, and name the routers
+    in its configuration, modules_to_save=["dar"].
     Checkpointing must not be reentrant (diffusers' is not).
 
     Raises ValueError, with `model` as it was, where it is no transformer, has routers already or no blocks, the options
@@ -90,6 +91,15 @@ def _refuse_wrapped(model: Any) -> None:
     if not isinstance(model, nn.Module):
         held = isinstance(getattr(model, "transformer", None), nn.Module)
         raise ValueError(f"{name} is not a transformer: pass " + ("pipe.transformer" if held else "an nn.Module"))
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise ValueError(
+            f"{name} is an adapter around a transformer, whose file would not hold the routers: attach to the"
+            " transformer before get_peft_model, with modules_to_save=['dar'] in the adapter's configuration, or pass"
+            " model.get_base_model() and save its dar.state_dict() yourself"
+        )
+    if path := wrapped(model):
+        inner = type(model.get_submodule(path)).__name__
+        raise ValueError(f"{name} only wraps a {inner}: attach to that, model.{path}, before it is wrapped")
 
 
 def _prove(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

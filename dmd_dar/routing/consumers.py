@@ -56,6 +56,15 @@ SUBLAYERS = {
     "Lumina2Transformer2DModel": Form("Lumina2TransformerBlock", "layers", "norm1 ffn_norm1", width="hidden_size"),
     "WanTransformer3DModel": Form("WanTransformerBlock", "blocks", "norm1 norm2 norm3", widens=True),
 }
+TIME_EMBEDDERS = {  # where no class's name tells it
+    "AceStepTransformer1DModel": "time_embed.linear_2",
+    "CosmosTransformer3DModel": "time_embed.t_embedder",
+    "Ideogram4Transformer2DModel": "t_embedding",
+    "Krea2Transformer2DModel": "time_embed",
+    "PRXTransformer2DModel": "time_in",
+    "StableAudioDiTModel": "timestep_proj",
+    "WanAnimate2Transformer3DModel": "time_embedding",
+}
 REFUSED = {
     "AuraFlowTransformer2DModel": "its blocks normalise x + attention before the MLP but add only the MLP's output to"
     " x, so the attention's output never enters the residual stream"
@@ -144,11 +153,7 @@ def sublayer_plan(model: nn.Module, form: Form) -> Plan:
 
 def block_plan(model: nn.Module) -> Plan:
     """The plan of any model with lists of blocks: every list is a stream of its own, v_k = Block(h_k) - h_k."""
-    lists = {
-        name: _blocks(model, name)
-        for name, child in model.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and all(map(_is_block, child))
-    }
+    lists = _block_lists(model)
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of transformer blocks: there is nothing to route")
     streams, taps = {}, []
@@ -160,16 +165,38 @@ def block_plan(model: nn.Module) -> Plan:
     return Plan(tuple(taps), streams, paths, _width(model, SUBLAYERS.get(type(model).__name__)), "block")
 
 
+def wrapped(model: nn.Module) -> str | None:
+    """Path of the transformer that `model` is no more than a wrapper of, such as DDP, None where it is none."""
+    path, inner = "", model
+    while len(children := list(inner.named_children())) == 1 and not _block_lists(inner):
+        name, inner = children[0]
+        path = f"{path}.{name}" if path else name
+    return path if path and _block_lists(inner) else None
+
+
 def time_embedder(model: nn.Module) -> str | None:
     """Path of the module that embeds the timestep, None if there is none to be recognised."""
+    if known := TIME_EMBEDDERS.get(type(model).__name__):
+        return known
     names = ("TimestepEmbedding", "TimestepEmbedder")
-    found = (path for path, module in model.named_modules() if type(module).__name__ in names)
-    return next((path for path in found if "guidance" not in path), None)
+    found = [path for path, module in model.named_modules() if type(module).__name__ in names]
+    # an embedder of guidance is of the same class; one deeper inside serves a part, such as a refiner of text
+    found = [path for path in found if "guidance" not in path.rpartition(".")[2]]
+    return min(found, key=lambda path: path.count("."), default=None)
 
 
 def stream_argument(module: nn.Module) -> str:
     """The name of a block's or consumer's first parameter, which is the stream."""
     return next(name for name in inspect.signature(type(module).forward).parameters if name != "self")
+
+
+def _block_lists(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """Every list of blocks that is a child of `model`, by its name."""
+    return {
+        name: _blocks(model, name)
+        for name, child in model.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and all(map(_is_block, child))
+    }
 
 
 def _blocks(model: nn.Module, path: str) -> dict[str, nn.Module]:

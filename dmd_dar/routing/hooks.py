@@ -208,7 +208,7 @@ class DarBank(nn.Module):
 
     def _embed_t(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._pass is not None and self._pass.t_embedding is None:
-            self._pass.t_embedding = output
+            self._pass.t_embedding = output.squeeze(1) if output.ndim == 3 else output  # Krea 2's is (B, 1, d)
 
     def _note_dtype(self, module: nn.Module, args: tuple) -> None:
         if self._pass is not None:
