@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dmd_dar.errors import DamagedFileError
+from dmd_dar.routing.backbone import guard_config, release_config
 from dmd_dar.routing.check import prove
 from dmd_dar.routing.consumers import Plan, plan_of, wrapped
 from dmd_dar.routing.examples import example_inputs as inputs_for
@@ -107,7 +108,7 @@ def _prove(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     try:
         prove(model, args, kwargs)
     except BaseException:
-        detach(model)
+        _strip(model)
         raise
 
 
@@ -116,15 +117,22 @@ def detach(model: Model) -> Model:
 
     Raises ValueError where `model` has no routers, or an adapter holds them.
     """
-    bank, name = owner(model), type(model).__name__
-    if bank is None:
+    name = type(model).__name__
+    if owner(model) is None:
         raise ValueError(f"this {name} has no routers that attach put there")
     if not isinstance(model.dar, DarBank):
         raise ValueError(f"an adapter holds the routers of this {name} (modules_to_save): merge or unload it first")
+    _strip(model)
+    return model
+
+
+def _strip(model: Any) -> None:
+    bank = owner(model)
+    assert bank is not None
     bank.remove(model)
     del model.dar
     vars(model).pop("save_pretrained", None)
-    return model
+    release_config(model)
 
 
 def load_routed(folder: str | os.PathLike[str]) -> Any:
@@ -175,6 +183,7 @@ def install(model: Any, config: RoutingConfig, plan: Plan) -> DarBank:
         bank = DarBank(model, plan, config).to(torch.promote_types(dtype, torch.float32))
     bank.install(model)
     model.dar = bank
+    guard_config(model, bank.config, plan.granularity)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = partial(save_routed, model)  # a bound method could not be unpickled
     return bank

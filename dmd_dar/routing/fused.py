@@ -1,4 +1,4 @@
-"""The weights of a transformer under the names of its class, where `fuse_qkv_projections` has put copies beside them."""
+"""The weights of a transformer by the names of its class, where `fuse_qkv_projections` put copies beside them."""
 
 from collections.abc import Iterator
 
@@ -39,4 +39,6 @@ def _fused(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _computes(module: nn.Module) -> bool:
     """Whether an attention calls its fused layers: the older form's processors do so by class, and may be set back."""
-    return hasattr(module, "unfuse_projections") or type(getattr(module, "processor", None)).__name__.startswith("Fused")
+    return hasattr(module, "unfuse_projections") or type(getattr(module, "processor", None)).__name__.startswith(
+        "Fused"
+    )

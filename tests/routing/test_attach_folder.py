@@ -1,17 +1,23 @@
 """Routed transformers on disk: they come back whole, and plain diffusers refuses them."""
 
 import copy
+import inspect
 import json
+import os
 import pickle
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.routing import attach, detach, load_routed
 from dmd_dar.routing.examples import example_inputs
+from dmd_dar.routing.folder import SAVE_OPTIONS
 from tests.routing.tiny_models import NAMES, gradients, output, shaken, tiny_model
 
 diffusers = pytest.importorskip("diffusers")
@@ -118,12 +124,102 @@ def test_copies_and_pickles_are_saved_with_their_own_weights(tmp_path):
         assert torch.equal(output(detach(twin), inputs), plain) and "save_pretrained" not in vars(twin)
 
 
-@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"variant": "fp16"}, {"push_to_hub": True}])
-def test_what_saving_does_not_offer(tmp_path, options):
+REFUSED = [
+    ({"safe_serialization": False}, "safe_serialization=False: .* saved as safetensors alone"),
+    ({"variant": "fp16"}, "variant='fp16': .* without a variant: leave it out"),
+    ({"push_to_hub": True}, r"push_to_hub=True: .* saved locally: .* then call model\.push_to_hub\(repo_id\)"),
+    ({"use_flashpack": True}, "use_flashpack=True: .* saved as safetensors alone"),
+    ({"state_dict": {}}, "has no option state_dict: leave it out"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_what_saving_does_not_offer(tmp_path, options, message):
     model = attach(tiny_model(DIT), query="static", chunk_size=2)
-    with pytest.raises(UserError, match="saved locally, as safetensors"):
+    with pytest.raises(UserError, match=message):
         model.save_pretrained(tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_diffusers_is_known():
+    own = inspect.signature(diffusers.ModelMixin.save_pretrained).parameters.values()
+    defaults = {p.name: p.default for p in own if p.default is not p.empty and p.name != "is_main_process"}
+    assert defaults.items() <= SAVE_OPTIONS.items()
+    pops = re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(diffusers.ModelMixin.save_pretrained))
+    assert pops and {*pops} <= SAVE_OPTIONS.keys()
+
+
+def test_saving_takes_every_option_at_its_default(tmp_path):
+    model = attach(tiny_model(DIT), query="static", chunk_size=2)
+    model.save_pretrained(tmp_path / "other_process", is_main_process=False, **SAVE_OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path, **SAVE_OPTIONS | {"token": "t", "save_function": torch.save, "max_shard_size": 9})
+    inputs = example_inputs(model)
+    assert torch.equal(output(load_routed(tmp_path), inputs), output(model, inputs))
+
+
+def test_pushing_uploads_the_routed_form(monkeypatch):
+    model, pushed = attach(tiny_model(DIT), query="static", chunk_size=2), []
+    hub = type(model).push_to_hub.__globals__
+    monkeypatch.setitem(hub, "create_repo", lambda repo, **options: SimpleNamespace(repo_id=repo))
+    monkeypatch.setattr(
+        type(model), "_upload_folder", lambda self, folder, *a, **k: pushed.append(sorted(os.listdir(folder)))
+    )
+    model.push_to_hub("me/routed", subfolder="transformer")
+    assert pushed == [["config.json", "dar.json", "dar_weights.safetensors"]]
+
+
+SIMPLE = {"qk_norm": None, "dual_attention_layers": ()}  # diffusers' fused processor knows neither
+FUSABLE = [
+    ("PixArtTransformer2DModel", {}),
+    ("SD3Transformer2DModel", SIMPLE),
+    ("FluxTransformer2DModel", {}),
+    ("WanTransformer3DModel", {"image_dim": 8, "added_kv_proj_dim": 24}),
+]
+
+
+@pytest.mark.parametrize("then", ["train", "set back"])
+@pytest.mark.parametrize(("name", "changes"), FUSABLE, ids=[name for name, _ in FUSABLE])
+def test_fused_projections_are_saved_as_they_compute(tmp_path, name, changes, then):
+    model = shaken(attach(tiny_model(name, torch.float64, **changes), query="static", chunk_size=2))
+    inputs, keys = example_inputs(model), model.state_dict().keys()
+    before = output(model, inputs).detach()
+    model.fuse_qkv_projections()
+    fused = [value for key, value in model.named_parameters() if key not in keys]
+    assert fused and torch.allclose(output(model, inputs), before, rtol=1e-10)
+    with torch.no_grad():
+        for value in fused:
+            value += 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(3)).double()
+    if then == "set back":
+        model.unfuse_qkv_projections()
+    expected = output(model, inputs)
+    assert torch.equal(expected, before) == (then == "set back")
+    model.save_pretrained(tmp_path)
+    back = load_routed(tmp_path)
+    assert back.state_dict().keys() == keys
+    assert torch.allclose(output(back, inputs), expected, rtol=1e-10)
+
+
+def grown(model) -> None:
+    model.proj_out_2 = nn.Linear(model.proj_out_2.in_features, 2 * model.proj_out_2.out_features)
+
+
+def extended(model) -> None:
+    model.transformer_blocks[0].attn1.processor = nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize(("change", "names"), [(grown, "proj_out_2.bias, proj_out_2.weight"), (extended, "processor")])
+def test_weights_that_nobody_could_load_are_not_saved(tmp_path, change, names):
+    model = saved(tmp_path / "first")
+    change(model)
+    with pytest.raises(UserError, match=rf"not what {DIT} has by its configuration: .*{names}.*register_to_config"):
+        model.save_pretrained(tmp_path / "first")
+    load_routed(tmp_path / "first")
+    other = attach(tiny_model(DIT), query="static", chunk_size=2)
+    other.__class__ = type("MyTransformer", (type(other),), {})
+    with pytest.raises(UserError, match="MyTransformer is no class of diffusers', so load_routed could not make one"):
+        other.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def rewrite(folder: Path, **changes) -> None:

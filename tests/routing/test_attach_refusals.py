@@ -99,6 +99,39 @@ def test_what_holds_a_transformer_is_not_one():
     assert same(everything(model), before)
 
 
+class Holder(nn.Module):
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (nn.DataParallel, "module"),
+        (torch.optim.swa_utils.AveragedModel, "module"),
+        (Holder, "transformer"),
+        (lambda model: Holder(nn.DataParallel(model)), "transformer.module"),
+    ],
+)
+def test_a_wrapper_is_told_what_it_wraps(wrap, path):
+    model = wrap(tiny_model("DiTTransformer2DModel"))
+    with pytest.raises(ValueError, match=rf"only wraps a DiTTransformer2DModel: attach to that, model\.{path}, before"):
+        attach(model, **GOOD)
+    assert not hasattr(attach(model.get_submodule(path), **GOOD), "transformer")
+
+
+def test_an_adapter_s_wrapper_is_told_how_its_file_holds_the_routers():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("DiTTransformer2DModel")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"]))
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"PeftModel is an adapter .*modules_to_save=\['dar'\].*get_base_model\(\)"):
+        attach(wrapped, **GOOD)
+    assert same(everything(model), before)
+    assert attach(wrapped.get_base_model(), **GOOD) is model
+
+
 def test_hooks_that_find_no_place_leave_nothing_behind():
     model = tiny_model("DiTTransformer2DModel")
     del model.norm_out
