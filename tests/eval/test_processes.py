@@ -18,7 +18,7 @@ from eval.images import UnfitError
 from eval.measured import Reading, measure_one, rows_of
 from eval.processes import Processes
 from eval.sets import ImageSet
-from tests.tiny import tiny_teacher
+from tests.tiny import ON_CPU, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,12 +83,13 @@ def test_two_processes_write_the_report_of_one(tmp_path, crops):
                 "fake_score.updates=1",
                 "regression.weight=0",
                 "log.wandb=disabled",
-                "launch.cpu=true",
+                *ON_CPU,
                 "preflight=false",
             ),
         ]
     )
-    shared = [f"runs=[{tmp_path / 'dar'}]", f"images=[{tmp_path / 'more.npy'}]", "cpu=true", "n=65", "solver_steps=1"]
+    shared = [f"runs=[{tmp_path / 'dar'}]", f"images=[{tmp_path / 'more.npy'}]", "n=65", "solver_steps=1"]
+    shared += [word.removeprefix("launch.") for word in ON_CPU]
     one, two = (
         [*shared, "metrics=[offline]", f"out={tmp_path / name}", f"cache={tmp_path / name / 'cache'}"]
         for name in ("one", "two")
