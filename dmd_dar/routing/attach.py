@@ -25,6 +25,7 @@ from dmd_dar.routing.examples import example_inputs as inputs_for
 from dmd_dar.routing.folder import FORM, WEIGHTS, class_of, computed_buffers, read_folder, save_routed
 from dmd_dar.routing.hooks import DarBank, owner
 from dmd_dar.routing.layout import ChunkSize, Final, Query, RoutingConfig, Scale, Summary
+from dmd_dar.routing.offload import runs_on
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -177,9 +178,8 @@ def install(model: Any, config: RoutingConfig, plan: Plan) -> DarBank:
 
     Where the hooks find no place, `model` is as it was.
     """
-    parameter = next(model.parameters())
-    dtype = getattr(model, "dtype", parameter.dtype)
-    with parameter.device:
+    dtype = getattr(model, "dtype", next(model.parameters()).dtype)
+    with runs_on(model):
         bank = DarBank(model, plan, config).to(torch.promote_types(dtype, torch.float32))
     bank.install(model)
     model.dar = bank
@@ -191,4 +191,4 @@ def install(model: Any, config: RoutingConfig, plan: Plan) -> DarBank:
 
 def _later(model: nn.Module) -> bool:
     """Whether the model cannot run yet, or not here: it is on the meta device, or spread over devices."""
-    return hasattr(model, "hf_device_map") or any(parameter.is_meta for parameter in model.parameters())
+    return hasattr(model, "hf_device_map") or runs_on(model).type == "meta"

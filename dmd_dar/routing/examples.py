@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmd_dar.routing.offload import runs_on
+
 B, T, SIDE = 2, 5, 4  # SIDE: patches on a side
 Randn = Callable[..., Tensor]
 
@@ -19,7 +21,7 @@ def example_inputs(model: Any) -> dict[str, Any]:
     if make is None:
         raise ValueError(f"cannot make inputs for {type(model).__name__}: pass example_inputs, or check=False")
     generator = torch.Generator().manual_seed(0)
-    device, dtype = next(model.parameters()).device, model.dtype
+    device, dtype = runs_on(model), model.dtype
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)

@@ -47,7 +47,7 @@ class Pass:
 
 
 class DarBank(nn.Module):
-    """One `RouterBank` per token stream, and the hooks. Never called itself.
+    """One `RouterBank` per token stream, and the hooks. Its own call projects the timestep embedding.
 
     `t_projection` (d, d_t) exists where the network's timestep embedding is not d wide and the query needs it; it
     starts as copies of the identity, the routers' gates at zero. `observe`, if set, sees every router's weights once a
@@ -119,16 +119,24 @@ class DarBank(nn.Module):
     @property
     def was_reset(self) -> bool:
         """Whether queries, gains and t_projection can be what `reset` makes them, not memory that nothing filled."""
-        gains = all(bool((self.bank(stream).gain == 1).all()) for stream in self.streams)
-        return self.at_start and gains and (not hasattr(self, "t_projection") or bool(self.t_projection.any()))
+        gains = all(bool((self.bank(stream)()["gain"] == 1).all()) for stream in self.streams)
+        if not hasattr(self, "t_projection"):
+            return self.at_start and gains
+        probe = torch.ones(1, self.t_projection.shape[1])
+        return self.at_start and gains and bool(self(probe).any())
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the start: zero queries, unit gains; the network then adds plainly, as it did before routing."""
+        """Back to the start: zero queries, unit gains; the network then adds plainly, as it did before routing.
+
+        Raises ValueError where an offloader keeps the parameters and what is written to them here would be lost.
+        """
         for stream in self.streams:
             self.bank(stream).reset()
         if hasattr(self, "t_projection"):
             self.t_projection.copy_(_tiled_identity(*self.t_projection.shape))
+        if any("forward" in vars(module) for module in self.modules()) and not self.was_reset:
+            raise ValueError("the routers are offloaded, to reset them changes nothing: end the offloading first")
 
     def install(self, model: nn.Module) -> None:
         """Register every hook on `model` and its modules; all or, where that fails, none."""
@@ -308,8 +316,11 @@ class DarBank(nn.Module):
         if e is None or e.ndim != 2 or (len(e) > 1 and len(e) % batch):
             raise ValueError("query timestep needs one timestep per sample: use query static or dynamic")
         e = e[:batch].expand(batch, -1)  # Qwen-Image's clean tokens have their timesteps behind the samples'
-        routers = now.routers
-        return nn.functional.linear(e, routers.t_projection.to(e.dtype)) if hasattr(routers, "t_projection") else e
+        return now.routers(e) if hasattr(now.routers, "t_projection") else e
+
+    def forward(self, e: Tensor) -> Tensor:
+        """t_projection e(t), (B, d) from (B, d_t); by a call, so that an offloader brings the parameter."""
+        return nn.functional.linear(e, self.t_projection.to(e.device, e.dtype))
 
 
 def owner(model: nn.Module) -> DarBank | None:

@@ -24,7 +24,7 @@ class RouterBank(nn.Module):
         self.layout = reads(num_sublayers, self.chunk_size)
         self.routers = range(2, num_sublayers + 2) if routers is None else routers
         shares = config.final == "reuse_last" and self.routers[-1] == num_sublayers + 1 and len(self.routers) > 1
-        rows = len(self.routers) - shares
+        self.rows = rows = len(self.routers) - shares
         self.backend: str | None = None  # one of ops.BACKENDS; None: ops.chosen
         self.gain = nn.Parameter(torch.ones(rows, width))
         if config.query == "dynamic":
@@ -35,18 +35,29 @@ class RouterBank(nn.Module):
             self.gate = nn.Parameter(torch.zeros(rows, width))
 
     def row(self, router: int) -> int:
-        return min(router - self.routers[0], self.gain.shape[0] - 1)
+        return min(router - self.routers[0], self.rows - 1)
 
-    def queries(self, t_embedding: Tensor | None) -> Tensor:
-        """q_l of every row, Eq. 6: (rows, d) static, (rows, B, 1, d) timestep.
+    def forward(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The parameters by name for one forward pass, on `device` if given.
+
+        A pass gets them by this call and in no other way: what keeps them elsewhere between calls, an offloader, puts
+        its hooks on calls. Where this one has such hooks it gives copies, which the caller can use after they have
+        taken the parameters back.
+        """
+        hooked = "forward" in vars(self) or self._forward_hooks or self._forward_pre_hooks
+        here = {name: parameter.to(device=device) for name, parameter in self.named_parameters()}
+        return {name: x.clone() for name, x in here.items()} if hooked else here
+
+    def queries(self, held: dict[str, Tensor], t_embedding: Tensor | None) -> Tensor:
+        """q_l of every row, Eq. 6: (rows, d) static, (rows, B, 1, d) timestep; held: what `forward` gave.
 
         t_embedding (B, d); ValueError where `timestep` routers are not given it.
         """
         if self.config.query == "static":
-            return self.query
+            return held["query"]
         if t_embedding is None:
             raise ValueError("timestep routers need t_embedding (B, d): give it to the History")
-        return (self.query[:, None] + self.gate[:, None] * t_embedding)[:, :, None]
+        return (held["query"][:, None] + held["gate"][:, None] * t_embedding)[:, :, None]
 
     @staticmethod
     def dynamic_query(w_q: Tensor, previous: Tensor) -> Tensor:
@@ -55,23 +66,23 @@ class RouterBank(nn.Module):
         with torch.autocast(previous.device.type, enabled=False):
             return nn.functional.linear(previous.to(dtype), w_q.to(dtype))
 
-    def folded_queries(self, t_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def folded_queries(self, held: dict[str, Tensor], t_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
         """gain * q_l / sqrt(d) of all routers: (R, d) static, (B, R, d) timestep; then s_i = folded . v_i / RMS(v_i).
 
         A row per router, also where routers share one. `dynamic` has no query before its v_{l-1}.
         """
-        query = self.queries(t_embedding).to(dtype)
+        query, gain = self.queries(held, t_embedding).to(dtype), held["gain"]
         if self.config.query == "timestep":
             query = query.squeeze(2).transpose(0, 1)
-        folded = query * self.gain.to(dtype) * self.gain.shape[-1] ** -0.5
-        if len(self.routers) == self.gain.shape[0]:
+        folded = query * gain.to(dtype) * gain.shape[-1] ** -0.5
+        if len(self.routers) == self.rows:
             return folded
         return torch.cat([folded, folded[..., -1:, :]], dim=-2)
 
     @property
     def at_start(self) -> bool:
         """Whether all queries are zero, so that the sources weigh the same."""
-        return not any(parameter.any() for name, parameter in self.named_parameters() if name != "gain")
+        return not any(parameter.any() for name, parameter in self().items() if name != "gain")
 
     @torch.no_grad()
     def reset(self) -> None:

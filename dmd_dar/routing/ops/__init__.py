@@ -39,18 +39,18 @@ def reader(bank: "RouterBank", v_0: Tensor, t_embedding: Tensor | None, dtype: D
     """
     if compiler.is_compiling():
         _compiled()
-        return ListedReader(bank, t_embedding, naive.route)
+        return ListedReader(bank, v_0.device, t_embedding, naive.route)
     name = chosen(bank.backend, v_0.device.type)
     if name == "triton":
         fused, reason = _triton(bank, v_0, dtype)
         if fused is not None:
-            return ListedReader(bank, t_embedding, fused)
+            return ListedReader(bank, v_0.device, t_embedding, fused)
         name = give_way("triton", "torch", reason)
     if name == "torch" and _functorch.peek_interpreter_stack() is not None:
         name = give_way("torch", "naive", "it does not work inside torch.func transforms")
-    return (
-        TorchReader(bank, v_0, t_embedding, dtype) if name == "torch" else ListedReader(bank, t_embedding, naive.route)
-    )
+    if name == "torch":
+        return TorchReader(bank, v_0, t_embedding, dtype)
+    return ListedReader(bank, v_0.device, t_embedding, naive.route)
 
 
 def _triton(bank: "RouterBank", v_0: Tensor, dtype: Dtype) -> tuple[Callable[..., Tensor] | None, str]:

@@ -16,17 +16,24 @@ if TYPE_CHECKING:
 class ListedReader:
     """Sources in lists; `route_of` (the signature of naive.route) builds each state from them."""
 
-    def __init__(self, bank: "RouterBank", t_embedding: Tensor | None, route_of: Callable[..., Tensor]):
+    def __init__(
+        self,
+        bank: "RouterBank",
+        device: torch.device,
+        t_embedding: Tensor | None,
+        route_of: Callable[..., Tensor],
+    ):
         self.bank, self.t_embedding, self.route_of = bank, t_embedding, route_of
         self.summaries: list[Tensor] = []
         self.outputs: list[Tensor] = []
-        self._take_parameters()
+        self._take_parameters(device)
 
-    def _take_parameters(self) -> None:
+    def _take_parameters(self, device: torch.device) -> None:
         """Rows of all routers at once: taken one by one, each would cost a gradient of the whole parameter's size."""
-        bank, self.tracks = self.bank, torch.is_grad_enabled()
-        self.gains, self.dynamic = bank.gain.unbind(), bank.config.query == "dynamic"
-        self.queries = (bank.w_q if self.dynamic else bank.queries(self.t_embedding)).unbind()
+        held, self.tracks = self.bank(device), torch.is_grad_enabled()
+        self.dynamic = self.bank.config.query == "dynamic"
+        self.gains = held["gain"].unbind()
+        self.queries = (held["w_q"] if self.dynamic else self.bank.queries(held, self.t_embedding)).unbind()
 
     def summary(self, v: Tensor) -> None:
         """c_n of the chunk that ends here; its outputs are read no more."""
@@ -41,7 +48,7 @@ class ListedReader:
     ) -> tuple[Tensor, Tensor | None]:
         """h_l, and alpha (n, B, T) if observed."""
         if torch.is_grad_enabled() and not self.tracks:  # the pass began without gradients
-            self._take_parameters()
+            self._take_parameters(previous.device)
         bank, row, sources = self.bank, self.bank.row(router), self.summaries + self.outputs
         query, gain = self.queries[row], self.gains[row]
         if self.dynamic:

@@ -64,13 +64,15 @@ class TorchReader:
         self.sum_known: list[Known] = []  # of the summaries; of the chunk's outputs:
         self.out_known: list[Known] = []
         self.tracks = torch.is_grad_enabled()
+        held = bank(v_0.device)
+        self.gains = held["gain"].unbind()
         self.token, self.folded, learns = v_0.new_zeros(()), None, False
         if bank.config.query != "dynamic":
-            folded = bank.folded_queries(t_embedding, self.wide)
+            folded = bank.folded_queries(held, t_embedding, self.wide)
             self.folded, learns = folded.detach(), folded.requires_grad
             self.token = Begin.apply(folded, self.passes)
         else:
-            self.w_q = bank.w_q.unbind()  # one gradient of the parameter's size, not one for each router
+            self.w_q = held["w_q"].unbind()  # one gradient of the parameter's size, not one for each router
         counts = tuple(bank.layout[router].count for router in bank.routers)
         self.form = Form(bank.config.scale, counts, learns)
 
@@ -136,7 +138,7 @@ class TorchReader:
         query, row = None, router - self.bank.routers[0]
         if self.folded is None:
             query = self.bank.dynamic_query(self.w_q[self.bank.row(router)], previous)
-        h, alpha = Route.apply(self.token, stream, query, self.bank.gain[self.bank.row(router)], self, row)
+        h, alpha = Route.apply(self.token, stream, query, self.gains[self.bank.row(router)], self, row)
         return h, alpha.T.unflatten(1, self.shape[:2]) if observed else None
 
     def snapshot(self) -> "TorchReader":

@@ -392,7 +392,7 @@ def supports(sources: list[Tensor], query: Tensor, gain: Tensor) -> str | None:
 
 def refusal(bank: "RouterBank", v_0: Tensor, dtype: torch.dtype) -> str | None:
     """`supports` for a whole forward pass, whose sources are like v_0 (B, T, d), in its dtype or in `dtype`."""
-    gain = bank.gain[0].detach()
+    gain = v_0.new_empty(v_0.shape[-1], dtype=bank.gain.dtype)
     return supports([v_0, v_0.new_empty((), dtype=dtype).expand(v_0.shape)], gain, gain)
 
 

@@ -1,0 +1,28 @@
+"""Models whose parameters are elsewhere until they are called: accelerate's and diffusers' offloading."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def runs_on(model: nn.Module) -> torch.device:
+    """The device on which `model` computes: its first parameter's, or the one to which an offloader brings it.
+
+    "meta" where nothing will bring it: the model is still to be filled.
+    """
+    for module in model.modules():
+        for hook in _hooks(module):
+            device = getattr(hook, "execution_device", None)  # accelerate's
+            if device is None:
+                device = getattr(getattr(hook, "config", None), "onload_device", None)  # diffusers' group offloading
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(model.parameters()).device
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What accelerate and diffusers have hooked to a module's call."""
+    hook, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
+    grouped = [] if registry is None else [registry.get_hook("group_offloading")]
+    return [*getattr(hook, "hooks", [hook]), *grouped]  # accelerate chains hooks in one that has `hooks`
