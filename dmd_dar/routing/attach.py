@@ -19,6 +19,7 @@ from torch import nn
 
 from dmd_dar.errors import DamagedFileError
 from dmd_dar.routing.backbone import guard_config, release_config
+from dmd_dar.routing.caches import cached
 from dmd_dar.routing.check import prove
 from dmd_dar.routing.consumers import Plan, plan_of, wrapped
 from dmd_dar.routing.examples import example_inputs as inputs_for
@@ -190,5 +191,5 @@ def install(model: Any, config: RoutingConfig, plan: Plan) -> DarBank:
 
 
 def _later(model: nn.Module) -> bool:
-    """Whether the model cannot run yet, or not here: it is on the meta device, or spread over devices."""
-    return hasattr(model, "hf_device_map") or runs_on(model).type == "meta"
+    """Whether the model cannot run yet, or not here: on the meta device, spread over devices, or under a cache."""
+    return hasattr(model, "hf_device_map") or runs_on(model).type == "meta" or cached(model)

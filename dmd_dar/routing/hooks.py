@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dmd_dar.routing.caches import BlockCache, block_cache, cached
+from dmd_dar.routing.checkpointing import Checkpointed
 from dmd_dar.routing.consumers import Plan, stream_argument, time_embedder
 from dmd_dar.routing.history import History
 from dmd_dar.routing.layout import RoutingConfig, reads
@@ -27,6 +29,7 @@ class Pass:
 
     def __init__(self, routers: "DarBank", observe: StreamObserver | None, routed: bool = True) -> None:
         self.routers, self.observe, self.routed = routers, observe, routed
+        self.cache: BlockCache | None = None  # of diffusers, where it skips blocks of this pass
         self.with_grad = torch.is_grad_enabled()
         self.graph: dict[str, bool] = {}  # whether each stream's latest consumer ran with gradients
         self.histories: dict[str, History] = {}
@@ -193,12 +196,14 @@ class DarBank(nn.Module):
         func = getattr(model, "_gradient_checkpointing_func", None)
         if func is not None and not isinstance(func, Checkpointed):
             model._gradient_checkpointing_func = Checkpointed(self, func)  # type: ignore[assignment]
-        proof, self.proof = self.proof, None
-        if proof is not None:
+        if self.proof is not None and not cached(model):
+            proof, self.proof = self.proof, None
             proof(model, args, kwargs)
         if torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
             self._warn_if_frozen(model)
-        self._pass = _started(model)
+        now = _started(model)
+        now.cache = block_cache(model, self.plan.blocks)
+        self._pass = now
 
     def _warn_if_frozen(self, model: Any) -> None:
         if any(x.requires_grad for x in model.dar.parameters()) or not any(x.requires_grad for x in model.parameters()):
@@ -238,10 +243,24 @@ class DarBank(nn.Module):
             for place, y in enumerate(now.outputs.pop(stream, ())):
                 if y is x:
                     now.place[stream] = place
+            if router > 1 and _skipped(now, stream):
+                return x
             now.handed[stream] = self._state(now, stream, router, _undo(now, stream, x))
             return now.handed[stream]
-        h = self._state(now, stream, router, x.to(now.dtype or x.dtype))
-        return x if router == 1 else h.to(x.dtype)
+        if router <= self.bank(stream).num_sublayers:
+            h = self._state(now, stream, router, x.to(now.dtype or x.dtype))
+            return x if router == 1 else h.to(x.dtype)
+        return self._head(now, x, lambda: self._state(now, stream, router, x.to(now.dtype or x.dtype)).to(x.dtype))
+
+    def _head(self, now: Pass, x: Tensor, state: Callable[[], Tensor]) -> Tensor:
+        """What the head is given in place of x: state(), or what a cache that skips blocks has kept of it."""
+        if now.cache is None:
+            return state()
+        if now.cache.skips(bool(now.last)):
+            return now.cache.again(x)
+        h = state()
+        now.cache.keep(x, h)
+        return h
 
     def _note_outputs(self, stream: str, module: nn.Module, args: tuple, output: Any) -> None:
         if self._pass is not None and self._pass.routed and isinstance(output, tuple):
@@ -252,6 +271,9 @@ class DarBank(nn.Module):
         now = self._running()
         if not now.routed:
             return None
+        tail = now.cache is not None and stream == now.cache.tail
+        if not tail and _skipped(now, stream):
+            return None
         outputs = [output] if isinstance(output, Tensor) else list(output)
         place = now.place.get(stream)
         if place is None:  # something was added on the way from block to block, or there is one output only
@@ -261,7 +283,9 @@ class DarBank(nn.Module):
                 raise ValueError(f"cannot tell which of {len(outputs)} outputs of the last of {stream} is the stream")
             place = places[0]
         with torch.set_grad_enabled(now.with_grad or torch.is_grad_enabled()):
-            outputs[place] = self._state(now, stream, router, _undo(now, stream, outputs[place]))
+            x = outputs[place]
+            state = lambda: self._state(now, stream, router, _undo(now, stream, x))  # noqa: E731
+            outputs[place] = self._head(now, x, state) if tail else state()
         return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
 
     def _running(self) -> Pass:
@@ -338,38 +362,6 @@ def _started(model: Any, routed: bool = True) -> Pass:
     return Pass(model.dar.in_use, model.dar.observe, routed)
 
 
-class Checkpointed:
-    """A checkpointing function whose recomputations find the history as the first computation found it."""
-
-    def __init__(self, bank: DarBank, inner: Callable):
-        self.bank, self.inner = bank, inner
-
-    def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
-        start = self.bank._pass
-        region = module if start is None else Region(self.bank, module, start.snapshot())
-        return self.inner(region, *args, **kwargs)
-
-
-class Region:
-    """A module under checkpointing: its second call, in the backward pass, starts from the history of its first."""
-
-    def __init__(self, bank: DarBank, module: Callable, start: Pass):
-        self.bank, self.module, self.start, self.fresh = bank, module, start, True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fresh:
-            self.fresh = False
-            if not torch.is_grad_enabled():
-                raise RuntimeError("routing needs checkpointing with use_reentrant=False: the history is no argument")
-            return self.module(*args, **kwargs)
-        outer, again = self.bank._pass, self.start.snapshot()
-        self.bank._pass, again.observe = again, None
-        try:
-            return self.module(*args, **kwargs)
-        finally:
-            self.bank._pass = outer
-
-
 def _laid_out(h: Tensor, x: Tensor) -> Tensor:
     """h with the strides of x: kernels may round otherwise in another layout."""
     return h if h.stride() == x.stride() else torch.empty_like(x).copy_(h)
@@ -379,6 +371,11 @@ def _difference(x: Tensor, y: Tensor) -> Tensor:
     """x - y in promote_types(dtype, float32), cast once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) - y.to(wide)).to(x.dtype)
+
+
+def _skipped(now: Pass, stream: str) -> bool:
+    """Whether a cache skips this pass's blocks of `stream`, block granularity; known behind the first of them."""
+    return now.cache is not None and stream in now.cache.lists and now.cache.skips(ran=True)
 
 
 def _undo(now: Pass, stream: str, y: Tensor) -> Tensor:
