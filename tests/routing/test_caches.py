@@ -26,7 +26,7 @@ SKIPPING = [
     (first_block, name) for name in ("DiT", "PixArt", "Flux", "QwenImage")
 ]  # classes that the plain cache takes
 SKIPPING += [(magnitude, name) for name in ("DiT", "PixArt", "SD3", "Flux", "QwenImage")]
-FULL = {"QwenImage": "QwenImageTransformer2DModel"}
+FULL = {"QwenImage": "QwenImageTransformer2DModel", "Wan": "WanTransformer3DModel"}
 
 
 def routed(name: str, **options) -> tuple[nn.Module, dict]:
@@ -36,9 +36,9 @@ def routed(name: str, **options) -> tuple[nn.Module, dict]:
 
 
 @torch.no_grad()
-def called(model: nn.Module, inputs: dict, context: str = "cond") -> Tensor:
+def called(model: nn.Module, inputs: dict, context: str = "cond", **place) -> Tensor:
     hooks.HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()  # as enable_cache does
-    with CacheMixin.cache_context(model, context):  # type: ignore[arg-type]
+    with CacheMixin.cache_context(model, context, **place):  # type: ignore[arg-type]
         return output(model, inputs)
 
 
@@ -73,6 +73,22 @@ def test_a_skipped_pass_adds_what_routing_made_for_the_head_before(enable, granu
     called(model, second)
     assert not torch.allclose(streams[1], streams[0]) and not torch.allclose(head[0], streams[0])
     assert torch.allclose(head[1] - streams[1], head[0] - streams[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "block"])
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_sea_cache_keeps_the_routing_too(name, granularity):
+    model, inputs = routed(name, granularity=granularity)
+    expected, ran = called(model, inputs), []
+    given = {"threshold": 10.0, "cache_end_steps": 0, "max_consecutive_cached": 9}
+    raw = {"raw_vision_callback": lambda module, *args, **kwargs: [inputs["hidden_states"]]}
+    hooks.apply_sea_cache(model, hooks.SeaCacheConfig(**given, **raw))
+    last = model.get_submodule(model.dar.plan.blocks[-1])
+    next(part for part in last.modules() if isinstance(part, nn.Linear)).register_forward_hook(lambda *a: ran.append(1))
+    for step in range(3):
+        place = {"step_index": step, "num_inference_steps": 9, "timestep": 500.0, "sigma": 0.9 - 0.1 * step}
+        assert (called(model, inputs, **place) - expected).norm() < 1e-6 * expected.norm()  # Wan's head is float32
+    assert len(ran) == 1
 
 
 def broadcast(model: nn.Module) -> None:
