@@ -69,6 +69,18 @@ def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "saved co
     return _assemble(schema, [Layer(where, values)])
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """The plain containers of a configuration that a run wrote. Raises ConfigError for a file that is none."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {type(values).__name__}, not keys")
+    except UNREADABLE as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{path} is no configuration that a run wrote: {problem}; restore it") from error
+    return values  # type: ignore[return-value]
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Nested plain containers, tuples as lists, as YAML and JSON hold them."""
     return plain(cfg)

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from dmd_dar import config
 from dmd_dar.data.images import to_model_range
@@ -24,7 +23,7 @@ from dmd_dar.models import teachers
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.saved import holds_network
+from dmd_dar.models.saved import ModelCard, Saved, holds_network, read_card
 from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
 from dmd_dar.routing.history import Observer
 from dmd_dar.train import log
@@ -48,10 +47,20 @@ class Arm:
     folder: Path
     cfg: DistillConfig
     raw: dict[str, Any] = field(repr=False)
-    origin: dict[str, Any] = field(default_factory=dict, repr=False)  # what its student's folder says
+    said: Saved = field(default=Saved(ModelCard(), "", {}), repr=False)  # the card of its student
+    stamp: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)  # of the student's files when it was read
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where its student comes from."""
+        return self.said.card.origin
 
     def student(self, device: torch.device | str = "cpu") -> teachers.Teacher:
-        return load_teacher(TeacherConfig(str(self.folder / "student")), device)
+        """Its network, read anew at every call: a ConfigError where its files have changed since the card was read."""
+        place = self.folder / "student"
+        if stamp_of(place) != self.stamp:
+            raise config.ConfigError(f"runs: {place} has changed since this command began; give the command again")
+        return load_teacher(TeacherConfig(str(place)), device, self.said)
 
     def step_seconds(self) -> float:
         """Mean time of a training step in the last process of the run, all that it did included; NaN without a log."""
@@ -67,19 +76,27 @@ def read_arm(run: str) -> Arm:
         raise config.ConfigError(f"runs: {run} holds no config.yaml; name run folders of distill.py")
     if not holds_network(folder / "student"):
         raise config.ConfigError(f"runs: {run} has no student yet; let the run finish (the same command continues it)")
-    raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    arm = Arm(folder.name, folder, config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml")), raw)
+    raw = config.read_saved(folder / "config.yaml")
+    cfg, place = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml")), folder / "student"
+    stamp = stamp_of(place)
     try:
-        origin = arm.student().origin
+        said = read_card(place)
+        teachers.prompts_of(TeacherConfig(str(place)), said.card.origin)  # fails here where they are gone
     except UserError as error:
         raise config.ConfigError(f"runs: {run}: {error}") from error
-    if origin.get("steps") != arm.cfg.steps:
-        raise config.ConfigError(
-            f"runs: {run} holds a student of {origin.get('steps')} of {arm.cfg.steps} steps; let it finish"
-        )
+    steps = said.card.origin.get("steps")
+    if steps != cfg.steps:
+        raise config.ConfigError(f"runs: {run} holds a student of {steps} of {cfg.steps} steps; let it finish")
     if folder.name in RESERVED:
         raise config.ConfigError(f"runs: {run} has a name that the report uses itself; rename the folder")
-    return replace(arm, origin=origin)
+    return Arm(folder.name, folder, cfg, raw, said, stamp)
+
+
+def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files in a folder: whether one was written since."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    states = [(file.relative_to(folder).as_posix(), file.stat()) for file in files]
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 def read_arms(runs: tuple[str, ...]) -> list[Arm]:

@@ -127,6 +127,8 @@ def fitting(sets: Iterable[ImageSet], reference: ImageSet, real: ImageSet | None
     fixed = [one for one in (real, reference) if one is not None]
     for one in fixed:
         validate(one, reference)
+    if real is not None and real.name == reference.name:
+        raise UnfitError(_called_alike(real.name, "the reference and the real images"))
     kept: list[ImageSet] = []
     for one in sets:
         if any(one is other for other in (*fixed, *kept)):
@@ -138,9 +140,13 @@ def fitting(sets: Iterable[ImageSet], reference: ImageSet, real: ImageSet | None
 
 def _fits(one: ImageSet, reference: ImageSet, others: list[ImageSet]) -> bool:
     if one.name in [other.name for other in others]:
-        raise UnfitError(f"two sets are called {one.name!r}; rename one of their folders")
+        raise UnfitError(_called_alike(one.name, "two sets"))
     validate(one, reference)
     return True
+
+
+def _called_alike(name: str, which: str) -> str:
+    return f"{which} are called {name!r}; rename one of their folders"
 
 
 def describe(one: Measured, seed: int) -> dict[str, Any]:

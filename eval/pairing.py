@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from dmd_dar import config
 from dmd_dar.keys import key
+from dmd_dar.models.saved import weight_count
 from dmd_dar.train.optimise import OptimiserConfig
 from eval.arms import Arm, read_arm
 from eval.conclusion import MATCHED_WITHIN
@@ -89,7 +90,7 @@ def different_networks(role: Role, runs: list[Arm]) -> None:
     """Refuse a copy under another seed: it would count one training twice."""
     seen: dict[str, Arm] = {}
     for run in runs:
-        other = seen.setdefault(run.student().digest, run)
+        other = seen.setdefault(run.said.digest, run)
         if other is not run:
             fault = f"{other.folder} and {run.folder} hold the same student"
             raise config.ConfigError(f"arms.{role}: {fault}; train one from another seed")
@@ -134,7 +135,7 @@ def same_data(groups: Groups) -> None:
 
 
 def _same_size(matched: Arm, routed: Arm) -> None:
-    ours, theirs = (sum(p.numel() for p in run.student().network.parameters()) for run in (matched, routed))
+    ours, theirs = (weight_count(run.folder / "student") for run in (matched, routed))
     if abs(ours / theirs - 1) > MATCHED_WITHIN:
         fault = f"{matched.folder} has {ours} parameters, {routed.folder} in arms.dar has {theirs}"
         raise config.ConfigError(f"arms.matched: {fault}; a matched arm is within {100 * MATCHED_WITHIN:.0f} %")

@@ -282,10 +282,12 @@ def check_sentence(check: dict[str, Any]) -> str:
     apart = f"{check['fd_excess']:.2f}, where '{baseline}' is near its null already"
     if share is not None:
         apart = f"{share:.2f} of that of '{baseline}'"
+    spread = "class diversity is not known, since no class has two images"
+    if check["least_class_diversity"] is not None:
+        spread = f"least diversity of a class {check['least_class_diversity']:.2f} of the teacher's"
     text = (
         f"{check['name']}: fd_wavelet above its null is {apart};"
-        f" HF gain {check['hf_gain_db']:+.2f} dB (there {check['hf_gain_db_baseline']:+.2f});"
-        f" least diversity of a class {check['least_class_diversity']:.2f} of the teacher's"
+        f" HF gain {check['hf_gain_db']:+.2f} dB (there {check['hf_gain_db_baseline']:+.2f}); {spread}"
     )
     if routing := check["routing"]:
         text += (

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.data.config import MOST_PHOTOS
 from dmd_dar.data.images import png_bytes, tile
 from dmd_dar.data.photos import NAMES, Photos, data_hash
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.saved import load_network, network_hash
+from dmd_dar.models.saved import Denoiser, Saved, read_card, read_network
 from eval.bench import Bench
 from eval.measure import ImageSet, jsonable, measure
 from eval.provenance import command_line, provenance
@@ -98,24 +100,35 @@ def judge(result: dict[str, Any], teacher: str) -> dict[str, Any]:
     }
 
 
+def judgeable(path: str, said: Saved, network: Denoiser) -> None:
+    """A ConfigError where it is no teacher of the seven photographs' pixels."""
+    shape, told = network.config, f"path = {path}: "
+    if said.card.rungs:
+        told += f"a student of {len(said.card.rungs)} steps, whose ODE says nothing; compare it by eval.report"
+    elif said.codec.get("codec"):
+        told += "it makes latents; this command judges teachers of pixels"
+    elif (shape.in_channels, shape.num_classes) != (3, len(NAMES)):
+        told += f"{shape.in_channels} channels and {shape.num_classes} classes; this command judges teachers of photos,"
+        told += f" with 3 and {len(NAMES)}"
+    elif shape.input_size > MOST_PHOTOS:
+        told += f"images of {shape.input_size} px, of which photos has no held-out crops: they go up to {MOST_PHOTOS}"
+    elif said.card.label_names not in ((), NAMES):
+        told += f"its classes are {', '.join(said.card.label_names)}; this command judges teachers of photos"
+    else:
+        return
+    raise config.ConfigError(told)
+
+
 def judge_teacher(cfg: TeacherReportConfig) -> None:
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
-    network, card = load_network(cfg.path, device)
+    said = read_card(cfg.path)
+    card, network = said.card, read_network(Path(cfg.path)).to(device)
+    judgeable(cfg.path, said, network)
     shape = network.config
-    if (shape.in_channels, shape.num_classes) != (3, len(NAMES)):
-        raise config.ConfigError(
-            f"path = {cfg.path}: {shape.in_channels} channels and {shape.num_classes} classes; this command judges"
-            f" teachers of photos, with 3 and {len(NAMES)}"
-        )
-    if card.label_names not in ((), NAMES):
-        raise config.ConfigError(
-            f"path = {cfg.path}: its classes are {', '.join(card.label_names)}; this command judges teachers of photos"
-        )
     out = make_folder(cfg.out)
     bench = Bench.of(cfg, network, device)
-    weights = network_hash(cfg.path)
-    facts = {"teacher": weights, "guidance": 1.0, "heun_steps": cfg.solver_steps}
+    facts = {"teacher": said.digest, "guidance": 1.0, "heun_steps": cfg.solver_steps}
     made = bench.cached(facts, ode_generator(velocity_of(network, card.prediction), cfg.solver_steps), "teacher")
     images, teacher = made.images, made.as_set("teacher", "teacher", paired=False)
     data = Photos(shape.input_size, device)
@@ -128,7 +141,7 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
     judged["nearest_training_crop"] = memorisation(
         {"teacher": teacher, "held-out": held_out, "training": null}, data, cfg.neighbours, cfg.seed
     )
-    judged |= {"n": cfg.n, "evaluations": 2 * cfg.solver_steps, "network": weights, "data_hash": data_hash()}
+    judged |= {"n": cfg.n, "evaluations": 2 * cfg.solver_steps, "network": said.digest, "data_hash": data_hash()}
     origin = {
         "command": command_line("eval.teacher", config.differences(TeacherReportConfig(), cfg)),
         "config": asdict(cfg),

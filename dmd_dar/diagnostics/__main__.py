@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -77,8 +76,8 @@ def data_of(cfg: DiagnosticsConfig, given: bool = False) -> DataConfig:
     """
     written = Path(cfg.run) / "config.yaml"
     if not given and cfg.data == DataConfig() and written.is_file():
-        values = OmegaConf.to_container(OmegaConf.load(written))
-        if isinstance(values, dict) and "data" in values:
+        values = config.read_saved(written)
+        if "data" in values:
             return config.from_dict(DataConfig, values["data"], where=str(written))
     return cfg.data
 

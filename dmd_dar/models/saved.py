@@ -11,12 +11,13 @@ Folders of before are read too: model.json and model.safetensors of a SiT, denoi
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from dmd_dar import flow
@@ -150,6 +151,19 @@ def network_hash(folder: str | Path) -> str:
     A SiT has the same one in either form of the folder.
     """
     return read_card(folder).digest
+
+
+def weight_count(folder: str | Path) -> int:
+    """How many numbers the weights of a network are, from the heads of their files: no weight is read."""
+    sit, count = _sit_files(Path(folder)), 0
+    files = sorted((Path(folder) / "transformer").glob("*.safetensors")) if sit is None else [sit[2]]
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise DamagedFileError(f"{file} cannot be read: {error}; restore it") from error
+    return count
 
 
 def read_card(folder: str | Path) -> Saved:

@@ -25,7 +25,7 @@ from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transforme
 from dmd_dar.models.families import FixedInputs
 from dmd_dar.models.hub import files_hash, resolve
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.saved import CARD, Denoiser, holds_network, read_card, read_network, transformer_hash
+from dmd_dar.models.saved import CARD, Denoiser, Saved, holds_network, read_card, read_network, transformer_hash
 from dmd_dar.models.schedulers import meaning_of_scheduler
 from dmd_dar.models.sit import PRESETS, SiT, SiTConfig, sin_cos_positions
 
@@ -94,9 +94,10 @@ def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidanc
     return guided(velocity_of(network, prediction), guidance_scale, classes)
 
 
-def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> Teacher:
+def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", said: Saved | None = None) -> Teacher:
     """The teacher at `config.path`, in evaluation mode, frozen, on `device`.
 
+    said: `read_card` of the folder, where it was read before, so that weights of gigabytes are not hashed again.
     Raises UserError or a kind of it, naming the file and the remedy, where nothing is found, a file is damaged, needs
     unpickling or another kind of condition, or does not say what its output means.
     """
@@ -104,7 +105,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
     if place.is_file():
         teacher = _public(place, config)
     elif holds_network(place):
-        teacher = _saved(place, config)
+        teacher = _saved(place, config, said or read_card(place))
     elif (place / "transformer").is_dir():
         teacher = _pipeline(place, config)
     elif (place / "config.json").is_file():
@@ -120,8 +121,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
     return replace(teacher, prompts_are_classes=config.prompts_are_classes)
 
 
-def _saved(place: Path, config: TeacherConfig) -> Teacher:
-    said = read_card(place)
+def _saved(place: Path, config: TeacherConfig, said: Saved) -> Teacher:
     card, prediction = said.card, _stated(config, said.card.prediction, place)
     network = read_network(place, prompts_of(config, card.origin), _fixed(config, card.origin))
     prompted = getattr(network.config, "prompted", False)

@@ -33,6 +33,7 @@ from eval.provenance import contract_hash
 from eval.sets import ImageSet
 from eval.spectrum import hf_gain_db, spectrum_of
 from eval.stats import holm
+from tests.eval.opened import of, weights_opened
 from tests.tiny import tiny_sit, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -85,8 +86,10 @@ def options(root: Path, **groups: tuple[str, ...]) -> CompareConfig:
 
 @pytest.fixture(scope="module")
 def written(runs) -> dict:
-    compare.compare(options(runs, frozen=("frozen_0", "frozen_1")))
-    return json.loads((runs / "compare" / "compare.json").read_text())
+    with weights_opened() as opened:
+        compare.compare(options(runs, frozen=("frozen_0", "frozen_1")))
+    written = json.loads((runs / "compare" / "compare.json").read_text())
+    return {**written, "opened": opened}
 
 
 def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
@@ -134,6 +137,11 @@ def test_two_processes_compare_as_one(runs, written):
     for ours, theirs in zip(two["primary"]["per_seed"], written["primary"]["per_seed"], strict=True):
         assert ours["gain_db"] == pytest.approx(theirs["gain_db"], abs=0.01)
     assert all(row["latency_ms_per_image"] > 0 for rows in two["runs"].values() for row in rows)
+
+
+def test_each_network_is_hashed_and_loaded_once(runs, written):
+    for name in ("teacher", *(f"{role}_{seed}/student" for role in QUERIES for seed in (0, 1))):
+        assert of(written["opened"], runs / name) == {"hash": 1, "load": 1}, name
 
 
 def test_two_seeds_are_a_pilot_everywhere(written, capsys):

@@ -23,6 +23,7 @@ from eval.measure import ImageSet, jsonable
 from eval.processes import Processes
 from eval.real import real_sets
 from eval.report import ReportConfig
+from tests.eval.opened import of, weights_opened
 from tests.tiny import tiny_teacher
 
 RECIPES = Path(__file__).parents[2] / "configs" / "photos32"
@@ -77,7 +78,10 @@ def sampled(cfg: ReportConfig) -> report.Inputs:
 
 
 def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
-    report.report(options(runs, "residual", "dar", "regression"))
+    with weights_opened() as opened:
+        report.report(options(runs, "residual", "dar", "regression"))
+    for network in (*(runs / name / "student" for name in ("residual", "dar", "regression")), runs / "teacher"):
+        assert of(opened, network) == {"hash": 1, "load": 1}, network
     result = json.loads((runs / "report" / "report.json").read_text())
     rows = {row["name"]: row for row in result["sets"]}
     assert {"residual", "dar", "regression", "teacher", "real", "undistilled, Euler"} <= rows.keys()

@@ -1,0 +1,128 @@
+"""What a report, and the judgement of a teacher, are given: what is read once, told apart, or refused in one line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dmd_dar import config, distill
+from dmd_dar.diagnostics.__main__ import DiagnosticsConfig, data_of
+from dmd_dar.models.saved import ModelCard, save_network, weight_count
+from dmd_dar.models.sit import SiTConfig, with_routing
+from dmd_dar.routing.layout import RoutingConfig
+from eval import arms, pairing, report
+from eval import teacher as teachers
+from eval.images import UnfitError
+from eval.measure import ImageSet, measure
+from eval.report import ReportConfig
+from tests.eval.opened import of, weights_opened
+from tests.tiny import TINY, tiny_sit
+
+CFG = distill.DistillConfig()
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A finished run, as far as its folder says."""
+    folder = tmp_path / "dar"
+    network = with_routing(tiny_sit(), RoutingConfig("timestep", 2))
+    save_network(folder / "student", network, ModelCard(rungs=CFG.rungs, origin={"steps": CFG.steps}))
+    (folder / "config.yaml").write_text(config.to_yaml(CFG))
+    return folder
+
+
+def test_the_card_of_a_student_is_read_without_its_weights_being_loaded(run):
+    with weights_opened() as opened:
+        (arm,) = arms.read_arms((str(run),))
+        pairing.different_networks("dar", [arm])
+        assert arm.origin == {"steps": CFG.steps} and of(opened, run) == {"hash": 1}
+        student = arm.student()
+        assert student.digest == arm.said.digest and of(opened, run) == {"hash": 1, "load": 1}
+        assert weight_count(run / "student") == sum(p.numel() for p in student.network.parameters())
+
+
+def test_a_student_that_changes_under_a_report_is_refused(run):
+    (arm,) = arms.read_arms((str(run),))
+    weights = run / "student" / "transformer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(config.ConfigError, match="dar/student has changed since this command began"):
+        arm.student()
+    with pytest.raises(
+        config.ConfigError, match=r"runs: .*dar: .*is not the network that denoiser.json was saved with"
+    ):
+        arms.read_arms((str(run),))
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "1", "\x00", "a: 1\na: 2"])
+def test_a_damaged_configuration_of_a_run_is_named(run, text):
+    (run / "config.yaml").write_text(text)
+    for read in (lambda: arms.read_arms((str(run),)), lambda: data_of(DiagnosticsConfig(run=str(run)))):
+        with pytest.raises(
+            config.ConfigError, match=r"dar/config.yaml is no configuration that a run wrote: .*restore"
+        ):
+            read()
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one folder twice", "two folders"])
+def test_real_and_reference_of_one_name_are_refused(tmp_path, crops, same):
+    """Measured under one name, each would read the other's numbers."""
+    for place, seed in (("a/x", 0), ("b/x", 1), ("ours", 2)):
+        (tmp_path / place).mkdir(parents=True)
+        np.save(tmp_path / place / "all.npy", crops(32, 2, seed)[0].numpy())
+    real = tmp_path / ("a" if same else "b") / "x"
+    argv = [f"images=[{tmp_path / 'ours'}]", f"reference={tmp_path / 'a' / 'x'}", f"real={real}"]
+    cfg = config.load(ReportConfig, [*argv, f"out={tmp_path / 'report'}", "metrics=[offline]", "cpu=true"])
+    with pytest.raises(UnfitError, match="the reference and the real images are called 'x'; rename one"):
+        report.report(cfg)
+
+
+def test_a_report_of_fewer_images_than_classes_is_concluded(crops):
+    """No class has two images, as with 1000 classes, or with more prompts than images."""
+    images, costs = crops(32, 2, 0)[0], {"latency_ms_per_image": 1.0, "peak_memory_mb": 1.0}
+
+    def made(name: str, role: str, step: int) -> ImageSet:
+        pixels = (images // step).to(torch.uint8)
+        return ImageSet(name, pixels, torch.arange(len(images)), role, True, facts=costs)  # type: ignore[arg-type]
+
+    reference = made("teacher", "teacher", 1)
+    sets = [made("undistilled, Euler", "undistilled", 3), made("residual", "student", 2)]
+    result = measure(sets, reference, None, None, 0)
+    read = [arms.Arm("residual", Path("residual"), CFG, {})]
+    report.conclude(result, report.Inputs(reference, None, sets, read, (images, None), "", None, {}))
+    assert result["checks"][0]["least_class_diversity"] is None
+    assert "class diversity is not known, since no class has two images" in result["conclusions"][0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "card", "message"),
+    [
+        ({}, ModelCard(rungs=(1.0, 0.5)), "a student of 2 steps, .* eval.report"),
+        ({"num_classes": 3}, ModelCard(), "3 channels and 3 classes"),
+        ({"input_size": 96}, ModelCard(), "images of 96 px, .* up to 64"),
+        ({}, ModelCard(label_names=tuple("abcdefg")), "its classes are a, b, c"),
+    ],
+)
+def test_what_is_no_teacher_of_the_photographs_is_not_judged(tmp_path, shape, card, message):
+    save_network(tmp_path / "one", tiny_sit(SiTConfig(**{**vars(TINY), **shape})), card)
+    cfg = teachers.TeacherReportConfig(path=str(tmp_path / "one"), out=str(tmp_path / "out"), cpu=True)
+    with pytest.raises(config.ConfigError, match=message):
+        teachers.judge_teacher(cfg)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_is_hashed_and_loaded_once(tmp_path, monkeypatch):
+    save_network(tmp_path / "one", tiny_sit(), ModelCard())
+    monkeypatch.setattr(teachers, "measure", lambda *_: {"sets": []})
+    monkeypatch.setattr(teachers, "judge", lambda *_: {"bars": {}, "gain_db": {}})
+    monkeypatch.setattr(teachers, "print_judgement", lambda _: None)
+    argv = [
+        f"path={tmp_path / 'one'}",
+        f"out={tmp_path / 'out'}",
+        f"cache={tmp_path / 'cache'}",
+        "n=64",
+        "solver_steps=1",
+    ]
+    with weights_opened() as opened:
+        teachers.judge_teacher(config.load(teachers.TeacherReportConfig, [*argv, "neighbours=8", "cpu=true"]))
+    assert of(opened, tmp_path / "one") == {"hash": 1, "load": 1} and (tmp_path / "out" / "quality.json").is_file()
