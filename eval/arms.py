@@ -1,6 +1,7 @@
 """What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,9 +88,10 @@ def read_arm(run: str) -> Arm:
     steps = said.card.origin.get("steps")
     if steps != cfg.steps:
         raise config.ConfigError(f"runs: {run} holds a student of {steps} of {cfg.steps} steps; let it finish")
-    if folder.name in RESERVED:
+    name = Path(os.path.abspath(folder)).name  # of runs=[.] too
+    if name in RESERVED:
         raise config.ConfigError(f"runs: {run} has a name that the report uses itself; rename the folder")
-    return Arm(folder.name, folder, cfg, raw, said, stamp)
+    return Arm(name, folder, cfg, raw, said, stamp)
 
 
 def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:

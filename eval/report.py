@@ -154,9 +154,16 @@ def prompts_of(teacher: arms.Teacher, reference: ImageSet) -> dict[int, str] | N
 def opened(cfg: ReportConfig) -> Inputs:
     """The folders of a report without runs."""
     reference = read_set(cfg.reference, "teacher")
-    real = read_set(cfg.real, "real") if cfg.real else None
+    real = _real_beside(reference, cfg) if cfg.real else None
     source = real or reference
     return Inputs(reference, real, [], [], (source.first(cfg.n), None), f"{source.name} itself", None, {})
+
+
+def _real_beside(reference: ImageSet, cfg: ReportConfig) -> ImageSet:
+    """The real images, under a name of their own, since sets go by it; a folder that is both is opened once."""
+    same = Path(cfg.real).resolve() == Path(cfg.reference).resolve()
+    real = replace(reference, role="real") if same else read_set(cfg.real, "real")
+    return replace(real, name=f"{real.name} (real)") if real.name == reference.name else real
 
 
 def better_baseline(sets: list[ImageSet], result: dict[str, Any]) -> str:

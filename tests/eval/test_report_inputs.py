@@ -1,5 +1,6 @@
 """What a report, and the judgement of a teacher, are given: what is read once, told apart, or refused in one line."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from eval import teacher as teachers
 from eval.images import UnfitError
 from eval.measure import ImageSet, measure
 from eval.report import ReportConfig
+from eval.spectrum import hf_gain_db, spectrum_of
 from tests.eval.opened import of, weights_opened
 from tests.tiny import TINY, tiny_sit
 
@@ -42,6 +44,13 @@ def test_the_card_of_a_student_is_read_without_its_weights_being_loaded(run):
         assert weight_count(run / "student") == sum(p.numel() for p in student.network.parameters())
 
 
+def test_a_run_is_called_as_its_folder_wherever_the_command_stands(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert [arm.name for arm in (arms.read_arm("."), arms.read_arm("../dar/"), arms.read_arm("student/.."))] == 3 * [
+        "dar"
+    ]
+
+
 def test_a_student_that_changes_under_a_report_is_refused(run):
     (arm,) = arms.read_arms((str(run),))
     weights = run / "student" / "transformer" / "model.safetensors"
@@ -64,17 +73,34 @@ def test_a_damaged_configuration_of_a_run_is_named(run, text):
             read()
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["one folder twice", "two folders"])
-def test_real_and_reference_of_one_name_are_refused(tmp_path, crops, same):
-    """Measured under one name, each would read the other's numbers."""
+@pytest.mark.parametrize("real", ["b/x", "a/x", "a/../a/x"])
+def test_real_and_reference_of_one_name_are_told_apart(tmp_path, crops, monkeypatch, real):
+    """Two folders called x, or one given as both: measured under one name, each would read the other's numbers."""
+    opened, pixels = [], {}
     for place, seed in (("a/x", 0), ("b/x", 1), ("ours", 2)):
         (tmp_path / place).mkdir(parents=True)
-        np.save(tmp_path / place / "all.npy", crops(32, 2, seed)[0].numpy())
-    real = tmp_path / ("a" if same else "b") / "x"
-    argv = [f"images=[{tmp_path / 'ours'}]", f"reference={tmp_path / 'a' / 'x'}", f"real={real}"]
-    cfg = config.load(ReportConfig, [*argv, f"out={tmp_path / 'report'}", "metrics=[offline]", "cpu=true"])
+        pixels[place] = crops(32, 2, seed)[0] // (1 + seed)
+        np.save(tmp_path / place / "all.npy", pixels[place].numpy())
+    read_set = report.read_set
+    monkeypatch.setattr(report, "read_set", lambda path, *role: opened.append(path) or read_set(path, *role))
+    argv = [f"images=[{tmp_path / 'ours'}]", f"reference={tmp_path / 'a' / 'x'}", f"real={tmp_path / real}"]
+    report.report(config.load(ReportConfig, [*argv, f"out={tmp_path / 'report'}", "metrics=[offline]", "cpu=true"]))
+    result = json.loads((tmp_path / "report" / "report.json").read_text())
+    rows = {row["name"]: row["against"] for row in result["sets"]}
+    assert (result["teacher"], result["real"]) == ("x", "x (real)") and set(rows) == {"x", "x (real)", "ours"}
+    assert len(opened) == (3 if real == "b/x" else 2)
+    for target, place in (("teacher", "a/x"), ("real", real.replace("../a/", ""))):
+        ours = hf_gain_db(spectrum_of(pixels["ours"]), spectrum_of(pixels[place]))
+        assert rows["ours"][target]["gain_db"]["HF"]["value"] == pytest.approx(ours, abs=1e-6)
+    between = hf_gain_db(spectrum_of(pixels["b/x" if real == "b/x" else "a/x"]), spectrum_of(pixels["a/x"]))
+    assert rows["x (real)"]["teacher"]["gain_db"]["HF"]["value"] == pytest.approx(between, abs=1e-6)
+    assert between < -2 if real == "b/x" else between == 0
+
+
+def test_two_sets_of_one_name_that_nothing_tells_apart_are_refused(crops):
+    one = ImageSet("x", crops(32, 2, 0)[0], None, "teacher", False)
     with pytest.raises(UnfitError, match="the reference and the real images are called 'x'; rename one"):
-        report.report(cfg)
+        measure([], one, ImageSet("x", crops(32, 2, 1)[0], None, "real", False), None, 0)
 
 
 def test_a_report_of_fewer_images_than_classes_is_concluded(crops):
