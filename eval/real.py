@@ -48,6 +48,8 @@ def open_fitting(cfg: DataConfig, bench: Bench, teacher: Teacher) -> Source:
         raise UnfitError(f"{found}: its classes are others than the teacher's, first {data.label_names[0]!r}; {REMEDY}")
     if not isinstance(data, Latents) and data.size != bench.side:
         raise UnfitError(f"{found}: data.size is {data.size}, but the teacher's images are of {bench.side} px")
+    if isinstance(data, Latents):
+        data.require(bench.codec_digest, bench.shape)
     return data
 
 
