@@ -1,5 +1,6 @@
 """What a report, and the judgement of a teacher, are given: what is read once, told apart, or refused in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,16 +9,26 @@ import pytest
 import torch
 
 from dmd_dar import config, distill
+from dmd_dar.data import folder, sources
+from dmd_dar.data.config import DataConfig
+from dmd_dar.data.images import png_bytes
 from dmd_dar.diagnostics.__main__ import DiagnosticsConfig, data_of
-from dmd_dar.models.saved import ModelCard, save_network, weight_count
+from dmd_dar.errors import UserError
+from dmd_dar.models.saved import ModelCard, network_hash, save_network, weight_count
 from dmd_dar.models.sit import SiTConfig, with_routing
+from dmd_dar.models.teachers import TeacherConfig
 from dmd_dar.routing.layout import RoutingConfig
 from eval import arms, pairing, report
 from eval import teacher as teachers
+from eval.bench import Bench
+from eval.distances import Ledger
 from eval.images import UnfitError
 from eval.measure import ImageSet, measure
+from eval.processes import Processes
+from eval.real import open_fitting
 from eval.report import ReportConfig
 from eval.spectrum import hf_gain_db, spectrum_of
+from tests.data.test_latents import stored
 from tests.eval.opened import of, weights_opened
 from tests.tiny import TINY, tiny_sit
 
@@ -152,3 +163,45 @@ def test_a_teacher_is_hashed_and_loaded_once(tmp_path, monkeypatch):
     with weights_opened() as opened:
         teachers.judge_teacher(config.load(teachers.TeacherReportConfig, [*argv, "neighbours=8", "cpu=true"]))
     assert of(opened, tmp_path / "one") == {"hash": 1, "load": 1} and (tmp_path / "out" / "quality.json").is_file()
+
+
+@pytest.fixture
+def on_a_folder(tmp_path, crops) -> Path:
+    """A finished run on a folder of two classes of images."""
+    for name, seed in (("cats", 0), ("dogs", 1)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i, image in enumerate(crops(48, 1, seed)[0]):
+            (tmp_path / "images" / name / f"{i}.png").write_bytes(png_bytes(image))
+    two = SiTConfig(**{**vars(TINY), "num_classes": 2})
+    save_network(tmp_path / "teacher", tiny_sit(two), ModelCard(label_names=("cats", "dogs")))
+    origin = {"steps": CFG.steps, "teacher": network_hash(tmp_path / "teacher")}
+    save_network(tmp_path / "run" / "student", tiny_sit(two, 1), ModelCard(rungs=(1.0, 0.5), origin=origin))
+    data = DataConfig("folder", path=str(tmp_path / "images"))
+    teacher = TeacherConfig(str(tmp_path / "teacher"))
+    cfg = dataclasses.replace(CFG, data=data, teacher=teacher, rungs=(1.0, 0.5), guidance_scale=1.0)
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml(cfg))
+    return tmp_path / "run"
+
+
+def options(run: Path) -> ReportConfig:
+    argv = [f"runs=[{run}]", f"out={run.parent / 'report'}", f"cache={run.parent / 'cache'}", "metrics=[offline]"]
+    return config.load(ReportConfig, [*argv, "n=64", "solver_steps=1", "cpu=true"])
+
+
+def test_the_data_of_a_run_are_opened_and_hashed_once_in_a_report(on_a_folder, monkeypatch):
+    opened = []
+    for module in (sources, folder):
+        real = module.list_images
+        monkeypatch.setattr(module, "list_images", lambda path, real=real: opened.append(path) or real(path))
+    inputs = report.sampled(options(on_a_folder), torch.device("cpu"), Ledger(), Processes())
+    assert opened == [str(on_a_folder.parent / "images")]
+    assert inputs.real is not None and inputs.data_hash and inputs.class_names == {0: "cats", 1: "dogs"}
+
+
+def test_latents_of_another_codec_are_not_beside_a_report(on_a_folder, tmp_path):
+    teacher = arms.Teacher.of(arms.read_arm(str(on_a_folder)), torch.device("cpu"))
+    data = DataConfig("latents", path=str(stored(tmp_path / "latents")))
+    bench = Bench.of(options(on_a_folder), teacher.network, torch.device("cpu"))
+    loaded = dataclasses.replace(teacher.loaded, label_names=())
+    with pytest.raises(UserError, match="its latents are those of another VAE"):
+        open_fitting(data, dataclasses.replace(bench, num_classes=3), loaded)
