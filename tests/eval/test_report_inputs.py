@@ -199,8 +199,9 @@ def test_the_data_of_a_run_are_opened_and_hashed_once_in_a_report(on_a_folder, m
 
 
 def test_latents_of_another_codec_are_not_beside_a_report(on_a_folder, tmp_path):
-    teacher = arms.Teacher.of(arms.read_arm(str(on_a_folder)), torch.device("cpu"))
-    data = DataConfig("latents", path=str(stored(tmp_path / "latents")))
+    arm, data = arms.read_arm(str(on_a_folder)), DataConfig("latents", path=str(stored(tmp_path / "latents")))
+    closed = dataclasses.replace(arm.cfg, data=DataConfig("latents", path="nowhere"))  # a teacher needs no data
+    teacher = arms.Teacher.of(dataclasses.replace(arm, cfg=closed), torch.device("cpu"))
     bench = Bench.of(options(on_a_folder), teacher.network, torch.device("cpu"))
     loaded = dataclasses.replace(teacher.loaded, label_names=())
     with pytest.raises(UserError, match="its latents are those of another VAE"):
