@@ -22,11 +22,11 @@ from dmd_dar import config
 from dmd_dar.data.photos import NAMES, Photos
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
-from eval import spoil
-from eval.distances import Ledger, Sources, Suite, prepare
-from eval.measure import measure
-from eval.page import write_report
-from eval.sets import ImageSet
+from eval.measure.pair import measure
+from eval.measure.suite import Ledger, Sources, Suite, prepare
+from eval.metrics import spoil
+from eval.page.html import write_report
+from eval.samples.sets import ImageSet
 
 AIM_S = 60
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dmd_dar.atomic import make_folder, write_atomic
-from eval.provenance import COMMIT, code_state
+from eval.measure.provenance import COMMIT, code_state
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy")

@@ -26,10 +26,10 @@ from dmd_dar.models.students import Memory, Weights, build_networks
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.ops import chosen
 from dmd_dar.routing.router import RouterBank
-from dmd_dar.train.ema import Ema
-from dmd_dar.train.loop import Phase, update
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.loop import Phase, update
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 
 RUNGS = flow.default_rungs(4)
 FORMS = {"residual": RoutingConfig(), "DAR": RoutingConfig("timestep", chunk_size=4)}

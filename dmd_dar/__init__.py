@@ -1,6 +1,10 @@
 """Few-step diffusion transformers by distribution matching distillation, with diffusion-adaptive routing."""
 
+from dmd_dar import moved
+
 __version__ = "0.1.0"
+
+moved.install()
 
 
 def __getattr__(name: str):

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dmd_dar.errors import users_line
 from dmd_dar.schema import MISSING, ConfigError, Slot, entries, help_text, leaf, options, plain, shown, slots, walk
-from dmd_dar.train import folder
-from dmd_dar.train.stop import leaving
+from dmd_dar.train.disk import folder
+from dmd_dar.train.processes.stop import leaving
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"

@@ -24,7 +24,7 @@ from dmd_dar.keys import key
 from dmd_dar.models import prompts
 from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.text import load_text_encoder
-from dmd_dar.train.filling import Make, Work, fill_folder
+from dmd_dar.train.processes.filling import Make, Work, fill_folder
 
 IMAGES_PER_SHARD, PROMPTS_PER_SHARD = 1024, 64  # tens to hundreds of megabytes
 

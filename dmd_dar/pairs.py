@@ -26,7 +26,7 @@ from dmd_dar.losses import LossWeight
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
 from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
-from dmd_dar.train.filling import Make, Work, fill_folder
+from dmd_dar.train.processes.filling import Make, Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
 BATCH = 64

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar import config
-from dmd_dar.distill_config import DistillConfig, networks_of
+from dmd_dar.distillation.config import DistillConfig, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
 from dmd_dar.models.frozen import block_layers

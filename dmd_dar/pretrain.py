@@ -23,19 +23,19 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import ModelCard
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
-from dmd_dar.train import launch
-from dmd_dar.train.checkpoint import CheckpointConfig
-from dmd_dar.train.ema import Ema
-from dmd_dar.train.export import export
-from dmd_dar.train.failure import Calls
-from dmd_dar.train.folder import RunFolder
-from dmd_dar.train.job import begin, open_run, run_cycle
-from dmd_dar.train.log import LogConfig
-from dmd_dar.train.loop import Metrics, Phase
-from dmd_dar.train.model_card import CardConfig
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.preflight import check_data, first_batch
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.disk.checkpoint import CheckpointConfig
+from dmd_dar.train.disk.export import export
+from dmd_dar.train.disk.folder import RunFolder
+from dmd_dar.train.disk.log import LogConfig
+from dmd_dar.train.disk.model_card import CardConfig
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.job import begin, open_run, run_cycle
+from dmd_dar.train.loop.loop import Metrics, Phase
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes import launch
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+from dmd_dar.train.watch.failure import Calls
+from dmd_dar.train.watch.preflight import check_data, first_batch
 
 GRID_STEPS = 16  # Heun steps behind the sample grids
 SHOWN_CROPS = 64  # in samples/data.png

@@ -25,20 +25,21 @@ from dmd_dar.methods.generate import Generator, few_step_generator
 from dmd_dar.models import teachers
 from dmd_dar.models.denoiser import network_time, velocity_of
 from dmd_dar.models.teachers import Denoiser
-from eval import frechet, structure
-from eval.arms import Arm, Teacher, network_facts, require_teacher
-from eval.bench import LATENCY_BATCH, Bench, costs_of
-from eval.conclusion import conclusion, table
-from eval.controls import frozen_at_mean, unfreezable, with_routers_reset
-from eval.measure import jsonable
-from eval.measured import class_spread
-from eval.pairing import ArmsConfig, Groups, Role, read_groups
-from eval.processes import Processes
-from eval.provenance import command_line, provenance
-from eval.seeds import LEAST_COVERAGE, Arms, differences, endpoint, image_spread, pilot_label
-from eval.sets import ImageSet
-from eval.spectrum import BAND_NAMES, HF, Spectrum, as_floats, gain_curve, hf_gain_db, pooled_gains, spectrum_of
-from eval.stats import LARGEST_EXACT, holm, max_t_band, sign_flip_p, student_t
+
+from .measure.one_set import class_spread
+from .measure.pair import jsonable
+from .measure.provenance import command_line, provenance
+from .metrics import frechet, structure
+from .metrics.intervals import LARGEST_EXACT, holm, max_t_band, sign_flip_p, student_t
+from .metrics.spectrum import BAND_NAMES, HF, Spectrum, as_floats, gain_curve, hf_gain_db, pooled_gains, spectrum_of
+from .samples.parallel import Processes
+from .samples.sampling import LATENCY_BATCH, Bench, costs_of
+from .samples.sets import ImageSet
+from .study.controls import frozen_at_mean, unfreezable, with_routers_reset
+from .study.endpoint import LEAST_COVERAGE, Arms, differences, endpoint, image_spread, pilot_label
+from .study.pairing import ArmsConfig, Groups, Role, read_groups
+from .study.runs import Arm, Teacher, network_facts, require_teacher
+from .study.wording import conclusion, table
 
 SCHEMA_VERSION = 2
 ORIGIN = ("git", "contract_hash", "versions")  # what the small file of a run keeps of the provenance

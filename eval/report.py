@@ -15,22 +15,24 @@ from dmd_dar import config
 from dmd_dar.atomic import make_folder
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.sources import Source
-from dmd_dar.distill_config import DistillConfig
+from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
-from eval import arms, forest
-from eval.bench import Bench, with_costs
-from eval.columns import terminal_table
-from eval.distances import Ledger, Metric, Sources, Suite, prepare
-from eval.latent import latent_spectra, read_latents
-from eval.measure import fitting, jsonable, measure
-from eval.measured import Reading, mean_plane, read_one
-from eval.page import write_report
-from eval.pairing import ROUTING, Groups, book_keeping, different_networks, same_data
-from eval.processes import Processes, Rows
-from eval.provenance import command_line, provenance
-from eval.real import named_real, open_fitting, read_real
-from eval.sets import ImageSet, read_set
+
+from .measure.latent import latent_spectra, read_latents
+from .measure.one_set import Reading, mean_plane, read_one
+from .measure.pair import fitting, jsonable, measure
+from .measure.provenance import command_line, provenance
+from .measure.suite import Ledger, Metric, Sources, Suite, prepare
+from .page.columns import terminal_table
+from .page.html import write_report
+from .samples.parallel import Processes, Rows
+from .samples.real import named_real, open_fitting, read_real
+from .samples.sampling import Bench, with_costs
+from .samples.sets import ImageSet, read_set
+from .study import forest
+from .study import runs as arms
+from .study.pairing import ROUTING, Groups, book_keeping, different_networks, same_data
 
 __all__ = ["ReportConfig", "main", "report"]
 
@@ -53,8 +55,8 @@ class ReportConfig:
         ("auto",), "which metrics with weights: auto takes those whose weights are there, offline none, or name them"
     )
     statistics: str = key("", "npz with mu and sigma of other images' FID features", path=True)
-    inception: str = key("", "file of FID's Inception; empty looks where eval.weights does", path=True)
-    clip: str = key("", "local-dir:FOLDER or hf-hub:OWNER/NAME; empty takes the default of eval.weights")
+    inception: str = key("", "file of FID's Inception; empty looks where eval.metrics.weight_files does", path=True)
+    clip: str = key("", "local-dir:FOLDER or hf-hub:OWNER/NAME; empty takes the default of eval.metrics.weight_files")
     prompt: str = key(
         "", "text of the CLIP score, {} being class or prompt; empty: 'a photo of {}' of classes, prompts as they are"
     )

@@ -26,12 +26,14 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data import photos, textures
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
-from eval import features, maps, sliced, spoil, structure
-from eval.frechet import feature_distance
-from eval.measure import jsonable
-from eval.provenance import command_line, provenance
-from eval.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains, spectrum_of
-from eval.verdict import Verdict
+
+from .measure.pair import jsonable
+from .measure.provenance import command_line, provenance
+from .metrics import features, sliced, spoil, structure
+from .metrics import power_map as maps
+from .metrics.frechet import feature_distance
+from .metrics.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains, spectrum_of
+from .metrics.verdict import Verdict
 
 SCHEMA_VERSION = 1
 SEEN = 3.0  # |z| from which a metric is said to see a change

@@ -9,10 +9,11 @@ import torch
 from dmd_dar import config
 from dmd_dar.atomic import make_folder
 from dmd_dar.keys import key
-from eval import inception
-from eval.features import extract_moments
-from eval.images import open_images
-from eval.moments import save_reference
+
+from .metrics import inception
+from .metrics.features import extract_moments
+from .metrics.moments import save_reference
+from .samples.images import open_images
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class StatisticsConfig:
 
     images: str = key("", "folder of PNG or npy files, or one npy file", path=True)
     out: str = key("out/statistics.npz", "file for mu, sigma and count")
-    inception: str = key("", "file of FID's Inception; empty looks where eval.weights does", path=True)
+    inception: str = key("", "file of FID's Inception; empty looks where eval.metrics.weight_files does", path=True)
     allow_download: bool = key(False, "fetch weights that are missing")
     batch_size: int = key(64, "images at a time; changes no number beyond rounding", least=1)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")

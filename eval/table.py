@@ -8,7 +8,8 @@ from typing import Any
 
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
-from eval.conclusion import table as terminal_table
+
+from .study.wording import table as terminal_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -25,10 +25,11 @@ from dmd_dar.keys import key
 from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import Denoiser, Saved, read_card, read_network
-from eval.bench import Bench
-from eval.measure import ImageSet, jsonable, measure
-from eval.provenance import command_line, provenance
-from eval.real import real_sets
+
+from .measure.pair import ImageSet, jsonable, measure
+from .measure.provenance import command_line, provenance
+from .samples.real import real_sets
+from .samples.sampling import Bench
 
 BAND_BAR_DB = 1.5
 HF_BAR_DB = 1.0

@@ -10,7 +10,7 @@ import pytest
 from dmd_dar import config
 from dmd_dar.config import ConfigError
 from dmd_dar.keys import key
-from dmd_dar.train.runtime import LaunchConfig
+from dmd_dar.train.processes.runtime import LaunchConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dmd_dar import config
 from dmd_dar.config import ConfigError
-from dmd_dar.distill_config import DistillConfig
+from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.pretrain import PretrainConfig
 from dmd_dar.sample import SampleConfig
 from dmd_dar.schema import Slot, options, walk

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd_dar import config, distill, pretrain
+from dmd_dar import config, pretrain
 from dmd_dar.data import folder, latents, sources
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.photos import NAMES
 from dmd_dar.data.shards import ShardFolder, fill
 from dmd_dar.data.sources import data_hash
+from dmd_dar.distillation import job as distill
 from tests import test_pretrain
 from tests.test_distill import arguments
 from tests.tiny import TINY, tiny_teacher

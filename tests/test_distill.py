@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dmd_dar import config, distill, sample
+from dmd_dar import config, sample
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.photos import NAMES
 from dmd_dar.data.sources import open_data
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.models.discriminator import block_readers
@@ -20,8 +21,8 @@ from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_net
 from dmd_dar.models.sit import with_routing
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
-from dmd_dar.train import log
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.disk import log
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.tiny import ON_CPU, TINY, tiny_sit, tiny_teacher
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd_dar import config, distill
-from dmd_dar.train import log
+from dmd_dar import config
+from dmd_dar.distillation import job as distill
+from dmd_dar.train.disk import log
 from tests.test_distill import RECIPES, ROOT, arguments, run
 from tests.tiny import tiny_teacher
 

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from dmd_dar import config, sample
 from dmd_dar.models.saved import load_network
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
-from dmd_dar.train import checkpoint
+from dmd_dar.train.disk import checkpoint
 from tests.models.test_teacher_jobs import run as distil_teacher
 from tests.models.tiny_pipelines import tiny_pipeline
 from tests.test_distill import run, teacher  # noqa: F401

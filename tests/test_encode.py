@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmd_dar import config, distill, pretrain
+from dmd_dar import config, pretrain
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.images import to_model_range
 from dmd_dar.data.latents import Latents
 from dmd_dar.data.photos import Photos
 from dmd_dar.data.shards import MANIFEST, shard_name
 from dmd_dar.data.sources import open_data
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.models.codecs import Codec, load_codec

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd_dar import config, distill
+from dmd_dar import config
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.methods.rollout import sample as roll_out
@@ -19,8 +20,9 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import TeacherConfig, codec_of, load_teacher
 from dmd_dar.pairs import PairsConfig, make_pairs
 from dmd_dar.sample import SampleConfig, sample
-from eval import distances, report
-from eval.classifier import fit_classifier
+from eval import report
+from eval.measure import suite as distances
+from eval.metrics.classifier import fit_classifier
 from tests.models.tiny_pipelines import tiny_dit, tiny_vae
 from tests.pictures import noise
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmd_dar import config, distill, pairs
+from dmd_dar import config, pairs
 from dmd_dar.data.photos import NAMES
 from dmd_dar.data.shards import MANIFEST, Shards, shard_name
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import TimeLaw

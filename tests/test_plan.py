@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd_dar import config, distill, plan
+from dmd_dar import config, plan
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.models.footprint import nbytes, tensors
 from dmd_dar.models.rungs import rung_parameters
 from dmd_dar.models.sit import SiT
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
-from dmd_dar.train.ema import Ema
-from dmd_dar.train.optimise import Optimiser
-from dmd_dar.train.runtime import Runtime
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.optimise import Optimiser
+from dmd_dar.train.processes.runtime import Runtime
 from tests.models.tiny_pipelines import tiny_pipeline
 from tests.tiny import tiny_teacher
 

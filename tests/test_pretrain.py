@@ -9,14 +9,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmd_dar import config, distill, flow, pretrain
+from dmd_dar import config, flow, pretrain
 from dmd_dar.data import textures
 from dmd_dar.data.photos import Photos
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.models.saved import load_network
 from dmd_dar.models.sit import SiTConfig
-from dmd_dar.train import log
+from dmd_dar.train.disk import log
 from tests.tiny import ON_CPU, tiny_sit
 
 ROOT = Path(__file__).parents[1]

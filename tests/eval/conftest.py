@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval import spoil
+from eval.metrics import spoil
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "dmd_dar" / "data" / "photos").glob("*.png"))
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dmd_dar import config, distill
+from dmd_dar import config
+from dmd_dar.distillation import job as distill
 from dmd_dar.flow import Schedule
 from dmd_dar.methods.generate import few_step_generator
 from dmd_dar.models import teachers
@@ -24,15 +25,17 @@ from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.spectrum import radial_psd
-from eval import arms, compare, pairing, report
-from eval.bench import Bench
+from eval import compare, report
 from eval.compare import CompareConfig
-from eval.controls import frozen_at_mean
-from eval.pairing import ArmsConfig, read_groups
-from eval.provenance import contract_hash
-from eval.sets import ImageSet
-from eval.spectrum import hf_gain_db, spectrum_of
-from eval.stats import holm
+from eval.measure.provenance import contract_hash
+from eval.metrics.intervals import holm
+from eval.metrics.spectrum import hf_gain_db, spectrum_of
+from eval.samples.sampling import Bench
+from eval.samples.sets import ImageSet
+from eval.study import pairing
+from eval.study import runs as arms
+from eval.study.controls import frozen_at_mean
+from eval.study.pairing import ArmsConfig, read_groups
 from tests.eval.opened import of, weights_opened
 from tests.tiny import tiny_sit, tiny_teacher
 

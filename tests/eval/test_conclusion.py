@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.conclusion import conclusion, outcome, table
+from eval.study.wording import conclusion, outcome, table
 
 
 def primary(value: float, half: float, p: float, seeds: int = 8, baseline: str = "residual", **changes) -> dict:

@@ -5,7 +5,7 @@ import torch
 
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
-from eval.controls import frozen_at_mean, unfreezable
+from eval.study.controls import frozen_at_mean, unfreezable
 from tests.tiny import tiny_sit
 
 

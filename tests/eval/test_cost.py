@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from eval.cost import flops, latencies, peak_memory
+from eval.samples.cost import flops, latencies, peak_memory
 
 
 def test_calls_take_turns_and_the_first_round_does_not_count():

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from eval import distances, frechet
-from eval.classifier import fit_classifier, modes
-from eval.features import Extractor, Features, compare, extract, extract_moments, fit_pca, wavelet
-from eval.frechet import feature_distance, standardise
-from eval.images import UnfitError, open_images
-from eval.moments import Gaussian, merged
+from eval.measure import suite as distances
+from eval.metrics import frechet
+from eval.metrics.classifier import fit_classifier, modes
+from eval.metrics.features import Extractor, Features, compare, extract, extract_moments, fit_pca, wavelet
+from eval.metrics.frechet import feature_distance, standardise
+from eval.metrics.moments import Gaussian, merged
+from eval.samples.images import UnfitError, open_images
 
 
 @pytest.fixture(scope="module")

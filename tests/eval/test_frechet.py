@@ -5,8 +5,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from eval import frechet
-from eval.frechet import (
+from eval.metrics import frechet
+from eval.metrics.frechet import (
     centred_root,
     class_diversity,
     diversity_ratio,
@@ -21,8 +21,8 @@ from eval.frechet import (
     trace_term_nuclear,
     wavelet_features,
 )
-from eval.images import UnfitError
-from eval.moments import Gaussian
+from eval.metrics.moments import Gaussian
+from eval.samples.images import UnfitError
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

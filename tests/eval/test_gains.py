@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.images import UnfitError
-from eval.spectrum import (
+from eval.metrics.intervals import Sample
+from eval.metrics.spectrum import (
     BAND_NAMES,
     band_gain_db,
     band_gains,
@@ -15,7 +15,7 @@ from eval.spectrum import (
     median_gains,
     spectrum_of,
 )
-from eval.stats import Sample
+from eval.samples.images import UnfitError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dmd_dar.data.images import png_bytes
-from eval.images import UnfitError, as_pixels, open_images
+from eval.samples.images import UnfitError, as_pixels, open_images
 
 IMAGES = torch.randint(0, 256, (11, 3, 6, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError
-from eval import dino, inception, weights
-from eval.features import compare, extract
-from eval.images import UnfitError, open_images
-from eval.inception import centre_crop, clean_resize, fid, fid_inception, patch_fid
+from eval.metrics import dino, inception
+from eval.metrics import weight_files as weights
+from eval.metrics.features import compare, extract
+from eval.metrics.inception import centre_crop, clean_resize, fid, fid_inception, patch_fid
+from eval.samples.images import UnfitError, open_images
 
 SMALL_DINO = "vit_small_patch14_dinov2.lvd142m"
 

@@ -9,17 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd_dar import config, distill
+from dmd_dar import config
 from dmd_dar.data.images import to_model_range
+from dmd_dar.distillation import job as distill
 from dmd_dar.models.codecs import load_codec
-from eval import distances, report
-from eval.classifier import fit_classifier
-from eval.distances import Ledger
-from eval.latent import latent_spectra
-from eval.numbers import numbers
-from eval.processes import Processes
+from eval import report
+from eval.measure import suite as distances
+from eval.measure.latent import latent_spectra
+from eval.measure.suite import Ledger
+from eval.metrics.classifier import fit_classifier
+from eval.page.csv import numbers
 from eval.report import ReportConfig
-from eval.sets import ImageSet
+from eval.samples.parallel import Processes
+from eval.samples.sets import ImageSet
 from tests.models import tiny_pipelines
 
 SIDE = 64  # pixels; 32 x 32 latent cells

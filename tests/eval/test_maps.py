@@ -8,10 +8,10 @@ import torch
 
 from dmd_dar.data.photos import Photos
 from dmd_dar.draws import Draws, sample_range
-from eval import spoil
-from eval.images import UnfitError
-from eval.maps import AXES, PERIODS, grid_lines, grid_peaks, line_heights, map_sum, mean_log_map
-from eval.stats import Sample
+from eval.metrics import spoil
+from eval.metrics.intervals import Sample
+from eval.metrics.power_map import AXES, PERIODS, grid_lines, grid_peaks, line_heights, map_sum, mean_log_map
+from eval.samples.images import UnfitError
 
 SIZE = 128
 

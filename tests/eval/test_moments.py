@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.images import UnfitError
-from eval.moments import Gaussian, Moments, load_reference, merged, save_reference
+from eval.metrics.moments import Gaussian, Moments, load_reference, merged, save_reference
+from eval.samples.images import UnfitError
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

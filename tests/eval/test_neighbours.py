@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from eval import neighbours
-from eval.features import Extractor, Features
-from eval.images import UnfitError
-from eval.neighbours import compare_neighbours, kid, polynomial_kernel, precision_recall, squared_radii, unbiased_mmd
+from eval.metrics import neighbours
+from eval.metrics.features import Extractor, Features
+from eval.metrics.neighbours import (
+    compare_neighbours,
+    kid,
+    polynomial_kernel,
+    precision_recall,
+    squared_radii,
+    unbiased_mmd,
+)
+from eval.samples.images import UnfitError
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

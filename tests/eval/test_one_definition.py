@@ -9,13 +9,18 @@ from torch import Tensor
 
 from dmd_dar import spectrum
 from dmd_dar.data.images import to_model_range
-from dmd_dar.train.health import samples_of, signals
-from eval import compare, features, forest, maps, measure, seeds, sensitivity, structure, teacher
-from eval.distances import Ledger
-from eval.latent import latent_spectra
-from eval.sectors import sector_means
-from eval.sets import ImageSet
-from eval.spectrum import band_gain_db
+from dmd_dar.train.watch.health import samples_of, signals
+from eval import compare, sensitivity, teacher
+from eval.measure import pair as measure
+from eval.measure.latent import latent_spectra
+from eval.measure.suite import Ledger
+from eval.metrics import features, structure
+from eval.metrics import power_map as maps
+from eval.metrics.sectors import sector_means
+from eval.metrics.spectrum import band_gain_db
+from eval.samples.sets import ImageSet
+from eval.study import endpoint as seeds
+from eval.study import forest
 
 EACH = 6  # images of each class
 

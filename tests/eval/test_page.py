@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import grids, panels, style
-from eval.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
-from eval.forest import from_file
-from eval.images import UnfitError
-from eval.measure import ImageSet, measure
-from eval.page import _conclusions, write_report
-from eval.sets import ImageSet as Set
+from eval.measure.pair import ImageSet, measure
+from eval.page import grids, style
+from eval.page import sections as panels
+from eval.page.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
+from eval.page.html import _conclusions, write_report
+from eval.samples.images import UnfitError
+from eval.samples.sets import ImageSet as Set
+from eval.study.forest import from_file
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://x.test/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium")

@@ -11,11 +11,13 @@ from torchvision.models import alexnet
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.perceptual import lpips_network
-from eval import distances, perceptual, weights
-from eval.distances import Ledger, Suite
-from eval.images import UnfitError
-from eval.perceptual import clip_score, load_clip, load_lpips, lpips_diversity, lpips_paired
-from eval.sets import ImageSet
+from eval.measure import suite as distances
+from eval.measure.suite import Ledger, Suite
+from eval.metrics import perceptual
+from eval.metrics import weight_files as weights
+from eval.metrics.perceptual import clip_score, load_clip, load_lpips, lpips_diversity, lpips_paired
+from eval.samples.images import UnfitError
+from eval.samples.sets import ImageSet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchvision")  # the lpips package's way to call it
 

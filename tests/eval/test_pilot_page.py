@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from eval.compare import run_records
-from eval.conclusion import table
+from eval.study.wording import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 

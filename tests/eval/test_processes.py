@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from dmd_dar import distill
-from eval import latent, report
-from eval.images import UnfitError
-from eval.measured import Reading, measure_one, rows_of
-from eval.processes import Processes
-from eval.sets import ImageSet
+from dmd_dar.distillation import job as distill
+from eval import report
+from eval.measure import latent
+from eval.measure.one_set import Reading, measure_one, rows_of
+from eval.samples.images import UnfitError
+from eval.samples.parallel import Processes
+from eval.samples.sets import ImageSet
 from tests.tiny import ON_CPU, tiny_teacher
 
 ROOT = Path(__file__).parents[2]

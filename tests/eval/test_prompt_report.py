@@ -9,16 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd_dar import config, distill
+from dmd_dar import config
+from dmd_dar.distillation import job as distill
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.sample import SampleConfig, sample
-from eval import distances, perceptual, report
-from eval.classifier import fit_classifier
-from eval.distances import Ledger, Suite
-from eval.images import UnfitError
-from eval.processes import Processes
+from eval import report
+from eval.measure import suite as distances
+from eval.measure.suite import Ledger, Suite
+from eval.metrics import perceptual
+from eval.metrics.classifier import fit_classifier
 from eval.report import ReportConfig
-from eval.sets import read_set
+from eval.samples.images import UnfitError
+from eval.samples.parallel import Processes
+from eval.samples.sets import read_set
 from tests.models.tiny_pipelines import tiny_sd3
 
 PROMPTS = ["a red cat", "dogs on the grass"]

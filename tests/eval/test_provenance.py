@@ -3,19 +3,23 @@
 import pytest
 
 from dmd_dar import spectrum
-from eval import (
+from eval.measure import one_set as measured
+from eval.measure import provenance
+from eval.measure import suite as distances
+from eval.metrics import (
     classifier,
-    distances,
     features,
     frechet,
-    maps,
-    measured,
     neighbours,
-    provenance,
     sliced,
-    stats,
     structure,
     verdict,
+)
+from eval.metrics import (
+    intervals as stats,
+)
+from eval.metrics import (
+    power_map as maps,
 )
 
 

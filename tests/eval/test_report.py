@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from eval import distances, features, perceptual
-from eval import sets as sets_module
-from eval.columns import terminal_table
-from eval.distances import Ledger, Sources, Suite, prepare
-from eval.images import UnfitError
-from eval.measure import ImageSet, measure
-from eval.numbers import as_csv, numbers
-from eval.sectors import sector_means
-from eval.sets import read_set
-from eval.threads import torch_threads
+from eval.measure import suite as distances
+from eval.measure.pair import ImageSet, measure
+from eval.measure.suite import Ledger, Sources, Suite, prepare
+from eval.metrics import features, perceptual
+from eval.metrics.sectors import sector_means
+from eval.page.columns import terminal_table
+from eval.page.csv import as_csv, numbers
+from eval.samples import sets as sets_module
+from eval.samples.images import UnfitError
+from eval.samples.sets import read_set
+from eval.samples.threads import torch_threads
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -243,7 +244,7 @@ def test_a_metric_that_fails_leaves_the_others(sets):
 def test_weights_that_are_missing_are_told(sets, tmp_path, monkeypatch, metrics, requested):
     monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setattr(distances, "find", lambda weights: None)
-    monkeypatch.setattr("eval.weights.find", lambda weights: None)
+    monkeypatch.setattr("eval.metrics.weight_files.find", lambda weights: None)
     ledger = Ledger()
     suite = prepare(metrics, (sets["real"].images, None), 0, ledger, Sources(), "{}", "")
     told = {one.metric: one for one in ledger.skipped if one.metric != "fd_classifier"}

@@ -8,26 +8,29 @@ import numpy as np
 import pytest
 import torch
 
-from dmd_dar import config, distill
+from dmd_dar import config
 from dmd_dar.data import folder, sources
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.images import png_bytes
 from dmd_dar.diagnostics.__main__ import DiagnosticsConfig, data_of
+from dmd_dar.distillation import job as distill
 from dmd_dar.errors import UserError
 from dmd_dar.models.saved import ModelCard, network_hash, save_network, weight_count
 from dmd_dar.models.sit import SiTConfig, with_routing
 from dmd_dar.models.teachers import TeacherConfig
 from dmd_dar.routing.layout import RoutingConfig
-from eval import arms, pairing, report
+from eval import report
 from eval import teacher as teachers
-from eval.bench import Bench
-from eval.distances import Ledger
-from eval.images import UnfitError
-from eval.measure import ImageSet, measure
-from eval.processes import Processes
-from eval.real import open_fitting
+from eval.measure.pair import ImageSet, measure
+from eval.measure.suite import Ledger
+from eval.metrics.spectrum import hf_gain_db, spectrum_of
 from eval.report import ReportConfig
-from eval.spectrum import hf_gain_db, spectrum_of
+from eval.samples.images import UnfitError
+from eval.samples.parallel import Processes
+from eval.samples.real import open_fitting
+from eval.samples.sampling import Bench
+from eval.study import pairing
+from eval.study import runs as arms
 from tests.data.test_latents import stored
 from tests.eval.opened import of, weights_opened
 from tests.tiny import TINY, tiny_sit

@@ -11,18 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmd_dar import config, distill
+from dmd_dar import config
 from dmd_dar.data.photos import Photos
+from dmd_dar.distillation import job as distill
 from dmd_dar.errors import UserError
-from eval import arms, bench, distances, forest, report
-from eval.bench import Bench, Made
-from eval.classifier import fit_classifier
-from eval.images import UnfitError
-from eval.maps import mean_log_map
-from eval.measure import ImageSet, jsonable
-from eval.processes import Processes
-from eval.real import real_sets
+from eval import report
+from eval.measure import suite as distances
+from eval.measure.pair import ImageSet, jsonable
+from eval.metrics.classifier import fit_classifier
+from eval.metrics.power_map import mean_log_map
 from eval.report import ReportConfig
+from eval.samples import sampling as bench
+from eval.samples.images import UnfitError
+from eval.samples.parallel import Processes
+from eval.samples.real import real_sets
+from eval.samples.sampling import Bench, Made
+from eval.study import forest
+from eval.study import runs as arms
 from tests.eval.opened import of, weights_opened
 from tests.tiny import tiny_teacher
 

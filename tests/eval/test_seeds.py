@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from eval import seeds
-from eval.seeds import Arms, Components, ImageSpread, choose, endpoint, image_spread, power, simulated_coverage
-from eval.stats import UNDEFINED, Interval, Sample, bootstrap_interval
+from eval.metrics.intervals import UNDEFINED, Interval, Sample, bootstrap_interval
+from eval.study import endpoint as seeds
+from eval.study.endpoint import Arms, Components, ImageSpread, choose, endpoint, image_spread, power, simulated_coverage
 
 CLASSES = 7
 

@@ -10,9 +10,10 @@ import torch
 from dmd_dar.config import ConfigError, load, run_job
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.spectrum import radial_psd
-from eval import spoil
-from eval.features import compare
-from eval.provenance import contract_hash
+from eval.measure.provenance import contract_hash
+from eval.metrics import spoil
+from eval.metrics.features import compare
+from eval.metrics.spectrum import band_gain_db
 from eval.sensitivity import (
     SPOILERS,
     Labelled,
@@ -24,7 +25,6 @@ from eval.sensitivity import (
     run,
     source,
 )
-from eval.spectrum import band_gain_db
 
 
 def draws(count: int) -> Draws:

@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from eval import spoil
-from eval.images import UnfitError
-from eval.sliced import PATCHES, Slices, level_distances, pyramid, sliced_patches, sliced_wasserstein, wasserstein
+from eval.metrics import spoil
+from eval.metrics.sliced import (
+    PATCHES,
+    Slices,
+    level_distances,
+    pyramid,
+    sliced_patches,
+    sliced_wasserstein,
+    wasserstein,
+)
+from eval.samples.images import UnfitError
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,10 +6,10 @@ import torch
 
 from dmd_dar.config import ConfigError, load, run_job
 from dmd_dar.data.images import png_bytes
-from eval import frechet, inception
-from eval.features import Extractor
-from eval.images import UnfitError
-from eval.moments import load_reference
+from eval.metrics import frechet, inception
+from eval.metrics.features import Extractor
+from eval.metrics.moments import load_reference
+from eval.samples.images import UnfitError
 from eval.statistics import StatisticsConfig, statistics
 
 IMAGES = torch.randint(0, 256, (11, 3, 6, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval.stats import (
+from eval.metrics.intervals import (
     Interval,
     Sample,
     bootstrap,

@@ -7,9 +7,9 @@ import torch
 from dmd_dar.data.photos import read_photos
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.spectrum import band_energies
-from eval import spoil
-from eval.stats import Sample
-from eval.structure import (
+from eval.metrics import spoil
+from eval.metrics.intervals import Sample
+from eval.metrics.structure import (
     details,
     excess_kurtosis,
     flat_noise_db,

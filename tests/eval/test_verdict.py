@@ -5,12 +5,12 @@ import math
 import pytest
 
 from dmd_dar.draws import Draws, sample_range
-from eval import spoil
-from eval.images import UnfitError
-from eval.spectrum import band_gain_db
-from eval.stats import UNDEFINED, Interval
-from eval.structure import verdict
-from eval.verdict import verdict as word_of
+from eval.metrics import spoil
+from eval.metrics.intervals import UNDEFINED, Interval
+from eval.metrics.spectrum import band_gain_db
+from eval.metrics.structure import verdict
+from eval.metrics.verdict import verdict as word_of
+from eval.samples.images import UnfitError
 
 RIGHT = Interval(0.1, -0.1, 0.3)
 SOUND, QUIET = Interval(1.0, 0.9, 1.1), Interval(0.0, -0.2, 0.2)

@@ -12,8 +12,18 @@ from safetensors.torch import save_file
 
 from dmd_dar.config import run_job
 from dmd_dar.errors import DamagedFileError, MissingWeightsError
-from eval import weights
-from eval.weights import ALEXNET, INCEPTION, WeightsConfig, clip_weights, dinov2_weights, find, load_state, locate, show
+from eval.metrics import weight_files as weights
+from eval.metrics.weight_files import (
+    ALEXNET,
+    INCEPTION,
+    WeightsConfig,
+    clip_weights,
+    dinov2_weights,
+    find,
+    load_state,
+    locate,
+    show,
+)
 
 REQUESTED = dataclasses.replace(ALEXNET, file="some.pth", sha256=hashlib.sha256(b"right").hexdigest()[:8])
 

@@ -17,10 +17,10 @@ from dmd_dar.guidance import Velocity
 from dmd_dar.methods import rollout
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import few_step_generator
-from dmd_dar.train.ema import Ema
-from dmd_dar.train.loop import Phase, update
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.loop import Phase, update
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 
 FAKE_UPDATES = 5
 MODES = torch.stack([torch.tensor([math.cos(a), math.sin(a)]) for a in torch.arange(8) * math.pi / 4])  # (8, 2)

@@ -18,9 +18,9 @@ from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import Meaning, velocity_of
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
-from dmd_dar.train.loop import Phase, update
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.loop.loop import Phase, update
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.tiny import tiny_sit
 
 SHAPE = (2, 4, 4)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd_dar import config, distill
+from dmd_dar import config
+from dmd_dar.distillation import job as distill
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
-from dmd_dar.train.preflight import check_teacher
+from dmd_dar.train.watch.preflight import check_teacher
 from tests.models.tiny_pipelines import tiny_sd3
 
 CLASSES = ["a red cat", "dogs", "two"]

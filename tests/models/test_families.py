@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmd_dar import config, distill, load_pipeline
-from dmd_dar.distill_config import DistillConfig
+from dmd_dar import config, load_pipeline
+from dmd_dar.distillation import job as distill
+from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import UserError
 from dmd_dar.models.codecs import load_codec

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmd_dar import config, distill
+from dmd_dar import config
 from dmd_dar.data.shards import MANIFEST
+from dmd_dar.distillation import job as distill
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models import prompts as prompts_module

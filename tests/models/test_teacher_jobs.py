@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmd_dar import config, distill, flow, plan
+from dmd_dar import config, flow, plan
+from dmd_dar.distillation import job as distill
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which the first optimiser would import
 
-from dmd_dar import atomic, distill
-from dmd_dar.train import job
+from dmd_dar import atomic
+from dmd_dar.distillation import job as distill
+from dmd_dar.train.loop import job
 from tests.tiny import ON_CPU
 
 torch.set_num_threads(1)

@@ -26,13 +26,13 @@ from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.sit import SiTConfig, with_routing
 from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.routing.layout import RoutingConfig
-from dmd_dar.train.checkpoint import CheckpointConfig
-from dmd_dar.train.ema import Ema
-from dmd_dar.train.log import RunLog
-from dmd_dar.train.loop import Loop, Phase, gradients, update
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.replicas import ReplicaError
-from dmd_dar.train.runtime import LaunchConfig, Runtime, gathered, local
+from dmd_dar.train.disk.checkpoint import CheckpointConfig
+from dmd_dar.train.disk.log import RunLog
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.loop import Loop, Phase, gradients, update
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.replicas import ReplicaError
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime, gathered, local
 from tests.models.tiny_pipelines import tiny_dit
 from tests.tiny import ON_CPU, tiny_sit
 

@@ -11,8 +11,8 @@ import torch
 
 from dmd_dar import atomic
 from dmd_dar.errors import DamagedFileError, UserError
-from dmd_dar.train import checkpoint
-from dmd_dar.train.checkpoint import CheckpointConfig
+from dmd_dar.train.disk import checkpoint
+from dmd_dar.train.disk.checkpoint import CheckpointConfig
 
 TWO = CheckpointConfig(every=1, keep_last=2)
 

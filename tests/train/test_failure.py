@@ -21,19 +21,20 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dmd_dar import distill, flow
+from dmd_dar import flow
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError, users_line
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.sit import SiT
-from dmd_dar.train.checkpoint import CheckpointConfig
-from dmd_dar.train.ema import Ema
-from dmd_dar.train.failure import Calls, NetworkError, Place, failed
-from dmd_dar.train.log import RunLog
-from dmd_dar.train.loop import Loop, Phase
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.disk.checkpoint import CheckpointConfig
+from dmd_dar.train.disk.log import RunLog
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.loop import Loop, Phase
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+from dmd_dar.train.watch.failure import Calls, NetworkError, Place, failed
 from tests.tiny import tiny_sit, tiny_teacher
 
 ROOT = Path(__file__).parents[2]

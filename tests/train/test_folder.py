@@ -9,7 +9,7 @@ import pytest
 
 from dmd_dar import atomic
 from dmd_dar.atomic import write_atomic
-from dmd_dar.train.folder import FolderError, RunFolder, differences
+from dmd_dar.train.disk.folder import FolderError, RunFolder, differences
 
 CFG = {
     "out_dir": "a",
@@ -23,7 +23,7 @@ CFG = {
 
 HOLD = """
 import sys, time
-from dmd_dar.train.folder import RunFolder
+from dmd_dar.train.disk.folder import RunFolder
 folder = RunFolder.open(sys.argv[1], {"steps": 1})
 print("held", flush=True)
 time.sleep(60)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd_dar import distill
+from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws
 from dmd_dar.models.saved import load_network
-from dmd_dar.train import checkpoint, log
-from dmd_dar.train.advice import CALM, Advice, warnings_of
-from dmd_dar.train.health import Health, Samples, diversity, samples_of, signals
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.disk import checkpoint, log
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+from dmd_dar.train.watch.advice import CALM, Advice, warnings_of
+from dmd_dar.train.watch.health import Health, Samples, diversity, samples_of, signals
 from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dmd_dar.errors import UserError
-from dmd_dar.train import launch
-from dmd_dar.train.runtime import LaunchConfig
-from dmd_dar.train.stop import StopRequest
+from dmd_dar.train.processes import launch
+from dmd_dar.train.processes.runtime import LaunchConfig
+from dmd_dar.train.processes.stop import StopRequest
 from tests.train.waiting import Config, Launch, job
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd_dar.train import log
-from dmd_dar.train.folder import FolderError, RunFolder
-from dmd_dar.train.log import LogConfig, Progress, RunLog
+from dmd_dar.train.disk import log
+from dmd_dar.train.disk.folder import FolderError, RunFolder
+from dmd_dar.train.disk.log import LogConfig, Progress, RunLog
 
 QUIET = LogConfig(wandb="disabled")
 

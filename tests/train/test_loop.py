@@ -9,14 +9,14 @@ from torch import nn
 
 from dmd_dar.draws import Draws
 from dmd_dar.errors import UserError
-from dmd_dar.train import checkpoint
-from dmd_dar.train.checkpoint import CheckpointConfig
-from dmd_dar.train.ema import Ema
-from dmd_dar.train.folder import RunFolder
-from dmd_dar.train.log import RunLog
-from dmd_dar.train.loop import Loop, Phase, update
-from dmd_dar.train.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.disk import checkpoint
+from dmd_dar.train.disk.checkpoint import CheckpointConfig
+from dmd_dar.train.disk.folder import RunFolder
+from dmd_dar.train.disk.log import RunLog
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.loop import Loop, Phase, update
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 
 
 def phase_of(name: str = "student", optimiser: OptimiserConfig | None = None, width: int = 4) -> Phase:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.train.model_card import model_card
+from dmd_dar.train.disk.model_card import model_card
 from tests.tiny import tiny_sit
 
 HOSTILE = (

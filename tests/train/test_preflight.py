@@ -12,7 +12,7 @@ from dmd_dar.data.sources import open_data
 from dmd_dar.models.denoiser import Meaning
 from dmd_dar.models.sit import SiTConfig
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
-from dmd_dar.train.preflight import PreflightError, check_data, check_teacher
+from dmd_dar.train.watch.preflight import PreflightError, check_data, check_teacher
 from tests.tiny import tiny_sit
 
 CHAIN = flow.Schedule()

@@ -15,7 +15,7 @@ import pytest
 
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiTConfig
-from dmd_dar.train import checkpoint
+from dmd_dar.train.disk import checkpoint
 from tests.tiny import tiny_sit
 from tests.train import crash
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
-from dmd_dar.train import replicas, runtime
-from dmd_dar.train.runtime import LaunchConfig, Runtime
+from dmd_dar.train.processes import replicas, runtime
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.train.processes import CYCLES, config, dits, loras, single_gradients, trained
 
 ROOT = Path(__file__).parents[2]

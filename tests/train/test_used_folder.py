@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dmd_dar import config, distill, encode, pairs, pretrain
+from dmd_dar import config, encode, pairs, pretrain
 from dmd_dar.data import latents
 from dmd_dar.data.shards import ShardFolder
-from dmd_dar.train.folder import FolderError, RunFolder
+from dmd_dar.distillation import job as distill
+from dmd_dar.train.disk.folder import FolderError, RunFolder
 from tests.tiny import ON_CPU
 
 CPU = tuple(word.removeprefix("launch.") for word in ON_CPU)

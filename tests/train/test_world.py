@@ -6,11 +6,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dmd_dar import distill, encode, pairs
+from dmd_dar import encode, pairs
+from dmd_dar.distillation import job as distill
 from dmd_dar.errors import UserError
-from dmd_dar.train.runtime import LaunchConfig, Runtime
-from dmd_dar.train.world import MEETING, World, launched
-from eval.processes import Processes
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+from dmd_dar.train.processes.world import MEETING, World, launched
+from eval.samples.parallel import Processes
 from tests.test_distill import arguments
 from tests.tiny import ON_CPU
 

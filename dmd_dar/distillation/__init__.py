@@ -1,0 +1,1 @@
+"""How a distillation is assembled from its configuration, and run."""

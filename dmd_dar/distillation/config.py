@@ -1,0 +1,169 @@
+"""The keys of a distillation, what of them contradicts itself, and the networks that they describe."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+
+from dmd_dar import flow
+from dmd_dar.data.config import DataConfig
+from dmd_dar.keys import key
+from dmd_dar.losses import LossWeight
+from dmd_dar.models.discriminator import Pool
+from dmd_dar.models.shared_lora import LoraConfig, Plain
+from dmd_dar.models.students import Memory, Networks, Weights, build_networks
+from dmd_dar.models.teachers import TeacherConfig
+from dmd_dar.pairs import RegressionConfig
+from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.train.disk.checkpoint import CheckpointConfig
+from dmd_dar.train.disk.log import LogConfig
+from dmd_dar.train.disk.model_card import CardConfig
+from dmd_dar.train.loop.optimise import OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig
+
+
+@dataclass(frozen=True)
+class StudentRouting(RoutingConfig):
+    """The student's routing and how fast it learns. Routers need a larger rate than the backbone."""
+
+    lr: float = key(2e-3, "learning rate of the routers", above=0)
+    allow_change: bool = key(False, "accept a form that changes the pretrained function before training")
+
+    def form(self) -> RoutingConfig:
+        return RoutingConfig(**{field.name: getattr(self, field.name) for field in fields(RoutingConfig)})
+
+
+@dataclass(frozen=True)
+class StudentConfig(OptimiserConfig):
+    """The few-step student."""
+
+    ema: float | tuple[float, ...] = key(
+        0.99, "decay of the weight average that is saved, or a list: the others are saved beside it", least=0, below=1
+    )
+    routing: StudentRouting = key(factory=StudentRouting)
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
+
+    def __post_init__(self) -> None:
+        if not self.decays or len(set(self.decays)) < len(self.decays):
+            raise ValueError(f"ema must name each decay once, got {list(self.decays)}")
+
+
+@dataclass(frozen=True)
+class FakeScoreConfig(OptimiserConfig):
+    """The online score of the student's own samples; starts as the teacher."""
+
+    updates: int = key(5, "optimiser steps for every one of the student", unit="steps", least=1)
+    per_rung: bool = key(True, "it is told which rung made a sample; off: samples of all rungs are one distribution")
+    rung_lr: float = key(1e-3, "learning rate of what tells it the rung, which starts at 0", above=0)
+    space: Literal["flow", "x0"] = key("flow", "where its error is squared; x0: times t^2, so low noise counts less")
+
+
+def inner_times() -> flow.TimeLaw:
+    return flow.TimeLaw(low=0.02, high=0.98)
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Distribution matching."""
+
+    weight: float = key(1.0, "weight of the loss; 0 leaves it and the fake score out", least=0)
+    dm_form: Literal["standard", "decoupled"] = key(
+        "standard", "decoupled: the teacher's guidance acts at a t of its own law, guidance_time"
+    )
+    time: flow.TimeLaw = key(factory=inner_times)
+    guidance_time: flow.TimeLaw = key(factory=inner_times)
+
+
+@dataclass(frozen=True)
+class GanConfig(OptimiserConfig, LossWeight):
+    """The GAN term against real `data`: heads on the features of a score network. Off while its weights are 0."""
+
+    updates: int = key(1, "optimiser steps of the heads for every one of the student", unit="steps", least=1)
+    features: Literal["fake_score", "teacher"] = key("fake_score", "whose blocks the heads read")
+    layers: tuple[int, ...] = key((), "those blocks, from 1; empty: the ends of the network's thirds", least=1)
+    pool: Pool = key("mean", "a logit for each layer (mean over tokens), or for each token")
+    hidden: int = key(256, "hidden width of a head", least=1)
+    feature_weight: float = key(0.0, "weight of the GAN in the fake score's own loss; 0: it gets no gradient", least=0)
+    r1_weight: float = key(0.0, "weight of the approximate R1 penalty", least=0)
+    r1_sigma: float = key(0.1, "standard deviation of the noise that R1 adds to x_t", above=0)
+    time: flow.TimeLaw = key(factory=inner_times)
+
+    def __post_init__(self) -> None:
+        if self.feature_weight and self.features == "teacher":
+            raise ValueError("feature_weight trains the fake score, but features are the frozen teacher's: set it to 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """python distill.py"""
+
+    out_dir: str = key("", "run folder")
+    seed: int = key(0, "of every draw", least=0)
+    steps: int = key(1000, "student updates", unit="steps", least=1)
+    batch_size: int = key(32, "samples per optimiser step, over all processes", least=1)
+    rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
+    guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
+    sampler: flow.Sampler = key("stochastic", "between calls, in training and sampling: re-noise, or follow the ODE")
+    student_input: Literal["simulate", "data"] = key(
+        "simulate", "in training: its own rollout from noise to the rung, or noised data"
+    )
+    weights: Weights = key(
+        "full", "full: three networks; shared_lora: one frozen base, with adapters for student and fake score"
+    )
+    lora: LoraConfig = key(factory=LoraConfig)
+    frozen_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "type in which frozen linear weights are kept: the teacher's, which shared_lora shares"
+    )
+    resume: Literal["auto", "never"] = key("auto", "auto: continue the run in out_dir; never: refuse a used folder")
+    preflight: bool = key(True, "first see whether the teacher denoises the data, if that can be its own")
+    teacher: TeacherConfig = key(factory=TeacherConfig)
+    data: DataConfig = key(factory=DataConfig)
+    student: StudentConfig = key(factory=StudentConfig)
+    fake_score: FakeScoreConfig = key(factory=FakeScoreConfig)
+    matching: MatchingConfig = key(factory=MatchingConfig)
+    regression: RegressionConfig = key(factory=RegressionConfig)
+    gan: GanConfig = key(factory=GanConfig)
+    checkpoint: CheckpointConfig = key(factory=CheckpointConfig)
+    log: LogConfig = key(factory=LogConfig)
+    card: CardConfig = key(factory=CardConfig)
+    launch: LaunchConfig = key(factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
+        if not (self.matching.weight or self.regression.used or self.gan.used):
+            raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
+        turns = (0, self.steps - 1, *(weight.ramp_start + weight.ramp_steps for weight in (self.regression, self.gan)))
+        for step in sorted(turns):  # weights are straight lines: where both are 0 anywhere, they are so at one of these
+            if not (self.matching.weight or self.regression.at(step) or self.gan.at(step)) and step < self.steps:
+                raise ValueError(
+                    f"matching.weight is 0, and regression.weight and gan.weight are both 0 at student update {step}:"
+                    " nothing would train the student there; let their ramps overlap"
+                )
+        if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
+            raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
+        frozen = self.weights == "shared_lora" or self.frozen_dtype != "float32" or self.launch.offload
+        if frozen and self.launch.sharding != "none":
+            raise ValueError(
+                "launch.sharding splits weights, but shared_lora, frozen_dtype bfloat16 and launch.offload keep frozen"
+                " ones whole in every process: set it to none, or leave these out"
+            )
+
+    @property
+    def trains_fake_score(self) -> bool:
+        return self.matching.weight > 0 or (self.gan.used and self.gan.features == "fake_score")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.student_input == "data" or self.gan.used
+
+
+def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:
+    """The three networks in the form that the configuration says; `teacher` may be stored otherwise afterwards."""
+    frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
+    memory = Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
+    rungs = len(cfg.rungs) if cfg.fake_score.per_rung else 1
+    routing = cfg.student.routing
+    return build_networks(teacher, routing.form(), routing.allow_change, memory, rungs, cfg.seed)

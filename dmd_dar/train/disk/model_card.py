@@ -1,0 +1,162 @@
+"""The README.md of an exported network: a model card in the hub's form, of what the run folder says, nothing else."""
+
+import html
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dmd_dar.keys import key
+from dmd_dar.models.hub import HUB_ID
+from dmd_dar.models.saved import Denoiser, ModelCard
+from dmd_dar.train.disk import log
+
+LEFT_OUT = ("log.", "launch.", "checkpoint.", "card.", "out_dir", "resume")  # how it was run, not what
+NAMES_SHOWN = 20
+UNKNOWN = "unknown"
+CHAPTERS = """# {name}
+
+{what}
+
+## Use
+
+```python
+import dmd_dar
+pipe = dmd_dar.load_pipeline("FOLDER")  # this folder, or the hub id that it was uploaded to
+images = pipe(n=8, seed=0, output="pil")
+```
+
+{facts}
+
+## Measured
+
+{measured}
+
+## Configuration
+
+{configuration}
+"""
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """The model card in student/README.md."""
+
+    license: str = key(UNKNOWN, "of the weights, a licence id of the hub, such as apache-2.0; unknown: the teacher's")
+
+
+def model_card(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
+    """The text for the network of `run`, a run folder, whose config.yaml and log.jsonl it quotes."""
+    written = run / "config.yaml"
+    config = yaml.safe_load(written.read_text()) if written.is_file() else {}
+    front = yaml.safe_dump(_front(config, network, card), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{_body(run, config, network, card, digest)}"
+
+
+def _front(config: dict[str, Any], network: Denoiser, card: ModelCard) -> dict[str, Any]:
+    routed = network.config.routing.query != "residual"
+    tags = ["diffusion", *(["few-step", "distillation"] if card.rungs else []), *(["dar"] if routed else [])]
+    front = {"library_name": "dmd_dar", "license": _license(config), "tags": tags}
+    path = _teacher(config)
+    if HUB_ID.fullmatch(path) and not Path(path).exists():  # a local path means nothing on the hub
+        front["base_model"] = path
+    return front
+
+
+def _license(config: dict[str, Any]) -> str:
+    return str((config.get("card") or {}).get("license", UNKNOWN))
+
+
+def _teacher(config: dict[str, Any]) -> str:
+    return str((config.get("teacher") or {}).get("path", ""))
+
+
+def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard, digest: str) -> str:
+    routing, steps = network.config.routing, len(card.rungs)
+    kind = "plain residual additions" if routing.query == "residual" else f"routed, query {routing.query}"
+    what = f"A few-step diffusion transformer, {steps} network calls an image" if steps else "A diffusion transformer"
+    shape = f"{network.config.in_channels} x {network.config.input_size} x {network.config.input_size}"
+    origin, licence = card.origin, _license(config)
+    note = " (that of the teacher applies)" if licence == UNKNOWN and steps else ""
+    facts = {
+        "Teacher": _plain(_teacher(config)) + f", SHA-256 `{origin['teacher']}`" if "teacher" in origin else None,
+        "Network": f"{shape}, {sum(p.numel() for p in network.parameters())} parameters, {kind}; SHA-256 `{digest}`",
+        "Rungs": ", ".join(f"{t:g}" for t in card.rungs) + f" (1 is noise), sampler {card.sampler}" if steps else None,
+        "Guidance": f"{origin['guidance_scale']:g}, of the teacher; none at sampling"
+        if "guidance_scale" in origin
+        else None,
+        "Steps of training": origin.get("steps"),
+        "Labels": _names(card.label_names) or f"{network.config.num_classes}, without names",
+        "License": _plain(licence) + note,
+    }
+    return CHAPTERS.format(
+        name=_plain(run.resolve().name),
+        what=f"{what}, made by dmd_dar.",
+        facts="\n".join(f"- **{name}**: {fact}" for name, fact in facts.items() if fact is not None),
+        measured=_measured(run, digest, origin.get("steps")),
+        configuration=_table(("key", "value"), _flat(config)) or "No configuration is recorded.",
+    )
+
+
+def _plain(text: Any) -> str:
+    """One line that means itself in Markdown and in HTML."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", html.escape(line, quote=False))
+    return line.replace("://", "&#58;//")
+
+
+def _names(names: tuple[str, ...]) -> str:
+    shown = ", ".join(map(_plain, names[:NAMES_SHOWN]))
+    return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of all that decided the result."""
+    rows = []
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if path.startswith(LEFT_OUT) or f"{path}." in LEFT_OUT:
+            continue
+        rows += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
+    return rows
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows]
+    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
+
+
+def _measured(run: Path, digest: str, steps: int | None) -> str:
+    """The log's record of the network's step, and what a report beside the run says of this very network."""
+    parts = []
+    if records := [r for r in log.read(run / "log.jsonl") if steps is None or r.get("step", 0) <= steps]:
+        last = {name: value for name, value in records[-1].items() if name != "steps_per_second"}
+        rows = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in last.items()]
+        parts += ["The training log at this step, or the last before it:", _table(("name", "value"), rows)]
+    for file in (run / "report.json", run / "report" / "report.json", run.parent / "report" / "report.json"):
+        if rows := _report(file, digest):
+            parts += [f"Against the teacher, from `{_plain(file.name)}`:", _table(("name", "value"), rows)]
+            break
+    else:
+        parts += ["No report of its images was at hand when this was written; `python -m eval.report` makes one."]
+    return "\n\n".join(parts)
+
+
+def _report(file: Path, digest: str) -> list[tuple[str, Any]]:
+    """What the report says of the images that this network made; nothing where it has none."""
+    try:
+        sets = json.loads(file.read_text())["sets"]
+        for row in sets:
+            if row.get("facts", {}).get("network") == digest:
+                against = row["against"]["teacher"]
+                rows = [("images", row["images"]), ("verdict", against["verdict"]["word"])]
+                value, low, high = (against["gain_db"]["HF"][name] for name in ("value", "low", "high"))
+                return [*rows, ("HF gain, dB, 95 % over images", f"{value:+.2f} from {low:+.2f} to {high:+.2f}")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return []

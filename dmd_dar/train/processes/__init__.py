@@ -1,0 +1,1 @@
+"""Processes: devices and exchanges, starting and ending them together, signals."""

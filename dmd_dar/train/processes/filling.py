@@ -1,0 +1,179 @@
+"""A job that fills a folder of shards, in one process or several: what pairs and encode share."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dmd_dar.atomic import make_folder
+from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill, holds_shards
+from dmd_dar.errors import UserError
+from dmd_dar.train.processes.stop import EXIT_CODE, StopRequest
+from dmd_dar.train.processes.world import World, launched
+
+LOOK = 0.5  # seconds between looks at the workers
+SAY = 10.0  # seconds between lines of progress
+
+Make = Callable[[int, int], dict[str, Tensor]]
+
+
+class FillConfig(Protocol):
+    """The keys of every such job."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def cpu(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a folder holds and make(first, stop) -> tensors of these samples.
+
+    `check` is called once, before a folder is begun, and raises UserError for what `make` would stumble over.
+    """
+
+    layout: Layout
+    make: Make
+    unit: str = "samples"
+    check: Callable[[], None] = lambda: None
+
+
+Prepare = Callable[[Any, torch.device], Work]  # (configuration, device); of a module, so that workers find it
+
+
+def device_of(cfg: FillConfig, rank: int) -> torch.device:
+    """The GPU of process `rank`, the CPU where there is none or `cfg.cpu` says so."""
+    gpus = 0 if cfg.cpu else torch.cuda.device_count()
+    return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+
+
+def fill_folder(cfg: FillConfig, prepare: Prepare, told: dict[str, Any] | None = None) -> None:
+    """Make what is missing of `cfg.out`. Exits with code 143 where SIGTERM or SIGINT stopped it, a shard finished.
+
+    `told` is what `cfg` alone says of the folder's samples: where that differs, nothing is prepared.
+    Where RANK and WORLD_SIZE are set, this process is one of those that a launcher started, and starts none itself.
+    """
+    world = launched() or World(1, 0, 0)
+    processes, rank = world.processes, world.rank
+    if processes > 1 and cfg.workers > 1:
+        raise UserError(f"workers = {cfg.workers}: WORLD_SIZE = {processes} processes are there already; leave it out")
+    workers = 1 if processes > 1 else cfg.workers or (0 if cfg.cpu else torch.cuda.device_count()) or 1
+    device = torch.device("cpu") if workers > 1 else device_of(cfg, world.local_rank)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if os.path.lexists(cfg.out):
+        holds_shards(make_folder(cfg.out), told or {}, partly=True)
+    work = prepare(cfg, device)
+    if rank == 0 and not Path(cfg.out, MANIFEST).exists():
+        work.check()
+    with StopRequest() as stop, ShardFolder(cfg.out, work.layout) as folder:
+        folder.require_space()
+        made = folder.samples_made()
+        report = progress(work, made) if rank == 0 else None
+        if workers > 1 and made < work.layout.n:
+            finished = share(cfg, prepare, workers, folder, stop, report)
+        else:
+            finished = fill(
+                folder, work.make, stopped=lambda: stop.asked, report=report, rank=rank, processes=processes
+            )
+        shards = folder.layout.shards
+        done = shards - len(folder.missing())
+    if not finished:
+        print(f"stopped with {done} of {shards} shards in {cfg.out}; the same command continues", file=sys.stderr)
+        raise SystemExit(EXIT_CODE)
+    if rank == 0:
+        print(f"{work.layout.n} {work.unit} in {cfg.out}, in {shards} shards")
+
+
+def share(
+    cfg: FillConfig,
+    prepare: Prepare,
+    workers: int,
+    folder: ShardFolder,
+    stop: StopRequest,
+    report: Callable[[int], None],
+) -> bool:
+    """Let several processes fill the folder; True once it is complete. One that fails stops them all, as UserError."""
+    context = multiprocessing.get_context("spawn")
+    lines = [context.Pipe() for _ in range(workers)]
+    started = [
+        context.Process(target=_worker, args=(cfg, prepare, rank, workers, theirs))
+        for rank, (_, theirs) in enumerate(lines)
+    ]
+    told = False
+    try:
+        for process, (_, theirs) in zip(started, lines, strict=True):
+            process.start()
+            theirs.close()
+        while alive := [process for process in started if process.is_alive()]:
+            alive[0].join(LOOK)
+            if not told and (stop.asked or any(process.exitcode for process in started)):
+                told = True
+                for ours, _ in lines:
+                    with contextlib.suppress(OSError):
+                        ours.send_bytes(b"stop")
+            report(folder.samples_made())
+        for rank, process in enumerate(started):
+            if process.exitcode and not stop.asked:
+                raise UserError(_last_words(rank, process.exitcode, lines[rank][0]))
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.kill()
+    return not folder.missing()
+
+
+def _worker(cfg: FillConfig, prepare: Prepare, rank: int, processes: int, line: Connection) -> None:
+    """One of several processes: stops when `line` speaks, and dies with its parent, whose business signals are."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(cfg.threads or max(1, torch.get_num_threads() // processes))
+    try:
+        work = prepare(cfg, device_of(cfg, rank))
+        with ShardFolder(cfg.out, work.layout) as folder:
+            fill(folder, work.make, stopped=line.poll, rank=rank, processes=processes)
+    except UserError as error:
+        line.send_bytes(str(error).encode())
+        sys.exit(2)
+
+
+def _last_words(rank: int, code: int, line: Connection) -> str:
+    with contextlib.suppress(EOFError, OSError):
+        if line.poll():
+            return line.recv_bytes().decode()
+    return f"worker {rank} ended with code {code}; whole shards are kept, and the same command continues"
+
+
+def progress(work: Work, start: int) -> Callable[[int], None]:
+    """report(made): a line with speed and time left, every now and then and at the end."""
+    began = printed = time.monotonic()
+    said, n, unit = start, work.layout.n, work.unit
+
+    def report(made: int) -> None:
+        nonlocal printed, said
+        now = time.monotonic()
+        if made > said and (made == n or now - printed >= SAY):
+            printed, said, rate = now, made, (made - start) / max(now - began, 1e-9)
+            left = tqdm.format_interval((n - made) / rate)
+            print(f"{made}/{n} {unit}  {rate:.3g} {unit}/s  ETA {left}", file=sys.stderr, flush=True)
+
+    return report

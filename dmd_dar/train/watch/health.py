@@ -1,0 +1,211 @@
+"""Signals that say whether a distillation is well, every so many steps: what the loss curves do not tell.
+
+The averaged student draws the same few samples each time (`Samples`: noise and labels keyed by the run's seed); the
+teacher's, from the same noise by its ODE, are what they are held against. `signals` turns two sets of samples into
+numbers, `Health` adds those of the steps since the last record, warns, and scores checkpoints.
+
+Legend: x0 (N, C, S, S) samples in the networks' space, cond (N,) their labels; images (N, 3, H, W) in [-1, 1], the
+decoded samples, which are x0 itself for pixels.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmd_dar import spectrum
+from dmd_dar.data.images import levels
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.methods.generate import Generator
+from dmd_dar.train.loop.optimise import Optimiser
+from dmd_dar.train.processes.runtime import Runtime
+from dmd_dar.train.watch.advice import Advice
+
+CLASSES = 8  # at most, so that several samples share a condition
+CHUNK = 32  # samples at a time
+SOLVER_STEPS = 15  # Heun steps of the teacher's samples, two evaluations each
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is measured of one set of samples; all on the CPU in float64."""
+
+    mean: Tensor  # (C,) of x0
+    std: Tensor  # (C,)
+    diversity: float  # mean distance of two samples of one condition, root mean square over values
+    saturation: float  # share of the images' values beyond [-1, 1]
+    frequencies: Tensor | None  # (F,) cycles per pixel; None for images too small for a spectrum
+    power: Tensor | None  # (F,)
+    hf: float  # energy of the band HF
+    lines: Tensor | None  # (2, 4) heights of a pixel grid's lines, dB
+
+
+def samples_of(x0: Tensor, cond: Tensor, images: Tensor) -> Samples:
+    """Measures one set."""
+    x0, images = x0.detach().double().cpu(), images.detach().float().cpu()
+    values = x0.transpose(0, 1).flatten(1)
+    frequencies = power = lines = None
+    hf = math.nan
+    if min(images.shape[-2:]) >= spectrum.MIN_SIZE:
+        shown = levels(images) / 255
+        frequencies, _ = spectrum.radial_frequencies(*shown.shape[-2:])
+        powers = spectrum.compared_powers(shown)
+        power, hf = powers.radial.mean(0), powers.bands.mean(0)[-1].item()
+        lines = spectrum.line_heights(spectrum.grid_lines(shown))
+    saturation = (images.abs() > 1).double().mean().item()
+    mean, std = values.mean(1), values.std(1, correction=0)
+    return Samples(mean, std, diversity(x0, cond.cpu()), saturation, frequencies, power, hf, lines)
+
+
+def diversity(x0: Tensor, cond: Tensor) -> float:
+    """Root mean square distance of two samples of one condition, mean over conditions; NaN where none has two."""
+    distances = []
+    for label in cond.unique():
+        of_label = x0[cond == label].flatten(1)
+        if len(of_label) > 1:
+            distances.append(torch.pdist(of_label).mean() / math.sqrt(of_label.shape[1]))
+    return torch.stack(distances).mean().item() if distances else math.nan
+
+
+def signals(student: Samples, teacher: Samples) -> dict[str, float]:
+    """The student held against the teacher; a signal that cannot be measured is left out.
+
+    mean_drift: the channel whose mean is farthest off, in the teacher's standard deviations; std_ratio: of the channel
+    farthest from 1; diversity: ratio; saturation: share of values beyond [-1, 1], beside the teacher's; hf_gain: energy
+    of the band HF in dB; log_spectral_distance in dB; grid_peak: the line of a pixel grid that stands out most beside
+    the teacher's, dB; score: |hf_gain| + log_spectral_distance, less is better.
+    """
+    drift = (student.mean - teacher.mean) / teacher.std
+    ratio = student.std / teacher.std
+    found = {
+        "mean_drift": drift[drift.abs().argmax()].item(),
+        "std_ratio": ratio[ratio.log().abs().argmax()].item(),
+        "saturation": student.saturation,
+        "teacher_saturation": teacher.saturation,
+    }
+    if teacher.diversity:
+        found["diversity"] = student.diversity / teacher.diversity
+    if student.power is not None and teacher.power is not None and student.frequencies is not None:
+        found["hf_gain"] = 10 * math.log10(student.hf / teacher.hf)
+        distance, _ = spectrum.log_spectral_distance(student.frequencies, student.power, teacher.power)
+        found["log_spectral_distance"] = distance.item()
+        found["score"] = abs(found["hf_gain"]) + found["log_spectral_distance"]
+    if student.lines is not None and teacher.lines is not None:
+        held = ~teacher.lines.isnan()  # this size has not every line
+        found["grid_peak"] = torch.where(held, student.lines - teacher.lines, -math.inf).max().item()
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+@torch.no_grad()
+def draw(
+    generator: Generator,
+    decode: Callable[[Tensor], Tensor] | None,
+    count: int,
+    *,
+    seed: int,
+    shape: tuple[int, ...],
+    num_classes: int,
+    device: torch.device,
+) -> Samples:
+    """The measured `count` samples whose noise and labels are keyed by `seed`, of at most CLASSES classes in turn."""
+    classes = min(num_classes, CLASSES)
+    chosen = torch.arange(classes, device=device) * num_classes // classes
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, count, CHUNK):
+        draws = Draws(seed, "health", 0, sample_range(start, min(start + CHUNK, count), device))
+        cond = chosen[draws.samples % classes]
+        x0 = generator(cond, draws, draws.normal("noise", *shape))
+        parts.append((x0, cond, x0 if decode is None else decode(x0)))
+    return samples_of(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+@dataclass
+class Health:
+    """Called after every step; every `every` steps and with every checkpoint it measures, records and warns.
+
+    `student` and `teacher` make samples from noise, `decode` images of them. `gap` and the terms' gradients are those
+    of the student phase's own metrics, mean over the steps since the last record; so is the share of clipped steps,
+    for which `optimisers` are given by the phase's name.
+    """
+
+    every: int  # 0: never
+    count: int  # samples
+    seed: int
+    student: Generator
+    teacher: Generator
+    decode: Callable[[Tensor], Tensor] | None
+    shape: tuple[int, ...]
+    num_classes: int
+    runtime: Runtime
+    optimisers: dict[str, Optimiser]
+    advice: Advice = field(default_factory=Advice)
+    reference: Samples | None = None  # of the teacher, measured when it is first wanted
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the steps since the last record
+    steps: int = 0
+    best: tuple[float, int] | None = None  # (score, step) of the best checkpoint
+
+    def __call__(self, step: int, metrics: dict[str, Tensor], scored: bool) -> dict[str, Any]:
+        """What to log of this step, {} for most; `scored` says that a checkpoint is made of it. An exchange."""
+        if not self.every:
+            return {}
+        self._add(metrics)
+        if step % self.every and not scored:
+            return {}
+        found = self.runtime.average({name: (total / self.steps).item() for name, total in self.sums.items()})
+        self.sums, self.steps = {}, 0
+        if self.runtime.is_main or self.runtime.sharded:
+            found |= self.measure()
+        if scored and "score" in found and (self.best is None or found["score"] < self.best[0]):
+            self.best = found["score"], step
+        told = self.advice.on(found, self.best)
+        if self.runtime.is_main:
+            for line in told.due:
+                print(f"warning, step {step}: {line}", file=sys.stderr)
+        record: dict[str, Any] = {f"health/{name}": value for name, value in found.items()}
+        if self.best is not None:
+            record |= {"health/best_score": self.best[0], "health/best_step": self.best[1]}
+        return record | ({"health/warnings": "; ".join(told.all)} if told.all else {})
+
+    def measure(self) -> dict[str, float]:
+        """The signals of the samples now."""
+        given = {"seed": self.seed, "shape": self.shape, "num_classes": self.num_classes}
+        first, began = self.reference is None, time.monotonic()
+        with self.runtime.autocast():
+            if self.reference is None:
+                self.reference = draw(self.teacher, self.decode, self.count, **given, device=self.runtime.device)
+            drawn = time.monotonic()
+            found = signals(
+                draw(self.student, self.decode, self.count, **given, device=self.runtime.device), self.reference
+            )
+        if first and self.runtime.is_main:
+            took = f"{drawn - began:.1f} s, once; a record takes {time.monotonic() - drawn:.1f} s"
+            print(f"health: {self.count} samples of the teacher took {took}, every {self.every} steps", file=sys.stderr)
+        return found
+
+    def _add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            phase, _, metric = name.partition("/")
+            if metric == "gradient_norm":
+                self._sum(f"clipped_{phase}", (value > self.optimisers[phase].config.clip).double())
+            elif phase == "student" and (metric.endswith("_gradient") or metric == "fake_to_teacher_rms"):
+                self._sum({"fake_to_teacher_rms": "gap"}.get(metric, metric), value.double())
+        self.steps += 1
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: a resumed run records what an uninterrupted one does."""
+        sums = {name: total.item() for name, total in self.sums.items()}
+        return {"sums": sums, "steps": self.steps, "best": self.best and list(self.best), **self.advice.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state["sums"].items()}
+        self.steps, best = state["steps"], state["best"]
+        self.best = (best[0], int(best[1])) if best else None
+        self.advice.restore(state)

@@ -1,0 +1,136 @@
+"""Spectra of a latent model's latents, channel by channel as they are: what its decoder may hide or add.
+
+Legend: N images of a set, C channels of h x w latent cells. Frequencies are in cycles per cell.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dmd_dar.spectrum import LEAST_CELLS, band_edges
+
+from ..metrics.intervals import Interval
+from ..metrics.spectrum import BAND_NAMES, Channel, Spectrum, band_gains, gain_curve, labelled_pair, spectrum_of
+from ..samples.images import share_of
+from ..samples.parallel import Processes, Rows, grouped, ungrouped
+from ..samples.sets import ImageSet
+from .nulls import lsd_beside_null
+from .suite import Ledger
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The spectra of one set's latents: `whole` is the mean over channels."""
+
+    source: ImageSet
+    whole: Spectrum
+    channels: list[Spectrum]
+
+    @staticmethod
+    def of(one: ImageSet, size: tuple[int, int], rows: Rows) -> "Latent":
+        """From the `rows_of` its latents (h, w)."""
+        whole, *channels = (Spectrum.of(size, part) for part in ungrouped(rows).values())
+        return Latent(one, whole, channels)
+
+
+def read_latents(sets: Sequence[ImageSet], processes: Processes | None = None) -> dict[str, Rows]:
+    """The rows of the latents of every set that has large enough ones, shared out among the processes."""
+    processes, found = processes or Processes(), {}
+    for one in sets:
+        if one.latents is not None and min(one.latents.shape[-2:]) >= LEAST_CELLS:
+            found[one.name] = processes.joined(one.count, partial(rows_of, one.latents))
+    return found
+
+
+def rows_of(latents: Tensor, rank: int = 0, world: int = 1) -> Rows:
+    """The mean over channels and every channel of latents (N, C, h, w): the share of process `rank` of `world`."""
+    start, stop = share_of(len(latents), rank, world)
+    batches = latents[start:stop].split(BATCH)
+    channels: tuple[Channel, ...] = ("all", *range(latents.shape[1]))
+    return grouped({str(c): spectrum_of(batches, channel=c, first=start).rows for c in channels})
+
+
+def latent_spectra(
+    sets: Sequence[ImageSet],
+    reference: ImageSet,
+    real: ImageSet | None,
+    seed: int,
+    ledger: Ledger,
+    read: dict[str, Rows] | None = None,
+) -> dict[str, Any] | None:
+    """Every set that has latents against those of `reference` ("teacher") and of `real`; None for models of pixels.
+
+    read: of `read_latents`, where they were read before. JSON-able but for intervals. Latents of fewer than 16 cells a
+    side have no spectrum, which `ledger` then tells.
+    """
+    if reference.latents is None:
+        return None
+    height, width = reference.latents.shape[-2:]
+    if min(height, width) < LEAST_CELLS:
+        fault = f"latents of {height} x {width} cells; a spectrum needs {LEAST_CELLS} a side"
+        ledger.add("latent spectrum", "", fault, requested=False)
+        return None
+    read = read_latents(sets) if read is None else read
+    measured = [Latent.of(one, (height, width), read[one.name]) for one in sets if one.latents is not None]
+    targets = {"teacher": reference.name, "real": real.name if real is not None and real.latents is not None else None}
+    by_name = {one.source.name: one for one in measured}
+    null = next((one for one in measured if one.source.role == "null"), None)
+
+    def compared(one: Latent, key: str) -> dict[str, Any] | None:
+        other = by_name.get(targets[key] or "")
+        if other is None or other is one:
+            return None
+        return against(one, other, null if key == "real" and one is not null else None, seed)
+
+    return {
+        "channels": reference.latents.shape[1],
+        "size": [height, width],
+        "bands": {"names": BAND_NAMES, "edges": band_edges(height, width)},
+        **targets,
+        "sets": [{**described(one), "against": {key: compared(one, key) for key in targets}} for one in measured],
+    }
+
+
+def described(one: Latent) -> dict[str, Any]:
+    """What is measured on a set alone."""
+    slope, slope_hf = one.whole.slopes
+    return {
+        "name": one.source.name,
+        "role": one.source.role,
+        "images": one.source.count,
+        "facts": {name: one.source.facts[name] for name in ("seed",) if name in one.source.facts},
+        "frequencies": one.whole.frequencies.tolist(),
+        "power": one.whole.power.tolist(),
+        "power_by_channel": [channel.power.tolist() for channel in one.channels],
+        "hfer": one.whole.hfer,
+        "slope": slope,
+        "slope_hf": slope_hf,
+    }
+
+
+def against(one: Latent, other: Latent, second: Latent | None, seed: int) -> dict[str, Any]:
+    """Band gains of all channels pooled, the HF gain of each, and the curve and distance of their mean spectra.
+
+    second: another set of the other's source, for the distance's null; without it, halves of the other.
+    """
+    paired, rng = one.source.paired and other.source.paired, np.random.default_rng(seed)
+    classes = one.source.classes, other.source.classes
+
+    def gains(ours: Spectrum, theirs: Spectrum) -> dict[str, Interval]:
+        samples = labelled_pair((ours.energies, theirs.energies), classes, paired)
+        return band_gains(*samples, paired=paired, rng=rng)
+
+    curve, *_ = gain_curve(one.whole, other.whole)
+    return {
+        "paired": paired,
+        "gain_db": gains(one.whole, other.whole),
+        "hf_gain_db_by_channel": [gains(*pair)["HF"] for pair in zip(one.channels, other.channels, strict=True)],
+        "gain_curve_db": curve.tolist(),
+        **lsd_beside_null(one.whole, other.whole, None if second is None else second.whole, seed),
+    }

@@ -1,0 +1,137 @@
+"""One set of images, measured once for all its comparisons.
+
+Legend: N images of a set, F radial bins.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..metrics import features, frechet, sliced, structure
+from ..metrics import power_map as maps
+from ..metrics.features import Features
+from ..metrics.spectrum import Spectrum, as_floats, spectrum_of
+from ..samples.parallel import Processes, Rows, grouped, ungrouped
+from ..samples.sets import BATCH, ImageSet
+from ..samples.threads import one_thread
+from .suite import Ledger, Suite, features_of
+
+LUMA, CHROMA = "y", ("cb", "cr")
+DIVERSITY_IMAGES = 256  # of a class, whose pairs are looked at
+SLICED_IMAGES = 512  # of a set, whose patches are sorted
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything about one set that the comparisons need, measured once."""
+
+    source: ImageSet
+    luma: Spectrum
+    chroma: dict[str, Spectrum]
+    structure: structure.Structure
+    lines: np.ndarray  # (N, 2, 4, 5), see maps.grid_lines
+    plane: Tensor  # (H, W) mean log power, dB
+    wavelet_energy: np.ndarray  # (3, 3) mean log energy, finest level first, columns LH, HL, HH
+    wavelet_kurtosis: np.ndarray  # (3, 3) medians
+    slices: sliced.Slices
+    features: dict[str, Features]
+    spread: dict[int, float]  # diversity of each class in pixels
+    spread_of_all: dict[int, float]  # of all images as one class
+
+    def __len__(self) -> int:
+        return self.source.count
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read from the images of one set, each by itself."""
+
+    features: dict[str, Features]  # by extractor
+    rows: Rows  # of `rows_of`
+
+
+def read_one(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes | None = None) -> Reading:
+    """Shared out among the processes, each of which gets all of it."""
+    processes = processes or Processes()
+    with one_thread(suite.small):
+        found = features_of(one, suite, ledger, processes)
+        rows = processes.joined(one.count, lambda rank, world: rows_of(one, rank, world))
+    return Reading(found, rows)
+
+
+def rows_of(one: ImageSet, rank: int = 0, world: int = 1) -> Rows:
+    """Spectra, structure, lines and wavelets of each image of the share of process `rank` of `world`, from one reading
+    of the stream; and `plane.total`, their log power summed, as a single row (1, H, K).
+    """
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    planes = []
+    for _, batch in one.stream.batches(BATCH, rank, world):
+        images = as_floats(batch)
+        planes.append(maps.map_sum(images))
+        for name, values in _rows(images).items():
+            parts[name].append(values)
+    rows = {name: torch.cat(values) for name, values in parts.items()}
+    return {**rows, "plane.total": reduce(add, planes).total[None]}
+
+
+def _rows(images: Tensor) -> Rows:
+    energy, kurtosis = (torch.from_numpy(values) for values in structure.wavelet_statistics(images))
+    return grouped(
+        {
+            **{channel: spectrum_of(images, channel=channel).rows for channel in (LUMA, *CHROMA)},
+            "structure": structure.structure_rows(images),
+            "wavelet": {"energy": energy, "kurtosis": kurtosis},
+            "grid": {"lines": torch.from_numpy(maps.grid_lines(images))},
+        }
+    )
+
+
+def mean_plane(one: ImageSet, rows: Rows) -> Tensor:
+    """Its mean log power over the plane of frequencies, (H, W) in dB, f = 0 at [H // 2, W // 2]."""
+    return maps.MapSum(one.count, one.stream.size[1], rows["plane.total"].sum(0)).mean
+
+
+def measure_one(one: ImageSet, read: Reading, seed: int) -> Measured:
+    """From what was read, and of at most a few hundred images what needs them together: patches and diversity.
+
+    seed: of the directions on which patches are compared.
+    """
+    group, slices = ungrouped(read.rows), sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed)
+    _ = slices.ordered  # here, where sets are measured side by side
+    return Measured(
+        source=one,
+        luma=Spectrum.of(one.stream.size, group[LUMA]),
+        chroma={channel: Spectrum.of(one.stream.size, group[channel]) for channel in CHROMA},
+        structure=structure.Structure.of(group["structure"]),
+        lines=group["grid"]["lines"].numpy(),
+        plane=mean_plane(one, read.rows),
+        wavelet_energy=group["wavelet"]["energy"].numpy().mean(0),
+        wavelet_kurtosis=np.median(group["wavelet"]["kurtosis"].numpy(), axis=0),
+        slices=slices,
+        features=read.features,
+        spread=class_spread(one),
+        spread_of_all=_spread_of_all(one),
+    )
+
+
+def class_spread(one: ImageSet) -> dict[int, float]:
+    """Diversity of each class in pixels, over the first DIVERSITY_IMAGES of it; empty where classes are unknown.
+
+    In `small_pixels`: of pixels as they are, white noise would make distinct images of one that is repeated.
+    """
+    if one.classes is None:
+        return {}
+    of_class = [np.flatnonzero(one.classes == c)[:DIVERSITY_IMAGES] for c in np.unique(one.classes)]
+    rows = np.sort(np.concatenate(of_class))
+    pixels = [features.small_pixels(one.rows(rows[i : i + BATCH].tolist())) for i in range(0, len(rows), BATCH)]
+    return frechet.class_diversity(torch.cat(pixels), torch.from_numpy(one.classes[rows]))
+
+
+def _spread_of_all(one: ImageSet) -> dict[int, float]:
+    pixels = features.small_pixels(one.first(DIVERSITY_IMAGES))
+    return frechet.class_diversity(pixels, torch.zeros(len(pixels)))

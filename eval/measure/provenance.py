@@ -1,0 +1,130 @@
+"""Where the numbers of a report come from: code, inputs, machine, and the contract of how images become numbers."""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmd_dar import spectrum
+from dmd_dar.data.images import to_pixels
+
+from ..metrics import (
+    classifier,
+    features,
+    frechet,
+    neighbours,
+    sliced,
+    structure,
+    verdict,
+)
+from ..metrics import (
+    intervals as stats,
+)
+from ..metrics import (
+    power_map as maps,
+)
+from . import one_set as measured
+from . import suite as distances
+
+COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without its history
+PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
+
+
+def git_state() -> str | None:
+    """Commit, with -dirty where the tree differs from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def code_state() -> dict[str, Any]:
+    """The commit, and whether tracked files differ from it: what DMD_DAR_COMMIT says, and None, where it is set."""
+    named = os.environ.get(COMMIT)
+    state = None if named else git_state()
+    if state is None:
+        return {"commit": named or "unknown", "dirty": None}
+    return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}
+
+
+def contract() -> dict[str, Any]:
+    """How images become numbers: reports whose `contract_hash` agrees may be compared.
+
+    The constants are those that the code uses; the rounding is what `to_pixels` does to a ramp beyond its range.
+    """
+    ramp = torch.linspace(-1.1, 1.1, 1024).reshape(1, 1, 32, 32)
+    return {
+        "pixels": "decoded in float32, clamped, quantised once by rounding; stored as PNG or npy; never resized",
+        "quantised_ramp": hashlib.sha256(bytes(to_pixels(ramp).flatten().tolist())).hexdigest()[:16],
+        "luma": spectrum.LUMA,
+        "chroma_factors": (spectrum.CB_FACTOR, spectrum.CR_FACTOR),
+        "window": "periodic Hann, weighted mean removed, first bin dropped",
+        "bands": spectrum.BAND_EDGES,
+        "fits_below": spectrum.HIGHEST_FIT,
+        "power_floor": spectrum.POWER_FLOOR,
+        "quantisation_power": spectrum.QUANTISATION_POWER,
+        "wavelet": (structure.WAVELET, structure.LEVELS),
+        "least_kurtosis": structure.LEAST_KURTOSIS,
+        "components": (features.PCA_COMPONENTS, features.PCA_SIDE),
+        "least_spread": frechet.LEAST_SPREAD,
+        "flat_patches": (structure.PATCH, structure.FLAT_SHARE),
+        "grid_lines": (spectrum.PERIODS, spectrum.OFFSETS, spectrum.LEAST_PERIODS),
+        "grid_peak_db": maps.PEAK_DB,
+        "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST, sliced.BINOMIAL),
+        "sliced_images": measured.SLICED_IMAGES,
+        "diversity_images": measured.DIVERSITY_IMAGES,
+        "classifier": (classifier.SIDE, classifier.WIDTHS, classifier.STEPS, classifier.LEAST_SHARE),
+        "kid": (distances.KID_SUBSET_OFFLINE, distances.KID_SUBSET, neighbours.KID_SUBSETS),
+        "neighbours": neighbours.NEIGHBOURS,
+        "margins": (verdict.GAIN_MARGIN_DB, verdict.KURTOSIS_RANGE, verdict.FLAT_NOISE_DB),
+        "intervals": (stats.LEVEL, stats.RESAMPLES, stats.LEAST_IN_STRATUM),
+    }
+
+
+def contract_hash() -> str:
+    return hashlib.sha256(json.dumps(contract(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device}, {name}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+
+
+def command_line(module: str, differences: list[tuple[str, Any, Any]]) -> str:
+    """The command that gives a configuration again; `differences` are its (key, default, value)."""
+    given = [
+        (name, f"[{','.join(value)}]" if isinstance(value, list | tuple) else value) for name, _, value in differences
+    ]
+    return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in given if value != "[]")])
+
+
+def provenance(device: torch.device, seconds: float, **facts: Any) -> dict[str, Any]:
+    """Code, contract, versions, device and wall time, with what the command itself knows (`facts`) before them."""
+    return {
+        **facts,
+        "git": code_state(),
+        "contract_hash": contract_hash(),
+        "contract": contract(),
+        "versions": versions(),
+        "device": machine(device),
+        "seconds": round(seconds, 1),
+    }

@@ -1,0 +1,287 @@
+"""Distances between sets over features, what each set holds, and the metrics that need weights: whatever can be had.
+
+A metric that cannot be measured is recorded with its reason, and the others go on.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from dmd_dar.errors import UserError
+
+from ..metrics import dino, features, inception, perceptual
+from ..metrics.classifier import Classifier, fit_classifier, modes
+from ..metrics.features import Extractor, Features, scaled
+from ..metrics.moments import Gaussian, load_reference
+from ..metrics.neighbours import compare_neighbours, halved, kid, precision_recall
+from ..metrics.weight_files import ALEXNET, INCEPTION, Weights, clip_weights, dinov2_weights, find, missing_message
+from ..samples.images import UnfitError
+from ..samples.parallel import Processes
+from ..samples.sets import ImageSet
+from ..samples.threads import one_thread
+
+T = TypeVar("T")
+Metric = Literal["auto", "offline", "fid", "patch_fid", "fd_dinov2", "clip", "lpips"]
+WEIGHT_BOUND: tuple[Metric, ...] = ("fid", "patch_fid", "fd_dinov2", "clip", "lpips")
+KID_SUBSET_OFFLINE = 256  # images; of no use for comparisons with published values, so the quicker choice
+KID_SUBSET = 1000
+MOST_CLASSIFIED = 10_000  # images of a set whose modes are counted
+MOST_PERCEPTUAL = 1000  # images of a set that CLIP and LPIPS read
+OF_CLASS, ITSELF = "a photo of {}", "{}"  # what CLIP reads of a class, and of a prompt, unless the user says otherwise
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A metric that was not measured. `requested` is False where weights that nobody asked for are missing."""
+
+    metric: str
+    name: str  # of the set, empty where it concerns all
+    reason: str
+    requested: bool = True
+
+
+class Ledger:
+    """What was skipped, in the order in which it was met."""
+
+    def __init__(self) -> None:
+        self.skipped: list[Skipped] = []
+
+    def attempt(self, metric: str, name: str, call: Callable[[], T], requested: bool = True) -> T | None:
+        """The result, or None and an entry with the error that names the remedy."""
+        try:
+            return call()
+        except UserError as error:
+            self.add(metric, name, str(error), requested)
+            return None
+
+    def take(self, other: "Ledger") -> None:
+        """The other's entries that are not here yet."""
+        self.skipped += [entry for entry in other.skipped if entry not in self.skipped]
+
+    def add(self, metric: str, name: str, reason: str, requested: bool = True) -> None:
+        entry = Skipped(metric, name, " ".join(reason.split()), requested)
+        if entry not in self.skipped:
+            self.skipped.append(entry)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where weights come from: paths of the user's own, or the places that eval.metrics.weight_files looks in."""
+
+    inception: str | None = None
+    clip: str | None = None  # local-dir:FOLDER or hf-hub:OWNER/NAME
+    allow_download: bool = False
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What reads the images, fitted or loaded once for a report."""
+
+    extractors: tuple[Extractor, ...] = field(default_factory=lambda: (features.wavelet(),))
+    classifier: Classifier | None = None
+    clip: perceptual.Clip | None = None
+    lpips: perceptual.Lpips | None = None
+    prompt: str = ""  # of CLIP, {} being the name of the class or the prompt; empty: OF_CLASS or ITSELF
+    statistics: Gaussian | None = None  # of FID's features of other images
+
+    @property
+    def small(self) -> bool:
+        """Whether nothing in it is a large network."""
+        return not (self.clip or self.lpips or any(one.comparable_to_published for one in self.extractors))
+
+
+def wanted(metrics: Iterable[Metric], sources: Sources, ledger: Ledger) -> list[Metric]:
+    """The metrics with weights to measure: those that are named, or for `auto` those whose weights are there."""
+    if "auto" not in metrics:
+        return [name for name in WEIGHT_BOUND if name in metrics]
+    files: dict[Metric, Weights] = {
+        "fid": INCEPTION,
+        "patch_fid": INCEPTION,
+        "fd_dinov2": dinov2_weights(),
+        "clip": clip_weights(),
+        "lpips": ALEXNET,
+    }
+    given = {"fid": sources.inception, "patch_fid": sources.inception, "clip": sources.clip}
+    found = [name for name, weights in files.items() if given.get(name) or find(weights)]
+    for name in files:
+        if name not in found:
+            ledger.add(name, "", missing_message(files[name]), requested=False)
+    return found
+
+
+def prepare(
+    metrics: tuple[Metric, ...],
+    fit: tuple[Tensor, Tensor | None],
+    seed: int,
+    ledger: Ledger,
+    sources: Sources,
+    prompt: str,
+    statistics: str,
+) -> Suite:
+    """Everything that can be fitted or loaded. `fit`: uint8 images (N, 3, H, W), best none of those that are compared,
+    and their labels (N,) or None. `statistics`: an npz with mu and sigma of FID's features."""
+    images, labels = fit
+    names, requested = wanted(metrics, sources, ledger), "auto" not in metrics
+    with one_thread():
+        pca, classifier = _fitted(images, labels, seed, ledger)
+    path, download, device = sources.inception or None, sources.allow_download, sources.device
+    loaders: dict[str, Callable[[], Any]] = {
+        "fid": lambda: inception.fid(path, download, device),
+        "patch_fid": lambda: inception.patch_fid(path, download, device),
+        "fd_dinov2": lambda: dino.dinov2(None, download, device),
+        "clip": lambda: perceptual.load_clip(
+            **({"source": sources.clip} if sources.clip else {}), allow_download=download, device=device
+        ),
+        "lpips": lambda: perceptual.load_lpips(allow_download=download, device=device),
+    }
+    loaded = {name: ledger.attempt(name, "", loaders[name], requested) for name in names}
+    networks = [loaded.get(name) for name in ("fid", "patch_fid", "fd_dinov2")]
+    offline = [features.wavelet(), pca, classifier and classifier.extractor()]
+    gaussian = ledger.attempt("fid", statistics, lambda: load_reference(statistics)) if statistics else None
+    if gaussian is not None and loaded.get("fid") is None:
+        ledger.add("fid", statistics, "FID itself was not measured; ask for it, metrics=[fid]")
+    return Suite(
+        tuple(one for one in (*offline, *networks) if one is not None),
+        classifier,
+        loaded.get("clip"),
+        loaded.get("lpips"),
+        prompt,
+        gaussian,
+    )
+
+
+def _fitted(
+    images: Tensor, labels: Tensor | None, seed: int, ledger: Ledger
+) -> tuple[Extractor | None, Classifier | None]:
+    pca = ledger.attempt("fd_pca", "", lambda: features.fit_pca(images, seed=seed))
+    if labels is None:
+        ledger.add("fd_classifier", "", "no labelled images to train the classifier on", requested=False)
+        return pca, None
+    return pca, ledger.attempt("fd_classifier", "", lambda: fit_classifier(images, labels, seed))
+
+
+def features_of(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes | None = None) -> dict[str, Features]:
+    """By extractor, those that can be had; shared out among the processes."""
+    found, processes = {}, processes or Processes()
+    for extractor in suite.extractors:
+
+        def read(extractor: Extractor = extractor) -> Features:
+            def share(rank: int, world: int) -> dict[str, Tensor]:
+                return {"values": features.extract(one.stream, extractor, rank=rank, world=world).values}
+
+            values = processes.joined(one.count, share)["values"]
+            return Features(one.name, values, extractor, features.upsampled(one.stream, extractor))
+
+        values = ledger.attempt(extractor.name, one.name, read)
+        if values is not None:
+            found[extractor.name] = values
+    return found
+
+
+def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+    """KID, precision and recall without their null; KID alone between sets of unequal size."""
+    subset = KID_SUBSET if ours.extractor.comparable_to_published else KID_SUBSET_OFFLINE
+    if len(ours.values) == len(theirs.values):
+        call = partial(compare_neighbours, ours, theirs, seed, subset)
+        return ledger.attempt("KID, precision and recall", ours.name, call)
+    both, names = (scaled(ours, theirs), scaled(theirs, theirs)), (ours.name, theirs.name)
+    ledger.attempt("precision and recall", ours.name, lambda: precision_recall(*both, names=names))
+    size = min(subset, *(len(rows) // 2 for rows in both))
+    found = ledger.attempt("KID", ours.name, lambda: kid(*both, seed=seed, subset_size=size, names=names))
+    if found is None:
+        return None
+    return {
+        "features": ours.extractor.name,
+        **{"kid": found.value, "kid_std": found.std, "kid_subset_size": size, "kid_subsets": found.subsets},
+        **{"precision": None, "recall": None, "images": len(ours.values)},
+        "comparable_to_published": ours.comparable,
+        "upsampled": ours.upsampled,
+    }
+
+
+def neighbours_null(reference: Features, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+    """KID, precision and recall of a reference against itself."""
+    subset = KID_SUBSET if reference.extractor.comparable_to_published else KID_SUBSET_OFFLINE
+    return ledger.attempt("the null of KID", reference.name, lambda: halved(reference, seed, subset))
+
+
+def alone(one: ImageSet, suite: Suite, class_names: dict[int, str], seed: int, ledger: Ledger) -> dict[str, Any]:
+    """Metrics with weights of a set by itself: CLIP score and LPIPS diversity."""
+    found: dict[str, Any] = {}
+    if suite.clip is not None:
+        found["clip"] = ledger.attempt("clip", one.name, lambda: _clip(one, suite, class_names))
+    if suite.lpips is not None:
+        found["lpips_diversity"] = ledger.attempt("lpips", one.name, lambda: _diversity(one, suite, seed))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _clip(one: ImageSet, suite: Suite, class_names: dict[int, str]) -> dict[str, Any]:
+    images = one.first(MOST_PERCEPTUAL)
+    template = suite.prompt or (ITSELF if one.prompted else OF_CLASS)
+    prompts = _prompts(one, template, one.names if one.prompted else one.names or class_names)[: len(images)]
+    score = perceptual.clip_score(suite.clip, images, prompts)
+    error = float(score.per_image.std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else None
+    published = score.facts.get("model") == perceptual.HUB + perceptual.CLIP_REPO
+    told = {"value": score.value, "standard_error": error, "prompt": template, **score.facts}
+    return {**told, "comparable_to_published": published}
+
+
+def _prompts(one: ImageSet, template: str, names: dict[int, str]) -> list[str]:
+    """What CLIP reads beside each image. UnfitError where that takes a name and a class or prompt has none."""
+    labels = _classes(one, "CLIP score").tolist()
+    unnamed = sorted(set(labels) - names.keys()) if ITSELF in template else []
+    if unnamed:
+        what = f"the text of prompt {unnamed[0]} is" if one.prompted else f"the name of class {unnamed[0]} is"
+        remedy = "encode its prompts again" if one.prompted else "name classes in its samples.json or its teacher"
+        raise UnfitError(f"CLIP score of {one.name}: {what} not known; {remedy}, or set prompt to a text without {{}}")
+    return [template.replace(ITSELF, names.get(label, "")) for label in labels]
+
+
+def _diversity(one: ImageSet, suite: Suite, seed: int) -> dict[str, Any]:
+    images = one.first(MOST_PERCEPTUAL)
+    labels = _classes(one, "LPIPS diversity")[: len(images)]
+    return perceptual.lpips_diversity(suite.lpips, images, labels, seed)
+
+
+def _classes(one: ImageSet, what: str) -> Tensor:
+    if one.labels is None:
+        raise UnfitError(f"{what} of {one.name}: its classes are not known; put a samples.json beside the images")
+    return one.labels
+
+
+def lpips_paired(one: ImageSet, other: ImageSet, suite: Suite, ledger: Ledger) -> dict[str, Any] | None:
+    """Mean LPIPS between images of equal noise and class."""
+
+    def measure() -> dict[str, Any]:
+        found = perceptual.lpips_paired(suite.lpips, one.first(MOST_PERCEPTUAL), other.first(MOST_PERCEPTUAL))
+        return {name: value for name, value in found.items() if name != "per_image"}
+
+    return ledger.attempt("lpips", one.name, measure)
+
+
+def modes_of(one: ImageSet, other: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+    """The classes that a set holds beside those of another, as the classifier sees them."""
+    if suite.classifier is None:
+        return None
+    ours, theirs = (x.first(MOST_CLASSIFIED) for x in (one, other))
+    labels = None if one.labels is None else one.labels[: len(ours)].cpu()
+
+    def measure() -> dict[str, Any]:
+        return {"images": len(ours), **modes(suite.classifier, ours, theirs, labels, seed)}
+
+    return ledger.attempt("modes", one.name, measure)
+
+
+def against_statistics(
+    ours: Features | None, suite: Suite, ledger: Ledger, second: Features | None = None
+) -> dict[str, Any] | None:
+    """FID against the npz; its null is what `second`, a set of real images, reads there."""
+    if ours is None or suite.statistics is None:
+        return None
+    known = suite.statistics
+    return ledger.attempt("fid against the npz", ours.name, lambda: features.compare(ours, known, second=second))

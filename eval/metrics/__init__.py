@@ -1,0 +1,1 @@
+"""Metrics of images and features, each a definition of its own; intervals and the verdict."""

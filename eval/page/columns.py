@@ -1,0 +1,117 @@
+"""The columns of a report's summaries, for its page and for a terminal."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .sections import NOTHING, number, span, text
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a summary: a heading, the number and, for the page, a smaller line under it."""
+
+    heading: str
+    number: Callable[[dict, dict], str]
+    detail: Callable[[dict, dict], str] = lambda row, against: ""
+
+    def cell(self, row: dict, against: dict) -> str:
+        detail = self.detail(row, against)
+        return text(self.number(row, against)) + (f"<small>{text(detail)}</small>" if detail else "")
+
+
+def _interval_column(heading: str, key: Callable[[dict], dict], signed: bool, digits: int = 2) -> Column:
+    return Column(
+        heading,
+        lambda row, against: number(key(against)["value"], digits, signed),
+        lambda row, against: span(key(against), digits, signed),
+    )
+
+
+def _distance_column(metric: str, heading: str) -> Column:
+    return Column(
+        heading,
+        lambda row, against: number(against[metric]["excess"]) if metric in against else NOTHING,
+        lambda row, against: _with_null(against[metric]) if metric in against else "",
+    )
+
+
+def _with_null(found: dict, digits: int = 2) -> str:
+    return f"{number(found['value'], digits)}, null {number(found['null'], digits)}"
+
+
+HF_GAIN = _interval_column("HF gain, dB", lambda against: against["gain_db"]["HF"], True)
+KURTOSIS = _interval_column("kurtosis ratio", lambda against: against["hf_kurtosis_ratio"], False)
+FLAT_NOISE = _interval_column("flat noise, dB", lambda against: against["flat_noise_db"], True)
+LATENCY = Column("ms per image", lambda row, against: fact(row["facts"].get("latency_ms_per_image")))
+IMAGES = Column("n", lambda row, against: str(row["images"]))
+COLUMNS = (
+    HF_GAIN,
+    KURTOSIS,
+    FLAT_NOISE,
+    _distance_column("fd_wavelet", "fd_wavelet over null"),
+    _distance_column("fd_classifier", "fd_classifier over null"),
+    Column(
+        "LSD, dB",
+        lambda row, against: number(against["lsd"]),
+        lambda row, against: f"null {number(against['lsd_null'])}",
+    ),
+    Column(
+        "diversity",
+        lambda row, against: number(against["diversity_ratio"]["pixels"]["least"]),
+        lambda row, against: f"median {number(against['diversity_ratio']['pixels']['median'])}",
+    ),
+    LATENCY,
+    IMAGES,
+)
+STRUCTURE = (
+    KURTOSIS,
+    _interval_column("gradient kurtosis ratio", lambda against: against["gradient_kurtosis_ratio"], False),
+    _interval_column("parent-child difference", lambda against: against["parent_child_difference"], True, 3),
+    FLAT_NOISE,
+    Column(
+        "finest kurtosis ratios",
+        lambda row, against: number(against["wavelet_kurtosis_ratio"][0][2]),
+        lambda row, against: " / ".join(number(value) for value in against["wavelet_kurtosis_ratio"][0][:2]),
+    ),
+    Column(
+        "sliced Wasserstein, finest level",
+        lambda row, against: number(against["sliced_wasserstein"][0]["value"], 3),
+        lambda row, against: f"null {number(against['sliced_wasserstein'][0]['null'], 3)}",
+    ),
+    _distance_column("fd_wavelet", "fd_wavelet over null"),
+    IMAGES,
+)
+
+
+def fact(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def terminal_table(result: dict) -> str:
+    """The verdicts against the teacher, then against real images, as text in aligned columns."""
+    tables = []
+    for key in ("teacher", "real"):
+        lines = [[f"against {result[key]}", "verdict", *(column.heading for column in COLUMNS)]]
+        for row, against in compared(result, key):
+            cells = [column.number(row, against).replace("−", "-") for column in COLUMNS]
+            lines.append([row["name"], against["verdict"]["word"], *cells])
+        widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+        tables.append("\n".join(_aligned(line, widths) for line in lines if len(lines) > 1))
+    return "\n\n".join(filter(None, tables))
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    return "  ".join(left + right).rstrip()
+
+
+def compared(result: dict, key: str) -> list[tuple[dict, dict]]:
+    """Rows with what they are against the set that `key` names."""
+    return [(row, row["against"][key]) for row in result["sets"] if row["against"][key] is not None]

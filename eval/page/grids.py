@@ -1,0 +1,183 @@
+"""Sample grids of a report, as PNG bytes: a column for each set, a row for each noise seed, pixels as they are.
+
+Legend: n images of a set, H x W pixels.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import pywt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..metrics.structure import WAVELET, luma
+from ..samples.sets import ImageSet
+
+TILE, GAP, HEADER, ROW_LABEL = 128, 4, 52, 120  # pixels of the picture
+HEADER_FONT, ROW_FONT = 18, 16
+MOST_ROWS = 14  # of the sample grid
+MOST_CLASSES = 8
+ZOOM = 4
+ANCHOR = 256  # images of the teacher that set the amplification of fine detail
+
+Tiles = Callable[[torch.Tensor], np.ndarray]  # uint8 (n, 3, H, W) -> uint8 (n, h, w, 3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One noise seed: its class and the number of the image in every set, None where a set has no such image."""
+
+    label: int | None
+    images: dict[str, int | None]
+
+
+def chosen_rows(sets: Sequence[ImageSet], most: int = MOST_ROWS) -> list[Row]:
+    """The same number of rows of each class; paired sets show the same image number, and so the same noise."""
+    leader = next((one for one in sets if one.paired), sets[0])
+    if leader.classes is None:
+        return [
+            Row(None, {one.name: i if i < one.count else None for one in sets}) for i in range(min(most, leader.count))
+        ]
+    classes = np.unique(leader.classes)
+    classes = classes[np.linspace(0, len(classes) - 1, min(MOST_CLASSES, len(classes))).round().astype(int)]
+    each = max(1, most // len(classes))
+    return [
+        Row(int(label), {one.name: _nth(one, leader, int(label), nth) for one in sets})
+        for label in classes
+        for nth in range(each)
+    ]
+
+
+def _nth(one: ImageSet, leader: ImageSet, label: int, nth: int) -> int | None:
+    """The number of the nth image of a class; of a set without classes, simply the leader's number."""
+    labels = leader.classes if one.classes is None else one.classes
+    found = np.flatnonzero(labels == label)
+    return int(found[nth]) if nth < len(found) and found[nth] < one.count else None
+
+
+def shown(sets: Sequence[ImageSet]) -> list[ImageSet]:
+    """All but the nulls."""
+    return [one for one in sets if one.role != "null"]
+
+
+def whole_tiles(images: torch.Tensor) -> np.ndarray:
+    """uint8 (n, 3, H, W) -> (n, H, W, 3)."""
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def magnification(side: int) -> int:
+    """By how much the sample grid enlarges images of this width."""
+    return max(1, TILE // side)
+
+
+def zoom_factor(side: int) -> int:
+    """By how much the zoomed grid enlarges: ZOOM, and at least twice the sample grid's."""
+    return max(ZOOM, 2 * magnification(side))
+
+
+def central_tiles(images: torch.Tensor) -> np.ndarray:
+    """The centre, as large as fills a tile of the sample grid once enlarged by `zoom_factor`."""
+    height, width = images.shape[-2:]
+    part = zoom_factor(width) / magnification(width)
+    rows, columns = (int(length / part) for length in (height, width))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return whole_tiles(images[:, :, top : top + rows, left : left + columns])
+
+
+def fine_detail(images: torch.Tensor) -> np.ndarray:
+    """Luma without its level-1 wavelet approximation, uint8 (n, 3, H, W) -> (n, H, W) around 0."""
+    plane = luma(images.double() / 255)
+    approximation, bands = pywt.dwt2(plane, WAVELET, mode="symmetric", axes=(-2, -1))
+    detail = pywt.idwt2((np.zeros_like(approximation), bands), WAVELET, mode="symmetric", axes=(-2, -1))
+    return detail[:, : plane.shape[-2], : plane.shape[-1]]
+
+
+def detail_tiles(anchor: ImageSet) -> Tiles:
+    """Fine detail around mid-grey, amplified alike for all sets so that the anchor's just fills the range."""
+    amplitude = max(float(np.quantile(np.abs(fine_detail(anchor.first(ANCHOR))), 0.98)), 1 / 255)
+
+    def tiles(images: torch.Tensor) -> np.ndarray:
+        grey = 127.5 + 127.5 * np.clip(fine_detail(images) / amplitude, -1, 1)
+        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=-1)
+
+    return tiles
+
+
+def grids(result: dict[str, Any], sets: Sequence[ImageSet]) -> tuple[dict[str, bytes], list[Row]]:
+    """The grids by name (samples, zoom, detail), and what the rows of the first are; the others show some of them."""
+    sets = shown(sets)
+    anchor = next((one for one in sets if one.name == result["teacher"]), sets[0])
+    rows = chosen_rows(sets)
+    labels = [row.label for row in rows]
+    few = [row for i, row in enumerate(rows) if row.label is None or row.label not in labels[:i]][:MOST_CLASSES]
+    side = anchor.stream.size[1]
+    return {
+        "samples": grid(result, sets, rows, whole_tiles, magnification(side)),
+        "zoom": grid(result, sets, few, central_tiles, zoom_factor(side)),
+        "detail": grid(result, sets, few, detail_tiles(anchor), magnification(side)),
+    }, rows
+
+
+def grid(result: dict[str, Any], sets: Sequence[ImageSet], rows: Sequence[Row], tiles: Tiles, zoom: int) -> bytes:
+    """A column for each set, a row for each noise seed. Pixels are enlarged without interpolation."""
+    height, width = (zoom * length for length in tiles(sets[0].first(1)).shape[1:3])
+    size = (ROW_LABEL + len(sets) * (width + GAP), HEADER + len(rows) * (height + GAP))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, one in enumerate(sets):
+        left = ROW_LABEL + column * (width + GAP)
+        for line, part in enumerate(header_lines(one.name, width)):
+            place = (left, 4 + line * (HEADER_FONT + 4))
+            draw.text(place, part, fill="black", font=_font(HEADER_FONT))
+        filled = [(i, row.images[one.name]) for i, row in enumerate(rows) if row.images[one.name] is not None]
+        pictures = tiles(one.rows([image for _, image in filled])) if filled else []
+        for (i, _), picture in zip(filled, pictures, strict=True):
+            large = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(large, (left, HEADER + i * (height + GAP)))
+    for i, row in enumerate(rows):
+        text = fitted(row_name(result, row, i), ROW_LABEL - 12, ROW_FONT)
+        draw.text((6, HEADER + i * (height + GAP) + 4), text, fill="black", font=_font(ROW_FONT))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def row_name(result: dict[str, Any], row: Row, place: int) -> str:
+    if row.label is None:
+        return f"image {place}"
+    return str(result["class_names"].get(str(row.label), f"class {row.label}"))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def header_lines(name: str, width: int) -> list[str]:
+    """A set's name over its column, on two lines where it has a comma, or is too long and has a place to break."""
+    whole = " ".join(name.split())
+    if ", " in whole:
+        lines = whole.split(", ", 1)
+    elif _font(HEADER_FONT).getlength(whole) <= width:
+        lines = [whole]
+    else:
+        breaks = [i + 1 for i, letter in enumerate(whole[:-1]) if letter in " _-/"]
+        fits = [i for i in breaks if _font(HEADER_FONT).getlength(whole[:i].rstrip()) <= width]
+        lines = [whole[: fits[-1]], whole[fits[-1] :]] if fits else [whole]
+    first, *rest = lines
+    return [fitted(first, width, HEADER_FONT), *(fitted(line, width, HEADER_FONT, keep="end") for line in rest)]
+
+
+def fitted(text: str, width: int, size: int, keep: Literal["start", "end"] = "start") -> str:
+    """The text on one line, cut with an ellipsis to `width` pixels."""
+    text = " ".join(text.split())
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1] if keep == "start" else text[1:]
+    return text + "…" if keep == "start" else "…" + text

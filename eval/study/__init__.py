@@ -1,0 +1,1 @@
+"""Several runs: which may be compared, the endpoint over training seeds, controls, the wording."""

@@ -1,0 +1,220 @@
+"""What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmd_dar import config
+from dmd_dar.data.images import to_model_range
+from dmd_dar.diagnostics.usage import routing_usage
+from dmd_dar.distillation.config import DistillConfig
+from dmd_dar.distillation.job import open_teacher
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.errors import UserError
+from dmd_dar.guidance import Velocity
+from dmd_dar.methods.generate import few_step_generator, ode_generator
+from dmd_dar.methods.rollout import Sampler
+from dmd_dar.models import teachers
+from dmd_dar.models.codecs import Codec
+from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.prompts import Prompts
+from dmd_dar.models.saved import ModelCard, Saved, holds_network, read_card
+from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
+from dmd_dar.routing.history import Observer
+from dmd_dar.train.disk import log
+
+from ..metrics.spectrum import hf_gain_db, spectrum_of
+from ..samples.real import NAMES as REAL_NAMES
+from ..samples.sampling import Bench
+from ..samples.sets import ImageSet
+from .controls import with_routers_reset
+
+USAGE_IMAGES = 56
+ROUTER_USED_DB = 0.1  # HF gain that resetting the routers must move
+SAMPLERS: dict[str, Sampler] = {"Euler": "deterministic", "re-noised": "stochastic"}
+RESERVED = (*REAL_NAMES, "teacher")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run folder, read back."""
+
+    name: str
+    folder: Path
+    cfg: DistillConfig
+    raw: dict[str, Any] = field(repr=False)
+    said: Saved = field(default=Saved(ModelCard(), "", {}), repr=False)  # the card of its student
+    stamp: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)  # of the student's files when it was read
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where its student comes from."""
+        return self.said.card.origin
+
+    def student(self, device: torch.device | str = "cpu") -> teachers.Teacher:
+        """Its network, read anew at every call: a ConfigError where its files have changed since the card was read."""
+        place = self.folder / "student"
+        if stamp_of(place) != self.stamp:
+            raise config.ConfigError(f"runs: {place} has changed since this command began; give the command again")
+        return load_teacher(TeacherConfig(str(place)), device, self.said)
+
+    def step_seconds(self) -> float:
+        """Mean time of a training step in the last process of the run, all that it did included; NaN without a log."""
+        records = log.read(self.folder / "log.jsonl")
+        rates = [record["steps_per_second"] for record in records if record.get("steps_per_second")]
+        return 1 / rates[-1] if rates else math.nan
+
+
+def read_arm(run: str) -> Arm:
+    """A finished run; a ConfigError where it is none, or its student is not what its configuration asks for."""
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise config.ConfigError(f"runs: {run} holds no config.yaml; name run folders of distill.py")
+    if not holds_network(folder / "student"):
+        raise config.ConfigError(f"runs: {run} has no student yet; let the run finish (the same command continues it)")
+    raw = config.read_saved(folder / "config.yaml")
+    cfg, place = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml")), folder / "student"
+    stamp = stamp_of(place)
+    try:
+        said = read_card(place)
+        teachers.prompts_of(TeacherConfig(str(place)), said.card.origin)  # fails here where they are gone
+    except UserError as error:
+        raise config.ConfigError(f"runs: {run}: {error}") from error
+    steps = said.card.origin.get("steps")
+    if steps != cfg.steps:
+        raise config.ConfigError(f"runs: {run} holds a student of {steps} of {cfg.steps} steps; let it finish")
+    name = Path(os.path.abspath(folder)).name  # of runs=[.] too
+    if name in RESERVED:
+        raise config.ConfigError(f"runs: {run} has a name that the report uses itself; rename the folder")
+    return Arm(name, folder, cfg, raw, said, stamp)
+
+
+def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files in a folder: whether one was written since."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    states = [(file.relative_to(folder).as_posix(), file.stat()) for file in files]
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+def read_arms(runs: tuple[str, ...]) -> list[Arm]:
+    """The finished runs; a ConfigError where they do not share teacher, data, rungs and guidance."""
+    arms = [read_arm(run) for run in runs]
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise config.ConfigError(f"runs: several folders are called {names}; give each a name of its own")
+    for arm in arms[1:]:
+        for what in ("rungs", "guidance_scale", "data", "teacher"):
+            ours, theirs = getattr(arms[0].cfg, what), getattr(arm.cfg, what)
+            if ours != theirs:
+                fault = f"{what} {theirs} in {arm.name}, {ours} in {arms[0].name}"
+                raise config.ConfigError(f"runs: {fault}; compare equals")
+    return arms
+
+
+def network_facts(network: Denoiser, evaluations: int, identity: str) -> dict[str, Any]:
+    routers = sum(p.numel() for p in network.router_parameters())
+    return {
+        "evaluations": evaluations,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "router_parameters": routers,
+        "network": identity,
+    }
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of all arms, guided as they were."""
+
+    network: Denoiser
+    velocity: Velocity
+    weights: str
+    rungs: tuple[float, ...]
+    guidance_scale: float
+    loaded: teachers.Teacher
+    codec: Codec | None = None
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.loaded.label_names
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """Those that it reads; None of one that reads labels."""
+        return getattr(self.network, "prompts", None)
+
+    @staticmethod
+    def of(arm: Arm, device: torch.device) -> "Teacher":
+        """A ConfigError where it is not the one that the arm was distilled from."""
+        cfg = arm.cfg
+        teacher, codec = open_teacher(cfg, device)
+        require_teacher([arm], teacher.digest)
+        velocity = teachers.guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
+        more = cfg.rungs, cfg.guidance_scale, teacher, codec
+        return Teacher(teacher.network, velocity, teacher.digest, *more)
+
+    def sample_set(self, bench: Bench, solver_steps: int) -> ImageSet:
+        """The reference: Heun in `solver_steps` steps."""
+        generator = ode_generator(self.velocity, solver_steps)
+        facts = {"teacher": self.weights, "guidance": self.guidance_scale, "heun_steps": solver_steps}
+        made = bench.cached(facts, generator, "teacher")
+        facts = network_facts(self.network, 2 * solver_steps, self.weights)
+        return made.as_set("teacher", "teacher", True, facts=facts, generator=generator)
+
+    def undistilled_sets(self, bench: Bench) -> list[ImageSet]:
+        """The teacher itself at the students' rungs, along the ODE and re-noised: what distillation has to beat."""
+        sets = []
+        for name, sampler in SAMPLERS.items():
+            generator = few_step_generator(self.velocity, self.rungs, sampler)
+            facts = {"teacher": self.weights, "guidance": self.guidance_scale, "rungs": self.rungs, "sampler": sampler}
+            made = bench.cached(facts, generator, f"undistilled, {name}")
+            facts = network_facts(self.network, len(self.rungs), self.weights)
+            sets.append(made.as_set(f"undistilled, {name}", "undistilled", True, facts=facts, generator=generator))
+        return sets
+
+
+def require_teacher(arms: Iterable[Arm], digest: str) -> None:
+    """A ConfigError naming a run that was distilled from another teacher."""
+    for arm in arms:
+        if arm.origin.get("teacher") != digest:
+            raise config.ConfigError(
+                f"runs: {arm.folder} was distilled from another teacher than {arm.cfg.teacher.path} holds now"
+            )
+
+
+def student_set(arm: Arm, bench: Bench, teacher: ImageSet) -> ImageSet:
+    """The arm's images, with what its routers do."""
+    student = arm.student(bench.device)
+    network, rungs = student.network, student.rungs
+    generator = few_step_generator(velocity_of(network, student.prediction), rungs, student.sampler)
+    identity = {"student": student.digest, "rungs": rungs, "sampler": student.sampler}
+    made = bench.cached(identity, generator, arm.name)
+    facts = network_facts(network, len(rungs), student.digest)
+    facts |= {"updates": student.origin["steps"], "seed": arm.cfg.seed}
+    if network.dar is not None:
+        facts["routing"] = usage_of(student, bench, teacher)
+        plain = velocity_of(with_routers_reset(network), student.prediction)
+        without = few_step_generator(plain, rungs, student.sampler)
+        reset = bench.cached({**identity, "routers": "reset"}, without, f"{arm.name}, routers reset")
+        shift = hf_gain_db(*(spectrum_of(x.as_set(arm.name, "student", True).batches()) for x in (reset, made)))
+        facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= ROUTER_USED_DB}
+        facts["label"] = "router used" if abs(shift) >= ROUTER_USED_DB else "router unused"
+    return made.as_set(arm.name, "student", True, facts=facts, generator=generator)
+
+
+def usage_of(student: teachers.Teacher, bench: Bench, teacher: ImageSet) -> dict[str, Any]:
+    """What its routers do at its own rungs, on what the teacher makes."""
+    draws = Draws(bench.seed, "usage", 0, sample_range(0, min(USAGE_IMAGES, teacher.count), bench.device))
+    rows = slice(len(draws.samples))
+    x0 = to_model_range(teacher.images[rows]) if teacher.latents is None else teacher.latents[rows]
+
+    def observed(observe: Observer) -> Velocity:
+        return velocity_of(partial(student.network, observe=observe), student.prediction)
+
+    cond = teacher.labels[rows].to(bench.device)
+    return routing_usage(observed, x0.to(bench.device), cond, student.rungs, draws)
