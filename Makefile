@@ -25,7 +25,7 @@ demo: install
 
 # The README's tables, from the measurements that stand in the repository.
 tables: install
-	$(BIN)/python -m eval.table
+	$(BIN)/python runs/tables.py
 
 # Keeps .venv and every run but the demo's.
 clean:

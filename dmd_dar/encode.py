@@ -4,7 +4,7 @@ or encoded prompts: python -m dmd_dar.encode prompts=FILE pipeline=DIR out=DIR
 The same command continues what was stopped, and several of them share the work of one folder.
 """
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,5 +155,9 @@ def encode(cfg: EncodeConfig) -> None:
         write_atomic(Path(cfg.out) / name, text)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(EncodeConfig, encode, argv, description=__doc__ or "")
+
+
 if __name__ == "__main__":
-    config.run_job(EncodeConfig, encode, sys.argv[1:], description=__doc__ or "")
+    main()

@@ -1,4 +1,4 @@
-"""Names that modules had before, and where they are now: importing an old one still works, with a DeprecationWarning."""
+"""Names of modules before, and where they are now: importing an old one still works, with a DeprecationWarning."""
 
 import importlib
 import sys
@@ -67,9 +67,8 @@ MOVED: dict[str, str] = {
     "eval.structure": "eval.metrics.structure",
     "eval.style": "eval.page.style",
     "eval.targets": "eval.measure.nulls",
-    "eval.threads": "eval.samples.threads",
+    "eval.threads": "eval.samples.parallel",
     "eval.verdict": "eval.metrics.verdict",
-    "eval.weights": "eval.metrics.weight_files",
 }
 
 

@@ -6,7 +6,7 @@ The same command continues what was stopped, and several of them share the work 
 import contextlib
 import hashlib
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -231,5 +231,9 @@ def make_pairs(cfg: PairsConfig) -> None:
     fill_folder(cfg, prepare, told_by(cfg))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(PairsConfig, make_pairs, argv, description=__doc__ or "")
+
+
 if __name__ == "__main__":
-    config.run_job(PairsConfig, make_pairs, sys.argv[1:], description=__doc__ or "")
+    main()

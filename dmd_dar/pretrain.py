@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -177,5 +178,9 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
     )
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(PretrainConfig, functools.partial(launch.run, pretrain), argv, description=__doc__)
+
+
 if __name__ == "__main__":
-    config.run_job(PretrainConfig, functools.partial(launch.run, pretrain), sys.argv[1:], description=__doc__)
+    main()

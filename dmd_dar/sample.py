@@ -1,7 +1,7 @@
 """Images from a trained student: python -m dmd_dar.sample student=RUN/student n=64 seed=0 out=DIR"""
 
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,5 +98,9 @@ def sample(cfg: SampleConfig) -> None:
     print(f"{cfg.n} images in {out}, the first of them in {out / 'grid.png'}")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(SampleConfig, sample, argv, description=__doc__ or "")
+
+
 if __name__ == "__main__":
-    config.run_job(SampleConfig, sample, sys.argv[1:], description=__doc__ or "")
+    main()

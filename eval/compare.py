@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -363,5 +364,9 @@ def compare(cfg: CompareConfig) -> None:
     print(f"\n{result['conclusion']}\nwritten: {Path(out) / 'compare.json'}")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(CompareConfig, compare, argv, description=__doc__ or "")
+
+
 if __name__ == "__main__":
-    config.run_job(CompareConfig, compare, sys.argv[1:], description=__doc__ or "")
+    main()

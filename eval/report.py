@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,8 +56,8 @@ class ReportConfig:
         ("auto",), "which metrics with weights: auto takes those whose weights are there, offline none, or name them"
     )
     statistics: str = key("", "npz with mu and sigma of other images' FID features", path=True)
-    inception: str = key("", "file of FID's Inception; empty looks where eval.metrics.weight_files does", path=True)
-    clip: str = key("", "local-dir:FOLDER or hf-hub:OWNER/NAME; empty takes the default of eval.metrics.weight_files")
+    inception: str = key("", "file of FID's Inception; empty looks where eval.weights does", path=True)
+    clip: str = key("", "local-dir:FOLDER or hf-hub:OWNER/NAME; empty takes the default of eval.weights")
     prompt: str = key(
         "", "text of the CLIP score, {} being class or prompt; empty: 'a photo of {}' of classes, prompts as they are"
     )
@@ -409,11 +410,11 @@ def print_skipped(ledger: Ledger) -> None:
         print(f"not measured: {one.metric}{of}: {one.reason}", file=sys.stderr)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`config.run_job`, with --strict for strict=true."""
-    words = ["strict=true" if word == "--strict" else word for word in argv]
+    words = ["strict=true" if word == "--strict" else word for word in (sys.argv[1:] if argv is None else argv)]
     config.run_job(ReportConfig, report, words, description=__doc__ or "")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

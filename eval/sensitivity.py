@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -274,5 +274,9 @@ def run(cfg: SensitivityConfig) -> None:
     print(terminal_table(result))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(SensitivityConfig, run, argv, description=__doc__ or "")
+
+
 if __name__ == "__main__":
-    config.run_job(SensitivityConfig, run, sys.argv[1:], description=__doc__ or "")
+    main()

@@ -1,6 +1,6 @@
 """FID features of images as a file for `statistics=`: python -m eval.statistics images=FOLDER out=FILE.npz"""
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class StatisticsConfig:
 
     images: str = key("", "folder of PNG or npy files, or one npy file", path=True)
     out: str = key("out/statistics.npz", "file for mu, sigma and count")
-    inception: str = key("", "file of FID's Inception; empty looks where eval.metrics.weight_files does", path=True)
+    inception: str = key("", "file of FID's Inception; empty looks where eval.weights does", path=True)
     allow_download: bool = key(False, "fetch weights that are missing")
     batch_size: int = key(64, "images at a time; changes no number beyond rounding", least=1)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
@@ -44,5 +44,9 @@ def statistics(cfg: StatisticsConfig) -> None:
     print(f"written: {cfg.out}, {gaussian.count} images{left_out}")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(StatisticsConfig, statistics, argv, description=__doc__ or "")
+
+
 if __name__ == "__main__":
-    config.run_job(StatisticsConfig, statistics, sys.argv[1:], description=__doc__ or "")
+    main()

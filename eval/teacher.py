@@ -5,8 +5,8 @@ copies, by the distance to the nearest training crop beside that of held-out cro
 """
 
 import json
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,5 +172,9 @@ def print_judgement(judged: dict[str, Any]) -> None:
         print(f"{bar}: {'yes' if passed else 'NO'}")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(TeacherReportConfig, judge_teacher, argv, description=__doc__ or "")
+
+
 if __name__ == "__main__":
-    config.run_job(TeacherReportConfig, judge_teacher, sys.argv[1:], description=__doc__ or "")
+    main()

@@ -23,4 +23,4 @@ for folder in "${@:2}"; do
     cp "$folder/quality.json" "$kept/"
   fi
 done
-python -m eval.table
+python runs/tables.py

@@ -8,33 +8,46 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum"}
-JOBS = {"pretrain", "distill", "distill_config", "plan", "sample", "pairs", "encode"}
+GROUND = {"errors", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum", "moved"}
+JOBS = {"pretrain", "distillation", "plan", "sample", "pairs", "encode"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "pipeline", "diagnostics", "train"}
 ROOT_JOBS = {"distill.py"}
 # commands of a floor; nothing imports them
-FLOOR_JOBS = {"dmd_dar/routing/layout/__main__.py", "dmd_dar/diagnostics/__main__.py"}
+FLOOR_JOBS = {
+    f"dmd_dar/{floor}/{name}.py" for floor in ("routing/layout", "diagnostics") for name in ("command", "__main__")
+}
+TOP = {"commands", "__main__"}  # nothing imports these
 # they read the configuration, and some the runs of jobs back
-COMMANDS = ("report", "arms", "teacher", "compare", "pairing", "weights", "sensitivity", "statistics", "table")
+COMMANDS = ("report", "teacher", "compare", "weights", "sensitivity", "statistics", "study/runs", "study/pairing")
 EVAL_JOBS = {f"eval/{name}.py" for name in COMMANDS}
+# the rooms of eval; each sees those before it, the last two not each other
+ROOMS = ("samples", "metrics", "measure", "study", "page")
 
-SEES = {
-    "routing": {"routing"},
-    "models": {"routing", "data", "models"},  # data sees no other floor: networks may look conditions up in its shards
-    "data": {"data"},
-    "methods": {"routing", "models", "methods"},
-    "pipeline": {"routing", "models", "data", "methods"},
-    "diagnostics": {"routing", "models", "methods", "diagnostics"},
-    "train": FLOORS,
-    "schema": set(),
-    "config": {"schema", "train"},
-    "eval": FLOORS,
-} | {job: FLOORS | CONFIG | JOBS for job in JOBS | ROOT_JOBS | FLOOR_JOBS | EVAL_JOBS}
+SEES = (
+    {
+        "routing": {"routing"},
+        "models": {
+            "routing",
+            "data",
+            "models",
+        },  # data sees no other floor: networks may look conditions up in its shards
+        "data": {"data"},
+        "methods": {"routing", "models", "methods"},
+        "pipeline": {"routing", "models", "data", "methods"},
+        "diagnostics": {"routing", "models", "methods", "diagnostics"},
+        "train": FLOORS,
+        "schema": set(),
+        "config": {"schema", "train"},
+        "eval": FLOORS,
+    }
+    | {job: FLOORS | CONFIG | JOBS for job in JOBS | ROOT_JOBS | FLOOR_JOBS | EVAL_JOBS}
+    | {"__main__": {"commands"}}
+)
 
 OPEN_TO_ONE = {
-    "accelerate": "dmd_dar/train/runtime.py",
-    "torch.distributed": "dmd_dar/train/runtime.py",
+    "accelerate": "dmd_dar/train/processes/runtime.py",
+    "torch.distributed": "dmd_dar/train/processes/runtime.py",
     "triton": "dmd_dar/routing/ops/triton.py",
 }
 OPEN_TO_NONE = ("pickle", "cloudpickle", "dill", "joblib")
@@ -67,6 +80,14 @@ def floor_of(path: str) -> str:
     return parts[0] if parts[0] == "eval" else parts[1]
 
 
+def room_below(path: Path, parts: list[str]) -> bool:
+    """Whether a file of eval may import these names of eval: those of its room or of one before it, at the root all."""
+    if len(path.parts) == 2:
+        return True
+    own, room = path.parts[1], parts[1]
+    return room in ROOMS[: ROOMS.index(own) + 1] and {own, room} != {"study", "page"}
+
+
 def below(name: str, *modules: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
@@ -90,7 +111,7 @@ def allowed(path: str, name: str) -> bool:
     if parts[0] == "distill":
         return False
     if parts[0] == "eval":
-        return floor.startswith("eval")
+        return floor.startswith("eval") and room_below(Path(path), parts)
     return floor not in GROUND or parts[0] in sys.stdlib_module_names | {"torch", "jaxtyping"}
 
 
@@ -129,10 +150,11 @@ def test_a_load_without_its_keyword_is_found() -> None:
 
 def test_every_module_has_its_place() -> None:
     package = {entry.stem for entry in (ROOT / "dmd_dar").iterdir() if entry.suffix == ".py" or any(entry.glob("*.py"))}
-    assert package - {"__init__"} <= GROUND | JOBS | CONFIG | FLOORS
+    assert package - {"__init__"} <= GROUND | JOBS | CONFIG | FLOORS | TOP
     assert {file.name for file in ROOT.glob("*.py")} <= ROOT_JOBS
     package_file = ast.parse((ROOT / "dmd_dar" / "__init__.py").read_text())
-    assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in package_file.body)
+    imported = [ast.unparse(node) for node in package_file.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imported == ["from dmd_dar import moved"]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +168,7 @@ def test_every_module_has_its_place() -> None:
         ("dmd_dar/pretrain.py", "from dmd_dar.routing.layout import __main__", "dmd_dar.routing.layout.__main__"),
         ("dmd_dar/routing/ops/naive.py", "from ...models import sit", "dmd_dar.models.sit"),
         ("dmd_dar/routing/ops/torch.py", "import triton.language as tl", "triton.language"),
-        ("dmd_dar/models/sit.py", "from dmd_dar.train import ema", "dmd_dar.train.loop.ema"),
+        ("dmd_dar/models/sit.py", "from dmd_dar.train.loop import ema", "dmd_dar.train.loop.ema"),
         ("dmd_dar/models/sit.py", "import dmd_dar.methods.dmd", "dmd_dar.methods.dmd"),
         ("dmd_dar/data/photos.py", "from dmd_dar.routing import layout", "dmd_dar.routing.layout"),
         ("dmd_dar/methods/dmd.py", "from dmd_dar.data import photos", "dmd_dar.data.photos"),
@@ -155,15 +177,18 @@ def test_every_module_has_its_place() -> None:
         ("dmd_dar/methods/dmd.py", "from torch.distributed import barrier", "torch.distributed.barrier"),
         ("dmd_dar/methods/dmd.py", "def f():\n    import accelerate", "accelerate"),
         ("dmd_dar/diagnostics/mixing.py", "from dmd_dar.train import loop", "dmd_dar.train.loop"),
-        ("dmd_dar/train/loop.py", "from accelerate import Accelerator", "accelerate.Accelerator"),
-        ("dmd_dar/train/loop.py", "from dmd_dar.config import load", "dmd_dar.config.load"),
-        ("dmd_dar/train/loop.py", "from dmd_dar.schema import Slot", "dmd_dar.schema.Slot"),
-        ("dmd_dar/train/checkpoint.py", "import pickle", "pickle"),
-        ("dmd_dar/sample.py", "from eval import stats", "eval.metrics.intervals"),
+        ("dmd_dar/train/loop/loop.py", "from accelerate import Accelerator", "accelerate.Accelerator"),
+        ("dmd_dar/train/loop/loop.py", "from dmd_dar.config import load", "dmd_dar.config.load"),
+        ("dmd_dar/train/loop/loop.py", "from dmd_dar.schema import Slot", "dmd_dar.schema.Slot"),
+        ("dmd_dar/train/disk/checkpoint.py", "import pickle", "pickle"),
+        ("dmd_dar/sample.py", "from eval import report", "eval.report"),
         ("dmd_dar/sample.py", "import distill", "distill"),
         ("dmd_dar/sample.py", "import dmd_dar", "dmd_dar"),
-        ("eval/stats.py", "from dmd_dar import config", "dmd_dar.config"),
-        ("eval/stats.py", "from dmd_dar import sample", "dmd_dar.sample"),
+        ("eval/metrics/intervals.py", "from dmd_dar import config", "dmd_dar.config"),
+        ("eval/metrics/intervals.py", "from dmd_dar import sample", "dmd_dar.sample"),
+        ("eval/metrics/intervals.py", "from ..measure import suite", "eval.measure.suite"),
+        ("eval/page/html.py", "from ..study import forest", "eval.study.forest"),
+        ("eval/samples/sets.py", "from ..weights import show", "eval.weights.show"),
     ],
 )
 def test_the_rules_catch_what_they_forbid(path: str, line: str, name: str) -> None:
@@ -175,12 +200,12 @@ def test_the_rules_catch_what_they_forbid(path: str, line: str, name: str) -> No
     [
         ("dmd_dar/flow.py", "import math\nfrom torch import Tensor\nfrom jaxtyping import Float\nimport dmd_dar.keys"),
         ("dmd_dar/routing/ops/triton.py", "import triton"),
-        ("dmd_dar/train/runtime.py", "import torch\nimport accelerate\ntorch.distributed.barrier()"),
+        ("dmd_dar/train/processes/runtime.py", "import torch\nimport accelerate\ntorch.distributed.barrier()"),
         ("dmd_dar/methods/dmd.py", "from dmd_dar import flow, losses\nfrom dmd_dar.models import denoiser"),
         ("dmd_dar/pretrain.py", "from dmd_dar import config\nfrom dmd_dar.train import loop"),
-        ("dmd_dar/routing/layout/__main__.py", "from dmd_dar import config\nfrom dmd_dar.routing import traffic"),
+        ("dmd_dar/routing/layout/command.py", "from dmd_dar import config\nfrom dmd_dar.routing import traffic"),
         ("distill.py", "from dmd_dar import config, pairs"),
-        ("eval/report.py", "from dmd_dar import config\nfrom eval import stats"),
+        ("eval/report.py", "from dmd_dar import config\nfrom .metrics import intervals"),
     ],
 )
 def test_the_rules_let_pass_what_they_allow(path: str, line: str) -> None:

@@ -16,9 +16,8 @@ from ..metrics import features, frechet, sliced, structure
 from ..metrics import power_map as maps
 from ..metrics.features import Features
 from ..metrics.spectrum import Spectrum, as_floats, spectrum_of
-from ..samples.parallel import Processes, Rows, grouped, ungrouped
+from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
 from ..samples.sets import BATCH, ImageSet
-from ..samples.threads import one_thread
 from .suite import Ledger, Suite, features_of
 
 LUMA, CHROMA = "y", ("cb", "cr")

@@ -29,8 +29,8 @@ from ..metrics.spectrum import (
 )
 from ..metrics.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, verdict
 from ..samples.images import UnfitError
+from ..samples.parallel import one_thread, side_by_side
 from ..samples.sets import ImageSet, validate
-from ..samples.threads import one_thread, side_by_side
 from . import suite as distances
 from .nulls import Target, lsd, over_features, sliced_levels
 from .one_set import CHROMA, Measured, Reading, measure_one, read_one

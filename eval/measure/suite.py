@@ -20,9 +20,8 @@ from ..metrics.moments import Gaussian, load_reference
 from ..metrics.neighbours import compare_neighbours, halved, kid, precision_recall
 from ..metrics.weight_files import ALEXNET, INCEPTION, Weights, clip_weights, dinov2_weights, find, missing_message
 from ..samples.images import UnfitError
-from ..samples.parallel import Processes
+from ..samples.parallel import Processes, one_thread
 from ..samples.sets import ImageSet
-from ..samples.threads import one_thread
 
 T = TypeVar("T")
 Metric = Literal["auto", "offline", "fid", "patch_fid", "fd_dinov2", "clip", "lpips"]
@@ -70,7 +69,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where weights come from: paths of the user's own, or the places that eval.metrics.weight_files looks in."""
+    """Where weights come from: paths of the user's own, or the places that `weight_files` looks in."""
 
     inception: str | None = None
     clip: str | None = None  # local-dir:FOLDER or hf-hub:OWNER/NAME

@@ -204,7 +204,7 @@ def verdict(
 ) -> Verdict:
     """One word for what happened to fine detail: preserved, reduced, inflated, energy only or inconclusive.
 
-    From the HF gain, the ratio of `hf_kurtosis` and `flat_noise_db`, each with its 95 % interval; see eval.metrics.verdict.
+    From the HF gain, the ratio of `hf_kurtosis` and `flat_noise_db`, each with its 95 % interval; see `verdict`.
     images (N, 3, H, W) and reference (M, 3, H, W): uint8 or floats in [0, 1], of one size. labels: classes (N,) within
     which the bootstrap resamples, see `labelled_pair`. paired: row i of both shares noise and class (N = M).
     UnfitError for NaN images.

@@ -1,4 +1,4 @@
-"""Pretrained weights that metrics need, where they are looked for and what each unlocks: python -m eval.metrics.weight_files
+"""Pretrained weights that metrics need, where they are looked for and what each unlocks.
 
 Order: an explicit path, $DMD_DAR_WEIGHTS_DIR, the library's own cache, a download where it is allowed. A file is held
 against the SHA-256 that its publisher put into its name, or that the Hugging Face cache keeps it under.
@@ -6,22 +6,17 @@ against the SHA-256 that its publisher put into its name, or that the Hugging Fa
 
 import hashlib
 import importlib
-import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmd_dar import config
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.keys import key
 
 VARIABLE = "DMD_DAR_WEIGHTS_DIR"
 CLIP_REPO = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
@@ -33,7 +28,6 @@ CLIP_FILES = (  # in the order in which open_clip takes them
 )
 DINO_MODEL = "vit_large_patch14_dinov2.lvd142m"
 TORCHVISION_INCEPTION = ("0cc3c7bd", "1a9a5a14")  # sha256 prefixes of inception_v3_google-*.pth
-COLUMNS = ("file", "state", "size", "unlocks")
 
 
 @dataclass(frozen=True)
@@ -253,58 +247,3 @@ def load_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise DamagedFileError(f"{path}: expected tensors by name, got {type(state).__name__}")
     return state
-
-
-@dataclass(frozen=True)
-class WeightsConfig:
-    """python -m eval.metrics.weight_files"""
-
-    json: bool = key(False, "print JSON instead of a table")
-
-
-def describe(weights: Weights) -> dict[str, Any]:
-    """One row: the file, its state here ("verified", "present", "damaged" or "missing"), what it unlocks."""
-    path, state, problem = find(weights), "missing", missing_message(weights)
-    if path is not None:
-        try:
-            state, problem = ("verified" if verify(path, weights).verified else "present"), ""
-        except DamagedFileError as error:
-            state, problem = "damaged", str(error)
-    return {
-        "file": weights.file,
-        "state": state,
-        "path": None if path is None else str(path),
-        "owner": weights.owner,
-        "megabytes": weights.megabytes,
-        "sha256": weights.sha256 or None,
-        "unlocks": weights.unlocks,
-        "instead": weights.instead,
-        "looked_in": [str(folder) for folder in (own_folder(), cache_folder(weights)) if folder],
-        "problem": problem or None,
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in aligned columns, then the folders that were looked in and what to do about a missing file."""
-    cells = [COLUMNS] + [(r["file"], r["state"], f"{r['megabytes']} MB", r["unlocks"]) for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS) - 1)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in cells]
-    own = own_folder()
-    folders = list(dict.fromkeys(folder for row in rows for folder in row["looked_in"] if folder != str(own)))
-    lines += ["", f"looked in: ${VARIABLE} ({own or 'not set'}), then {', '.join(folders)}"]
-    for row in rows:
-        if row["state"] == "missing":
-            lines.append(f"{row['file']}: from {row['owner']}; without it: {row['instead']}")
-        elif row["problem"]:
-            lines.append(row["problem"])
-    return "\n".join(lines)
-
-
-def show(cfg: WeightsConfig) -> None:
-    rows = [describe(weights) for weights in every_file()]
-    text = json.dumps({"variable": VARIABLE, "weights": rows}, indent=1) if cfg.json else table(rows)
-    print(text)
-
-
-if __name__ == "__main__":
-    config.run_job(WeightsConfig, show, sys.argv[1:], description=__doc__ or "")

@@ -30,9 +30,8 @@ from dmd_dar.models.sit import SiT
 
 from .cost import flops, latencies, peak_memory
 from .images import UnfitError, share_of
-from .parallel import Processes
+from .parallel import Processes, side_by_side
 from .sets import ImageSet, Role
-from .threads import side_by_side
 
 SMALL_BATCH = 16  # images that keep one thread busy
 LATENCY_BATCH = 16

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dmd_dar import config, flow
-from dmd_dar.diagnostics import __main__ as command
+from dmd_dar.diagnostics import command as command
 from dmd_dar.diagnostics.measure import measure
 from dmd_dar.diagnostics.states import places_of, recording, trace
 from dmd_dar.diagnostics.summary import lines

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dmd_dar import config
 from dmd_dar.data.photos import NAMES
-from dmd_dar.diagnostics import __main__ as command
+from dmd_dar.diagnostics import command as command
 from dmd_dar.diagnostics.figures import clear_gates, weight_map
 from dmd_dar.diagnostics.measure import not_finite, rounded
 from dmd_dar.diagnostics.summary import clear_share, lines

@@ -19,8 +19,8 @@ from eval.page.columns import terminal_table
 from eval.page.csv import as_csv, numbers
 from eval.samples import sets as sets_module
 from eval.samples.images import UnfitError
+from eval.samples.parallel import torch_threads
 from eval.samples.sets import read_set
-from eval.samples.threads import torch_threads
 
 HOSTILE = "<script>alert('x')</script>"
 

@@ -12,7 +12,7 @@ from dmd_dar import config
 from dmd_dar.data import folder, sources
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.images import png_bytes
-from dmd_dar.diagnostics.__main__ import DiagnosticsConfig, data_of
+from dmd_dar.diagnostics.command import DiagnosticsConfig, data_of
 from dmd_dar.distillation import job as distill
 from dmd_dar.errors import UserError
 from dmd_dar.models.saved import ModelCard, network_hash, save_network, weight_count

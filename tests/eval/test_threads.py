@@ -11,8 +11,8 @@ from dmd_dar.methods.generate import few_step_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
+from eval.samples.parallel import side_by_side, torch_threads
 from eval.samples.sampling import Bench
-from eval.samples.threads import side_by_side, torch_threads
 from eval.study.controls import with_routers_reset
 from tests.tiny import tiny_sit
 

@@ -10,7 +10,7 @@ import pytest
 from dmd_dar import config
 from dmd_dar.routing import traffic
 from dmd_dar.routing.layout import RoutingConfig, reads
-from dmd_dar.routing.layout.__main__ import LayoutConfig, described, show
+from dmd_dar.routing.layout.command import LayoutConfig, described, show
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/pilot.md, from docs/results: python -m eval.table rewrites them in place."""
+"""Tables of README.md and docs/pilot.md, from docs/results: python runs/tables.py rewrites them in place."""
 
 import json
 import textwrap
@@ -8,8 +8,7 @@ from typing import Any
 
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
-
-from .study.wording import table as terminal_table
+from dmd_dar.eval.study.wording import table as terminal_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -165,7 +164,7 @@ def pages() -> dict[Path, str]:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """python -m eval.table"""
+    """python runs/tables.py"""
 
 
 def write(_: TableConfig) -> None:

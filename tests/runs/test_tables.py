@@ -1,4 +1,4 @@
-from eval import table
+from runs import tables as table
 
 
 def test_the_pages_hold_the_tables_of_the_measurements():
