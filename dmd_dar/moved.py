@@ -1,6 +1,7 @@
 """Names of modules before, and where they are now: importing an old one still works, with a DeprecationWarning."""
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -103,9 +104,10 @@ def install() -> None:
 def attribute(package: str, successor: str, name: str) -> object:
     """`name` of a package that was a module before: taken from the module that holds its code now.
 
-    Raises AttributeError for names that it does not have either, and for those of the import system.
+    Raises AttributeError for names that it does not have either, for the package's own modules and for names of the import
+    system.
     """
-    if name.startswith("__"):
+    if name.startswith("__") or importlib.util.find_spec(f"{package}.{name}"):
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(successor), name, None)
     if value is None:
