@@ -86,13 +86,13 @@ class MovedFinder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
-        warn(old, MOVED[old])
+        warn(old, MOVED[old], 3)
         sys.modules[old] = importlib.import_module(MOVED[old])
 
 
-def warn(old: str, new: str) -> None:
-    """Say that a name has moved, at the first line outside of the import system."""
-    warnings.warn(f"{old} is now {new}; the old name will go", DeprecationWarning, stacklevel=2)
+def warn(old: str, new: str, level: int) -> None:
+    """Say that a name has moved, at the line of the importer: `level` frames above, the import system's not counted."""
+    warnings.warn(f"{old} is now {new}; the old name will go", DeprecationWarning, stacklevel=level)
 
 
 def install() -> None:
@@ -104,13 +104,14 @@ def install() -> None:
 def attribute(package: str, successor: str, name: str) -> object:
     """`name` of a package that was a module before: taken from the module that holds its code now.
 
-    Raises AttributeError for names that it does not have either, for the package's own modules and for names of the import
-    system.
+    Raises AttributeError for names that it does not have either, for the package's own modules and for names of
+    the import system.
     """
     if name.startswith("__") or importlib.util.find_spec(f"{package}.{name}"):
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(successor), name, None)
     if value is None:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    warn(f"{package}.{name}", f"{successor}.{name}")
+    warn(f"{package}.{name}", f"{successor}.{name}", 4)
+    setattr(sys.modules[package], name, value)  # one import asks twice
     return value

@@ -13,7 +13,7 @@ from dmd_dar.data.shards import ShardFolder, fill
 from dmd_dar.data.sources import data_hash
 from dmd_dar.distillation import job as distill
 from tests import test_pretrain
-from tests.test_distill import arguments
+from tests.distillation.test_job import arguments
 from tests.tiny import TINY, tiny_teacher
 
 

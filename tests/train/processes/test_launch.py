@@ -16,7 +16,7 @@ from dmd_dar.train.processes.runtime import LaunchConfig
 from dmd_dar.train.processes.stop import StopRequest
 from tests.train.waiting import Config, Launch, job
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def pids(folder: Path, patience: float = 120) -> list[int]:

@@ -25,7 +25,7 @@ from dmd_dar.train.disk import log
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.tiny import ON_CPU, TINY, tiny_sit, tiny_teacher
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs" / "photos32"
 
 

@@ -37,7 +37,7 @@ from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from dmd_dar.train.watch.failure import Calls, NetworkError, Place, failed
 from tests.tiny import tiny_sit, tiny_teacher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHAPE = (3, 32, 32)
 
 

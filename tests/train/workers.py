@@ -1,4 +1,4 @@
-"""python -m tests.train.processes FOLDER PORT N: small distillations by N gloo processes, for test_runtime.py."""
+"""python -m tests.train.workers FOLDER PORT N: small distillations by N gloo processes, for test_runtime.py."""
 
 import copy
 import os

@@ -19,7 +19,7 @@ from dmd_dar.train.watch.advice import CALM, Advice, warnings_of
 from dmd_dar.train.watch.health import Health, Samples, diversity, samples_of, signals
 from tests.tiny import tiny_teacher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 N, CLASSES, SIZE = 32, 4, 32
 COND = torch.arange(N) % CLASSES
 

@@ -12,9 +12,9 @@ from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.train.processes import replicas, runtime
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
-from tests.train.processes import CYCLES, config, dits, loras, single_gradients, trained
+from tests.train.workers import CYCLES, config, dits, loras, single_gradients, trained
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def tensors(state: Any) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def by_processes(folder: Path, processes: int, *more: str) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.train.processes", str(folder), str(port), str(processes), *more]
+    command = [sys.executable, "-m", "tests.train.workers", str(folder), str(port), str(processes), *more]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder

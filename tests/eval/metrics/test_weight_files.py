@@ -16,14 +16,13 @@ from eval.metrics import weight_files as weights
 from eval.metrics.weight_files import (
     ALEXNET,
     INCEPTION,
-    WeightsConfig,
     clip_weights,
     dinov2_weights,
     find,
     load_state,
     locate,
-    show,
 )
+from eval.weights import WeightsConfig, show
 
 REQUESTED = dataclasses.replace(ALEXNET, file="some.pth", sha256=hashlib.sha256(b"right").hexdigest()[:8])
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from eval.compare import run_records
 from eval.study.wording import table
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_the_page_shows_what_was_measured():

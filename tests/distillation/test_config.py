@@ -9,7 +9,7 @@ import torch
 from dmd_dar import config
 from dmd_dar.distillation import job as distill
 from dmd_dar.train.disk import log
-from tests.test_distill import RECIPES, ROOT, arguments, run
+from tests.distillation.test_job import RECIPES, ROOT, arguments, run
 from tests.tiny import tiny_teacher
 
 

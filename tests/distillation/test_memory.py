@@ -10,9 +10,9 @@ from dmd_dar import config, sample
 from dmd_dar.models.saved import load_network
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.train.disk import checkpoint
+from tests.distillation.test_job import run, teacher  # noqa: F401
 from tests.models.test_teacher_jobs import run as distil_teacher
 from tests.models.tiny_pipelines import tiny_pipeline
-from tests.test_distill import run, teacher  # noqa: F401
 
 SHARED = ("weights=shared_lora", "lora.rank=4", "student.lr=1e-2", "fake_score.lr=1e-2")
 

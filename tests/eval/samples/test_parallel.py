@@ -21,7 +21,7 @@ from eval.samples.parallel import Processes
 from eval.samples.sets import ImageSet
 from tests.tiny import ON_CPU, tiny_teacher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass

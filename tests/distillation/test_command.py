@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dmd_dar.train.disk import log
-from tests.test_distill import ROOT, arguments, run
+from tests.distillation.test_job import ROOT, arguments, run
 from tests.test_pairs_workers import children, gone, until
 from tests.tiny import tiny_teacher
 

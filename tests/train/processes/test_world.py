@@ -12,7 +12,7 @@ from dmd_dar.errors import UserError
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from dmd_dar.train.processes.world import MEETING, World, launched
 from eval.samples.parallel import Processes
-from tests.test_distill import arguments
+from tests.distillation.test_job import arguments
 from tests.tiny import ON_CPU
 
 NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", *MEETING)

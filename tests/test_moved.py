@@ -1,0 +1,54 @@
+"""Modules that moved are found under their old names, with a warning at the importer's line."""
+
+import importlib
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dmd_dar.moved import MOVED
+
+ROOT = Path(__file__).parents[1]
+OLD = """
+import warnings
+{before}
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as caught:
+    {line}
+assert [one.category for one in caught] == [DeprecationWarning], caught
+assert caught[0].filename == "<string>", caught[0].filename
+"""
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_an_old_name_is_the_new_module(old: str, new: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.modules.pop(old, None)
+        assert importlib.import_module(old) is importlib.import_module(new)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from dmd_dar.train.loop import Loop",
+        "from dmd_dar.train.runtime import Runtime",
+        "from dmd_dar.distill import distill",
+        "from eval.measure import measure",
+        "from eval import stats",
+    ],
+)
+def test_the_warning_stands_at_the_importer_s_line(line: str) -> None:
+    before = "import dmd_dar.distillation.job, eval.report"
+    code = OLD.format(line=line, before=before.replace("; ", "\n"))
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_name_that_never_was_is_not_found() -> None:
+    with pytest.raises(ImportError):
+        importlib.import_module("dmd_dar.train.never")
+    with pytest.raises(ImportError, match="cannot import name 'never'"):
+        exec("from dmd_dar.train.loop import never")
