@@ -1,11 +1,9 @@
 """The columns of a report's summaries, for its page and for a terminal."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from .sections import NOTHING, number, span, text
+from .cells import NOTHING, Cell, fact, number, span
 
 
 @dataclass(frozen=True)
@@ -16,16 +14,15 @@ class Column:
     number: Callable[[dict, dict], str]
     detail: Callable[[dict, dict], str] = lambda row, against: ""
 
-    def cell(self, row: dict, against: dict) -> str:
-        detail = self.detail(row, against)
-        return text(self.number(row, against)) + (f"<small>{text(detail)}</small>" if detail else "")
+    def cell(self, row: dict, against: dict) -> Cell:
+        return Cell(self.number(row, against), self.detail(row, against))
 
 
 def _interval_column(heading: str, key: Callable[[dict], dict], signed: bool, digits: int = 2) -> Column:
     return Column(
         heading,
         lambda row, against: number(key(against)["value"], digits, signed),
-        lambda row, against: span(key(against), digits, signed),
+        lambda row, against: span(key(against)["low"], key(against)["high"], digits, signed),
     )
 
 
@@ -37,8 +34,8 @@ def _distance_column(metric: str, heading: str) -> Column:
     )
 
 
-def _with_null(found: dict, digits: int = 2) -> str:
-    return f"{number(found['value'], digits)}, null {number(found['null'], digits)}"
+def _with_null(distance: dict, digits: int = 2) -> str:
+    return f"{number(distance['value'], digits)}, null {number(distance['null'], digits)}"
 
 
 HF_GAIN = _interval_column("HF gain, dB", lambda against: against["gain_db"]["HF"], True)
@@ -83,14 +80,6 @@ STRUCTURE = (
     _distance_column("fd_wavelet", "fd_wavelet over null"),
     IMAGES,
 )
-
-
-def fact(value: Any) -> str:
-    if value is None:
-        return NOTHING
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def terminal_table(result: dict) -> str:
