@@ -33,13 +33,14 @@ from .measure.provenance import command_line, provenance
 from .metrics import frechet, structure
 from .metrics.intervals import LARGEST_EXACT, holm, max_t_band, sign_flip_p, student_t
 from .metrics.spectrum import BAND_NAMES, HF, Spectrum, as_floats, gain_curve, hf_gain_db, pooled_gains, spectrum_of
+from .samples.facts import NetworkFacts
 from .samples.parallel import Processes
 from .samples.sampling import LATENCY_BATCH, Bench, costs_of
 from .samples.sets import ImageSet
 from .study.controls import frozen_at_mean, unfreezable, with_routers_reset
 from .study.endpoint import LEAST_COVERAGE, Arms, differences, endpoint, image_spread, pilot_label
 from .study.pairing import ArmsConfig, Groups, Role, read_groups
-from .study.runs import Arm, Teacher, network_facts, require_teacher
+from .study.runs import Arm, Teacher, require_teacher
 from .study.wording import conclusion, table
 
 SCHEMA_VERSION = 2
@@ -193,14 +194,17 @@ def sample_and_measure(groups: Groups, reference: ImageSet, bench: Bench) -> Stu
         if AT_MEAN not in found:
             absent[AT_MEAN] = unfreezable(found["dar"].network)
         generators = {name: one.generator for name, one in found.items()}
-        costs = costs_of(generators, bench) if bench.processes.main else dict.fromkeys(found, {})
+        costs: dict[str, dict[str, Any]] = dict.fromkeys(found, {})
+        if bench.processes.main:
+            costs |= {name: dataclasses.asdict(cost) for name, cost in costs_of(generators, bench).items()}
         for name, one in found.items():
             if bench.processes.main:
                 print(f"{name}: {one.run.folder}", file=sys.stderr)
             made = bench.cached(one.identity, one.generator, name)
             sets.setdefault(name, []).append(Measured.of(made.as_set(name, "student", True)))
             row = {"folder": str(one.run.folder), "seed": one.run.cfg.seed, "updates": one.run.cfg.steps}
-            row |= network_facts(one.network, len(one.saved.rungs), one.identity["student"]) | costs[name]
+            row |= dataclasses.asdict(NetworkFacts.of(one.network, len(one.saved.rungs), one.identity["student"]))
+            row |= costs[name]
             row["training_step_seconds"] = one.run.step_seconds()
             row |= measure_run(sets[name][-1], teacher, null, str(one.run.folder))
             if name == "dar":
@@ -354,7 +358,7 @@ def compare(cfg: CompareConfig) -> None:
     if not processes.main:
         return
     result = conclude(study, cfg)
-    result["reference"] = jsonable(reference.facts)
+    result["reference"] = jsonable(reference.facts.as_json())
     result["provenance"] = jsonable(provenance(device, time.monotonic() - began, **origin(cfg, groups)))
     write_atomic(out / "compare.json", json.dumps(result, indent=1, allow_nan=False))
     folder = make_folder(out / "runs")

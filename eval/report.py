@@ -314,7 +314,7 @@ def origin(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
     sets = [inputs.reference, *inputs.sets]
     return {
         "command": command_line("eval.report", config.differences(ReportConfig(runs=("",)), cfg)),
-        "checkpoints": {one.name: one.facts["network"] for one in sets if "network" in one.facts},
+        "checkpoints": {one.name: one.facts.network.network for one in sets if one.facts.network is not None},
         "seeds": {"evaluation": cfg.seed, **{f"training of {arm.name}": arm.cfg.seed for arm in inputs.read}},
         "data_hash": inputs.data_hash,
         "runs": {arm.name: arm.raw for arm in inputs.read},
@@ -358,7 +358,7 @@ def report(cfg: ReportConfig) -> None:
 
 def print_left_out(inputs: Inputs) -> None:
     for one in inputs.everything:
-        if left_out := one.facts.get("left_out"):
+        if left_out := one.facts.left_out:
             print(f"{one.name}: {one.count} images; other files, left out: {left_out}", file=sys.stderr)
 
 

@@ -104,7 +104,7 @@ def described(one: Latent) -> dict[str, Any]:
         "name": one.source.name,
         "role": one.source.role,
         "images": one.source.count,
-        "facts": {name: one.source.facts[name] for name in ("seed",) if name in one.source.facts},
+        "facts": {} if one.source.facts.seed is None else {"seed": one.source.facts.seed},
         "frequencies": one.whole.frequencies.tolist(),
         "power": one.whole.power.tolist(),
         "power_by_channel": [channel.power.tolist() for channel in one.channels],

@@ -161,7 +161,7 @@ def describe(one: Measured, seed: int) -> dict[str, Any]:
         "role": one.source.role,
         "paired": one.source.paired,
         "images": len(one),
-        "facts": one.source.facts,
+        "facts": one.source.facts.as_json(),
         "frequencies": one.luma.frequencies.tolist(),
         "power": one.luma.power.tolist(),
         "hfer": one.luma.hfer,

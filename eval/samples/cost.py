@@ -49,6 +49,19 @@ class Memory:
     method: str
 
 
+@dataclass(frozen=True)
+class SamplingCost:
+    """What sampling and decoding costs: time and memory of `cost_batch` images at once, operations of one image."""
+
+    latency_ms_per_image: float  # median of `latency_runs` calls
+    latency_ms_range: tuple[float, float]  # least and most
+    latency_runs: int
+    cost_batch: int
+    peak_memory_mb: float  # above what was in use before, as `peak_memory_method` says
+    peak_memory_method: str
+    gflops_per_image: float
+
+
 def latencies(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device | str = "cpu",

@@ -28,7 +28,7 @@ from dmd_dar.methods.generate import Generator, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.sit import SiT
 
-from .cost import flops, latencies, peak_memory
+from .cost import SamplingCost, flops, latencies, peak_memory
 from .images import UnfitError, share_of
 from .parallel import Processes, side_by_side
 from .sets import ImageSet, Role
@@ -199,25 +199,26 @@ def with_costs(sets: Iterable[ImageSet], bench: Bench) -> list[ImageSet]:
     """The sets, those of networks with what sampling costs (`costs_of`) in their facts."""
     sets = list(sets)
     costs = costs_of({one.name: one.generator for one in sets if one.generator is not None}, bench)
-    return [replace(one, facts={**one.facts, **costs.get(one.name, {})}) for one in sets]
+    return [replace(one, facts=replace(one.facts, cost=costs.get(one.name))) for one in sets]
 
 
-def costs_of(generators: Mapping[str, Generator], bench: Bench) -> dict[str, dict[str, Any]]:
-    """Time and peak memory of sampling and decoding LATENCY_BATCH images, floating-point operations of one; JSON-able.
+def costs_of(generators: Mapping[str, Generator], bench: Bench) -> dict[str, SamplingCost]:
+    """Time and peak memory of sampling and decoding LATENCY_BATCH images, floating-point operations of one.
 
     The networks take turns, so that a busy machine slows all of them.
     """
     calls = {name: bench.call(generator) for name, generator in generators.items()}
-    facts: dict[str, dict[str, Any]] = {}
+    costs: dict[str, SamplingCost] = {}
     for name, time in latencies(calls, bench.device, LATENCY_RUNS).items():
         memory = peak_memory(calls[name], bench.device)
-        facts[name] = {
-            "latency_ms_per_image": round(time.median_ms / LATENCY_BATCH, 3),
-            "latency_ms_range": [round(end / LATENCY_BATCH, 3) for end in (time.least_ms, time.most_ms)],
-            "latency_runs": time.runs,
-            "cost_batch": LATENCY_BATCH,
-            "peak_memory_mb": round(memory.peak_bytes / 1e6, 3),
-            "peak_memory_method": memory.method,
-            "gflops_per_image": round(flops(bench.call(generators[name], 1)) / 1e9, 6),
-        }
-    return facts
+        least, most = (round(end / LATENCY_BATCH, 3) for end in (time.least_ms, time.most_ms))
+        costs[name] = SamplingCost(
+            latency_ms_per_image=round(time.median_ms / LATENCY_BATCH, 3),
+            latency_ms_range=(least, most),
+            latency_runs=time.runs,
+            cost_batch=LATENCY_BATCH,
+            peak_memory_mb=round(memory.peak_bytes / 1e6, 3),
+            peak_memory_method=memory.method,
+            gflops_per_image=round(flops(bench.call(generators[name], 1)) / 1e9, 6),
+        )
+    return costs

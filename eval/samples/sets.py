@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from dmd_dar.methods.generate import Generator
 from dmd_dar.spectrum import MIN_SIZE
 
+from .facts import SetFacts
 from .images import SAMPLES, ImageStream, UnfitError, open_images
 
 Role = Literal["real", "teacher", "undistilled", "student", "images", "null"]
@@ -36,7 +37,7 @@ class ImageSet:
     labels: Tensor | None  # (N,) integers, None where the classes are not known
     role: Role
     paired: bool
-    facts: dict[str, Any] = field(default_factory=dict)  # JSON-able: evaluations, updates, parameters, ...
+    facts: SetFacts = SetFacts()
     generator: Generator | None = field(default=None, repr=False, compare=False)  # what made them, for its cost
     latents: Tensor | None = field(default=None, repr=False, compare=False)  # (N, C, h, w) that they were decoded from
     names: dict[int, str] = field(default_factory=dict, repr=False)  # of the labels, where the set itself says so
@@ -77,7 +78,7 @@ def read_set(path: str, role: Role = "images") -> ImageSet:
     small = 3 * stream.count * stream.size[0] * stream.size[1] <= IN_MEMORY
     labels, names, prompted = _described(Path(path) / SAMPLES, stream.count)
     images = stream.all() if small else stream
-    facts = {"folder": str(path)} | ({"left_out": stream.others} if stream.others else {})
+    facts = SetFacts(folder=str(path), left_out=stream.others or None)
     return ImageSet(stream.name, images, labels, role, paired=False, facts=facts, names=names, prompted=prompted)
 
 

@@ -30,6 +30,7 @@ from dmd_dar.routing.history import Observer
 from dmd_dar.train.disk import log
 
 from ..metrics.spectrum import hf_gain_db, spectrum_of
+from ..samples.facts import NetworkFacts, RouterUse, SetFacts
 from ..samples.real import NAMES as REAL_NAMES
 from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
@@ -117,16 +118,6 @@ def read_arms(runs: tuple[str, ...]) -> list[Arm]:
     return arms
 
 
-def network_facts(network: Denoiser, evaluations: int, identity: str) -> dict[str, Any]:
-    routers = sum(p.numel() for p in network.router_parameters())
-    return {
-        "evaluations": evaluations,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "router_parameters": routers,
-        "network": identity,
-    }
-
-
 @dataclass(frozen=True)
 class Teacher:
     """The teacher of all arms, guided as they were."""
@@ -161,19 +152,18 @@ class Teacher:
     def sample_set(self, bench: Bench, solver_steps: int) -> ImageSet:
         """The reference: Heun in `solver_steps` steps."""
         generator = ode_generator(self.velocity, solver_steps)
-        facts = {"teacher": self.weights, "guidance": self.guidance_scale, "heun_steps": solver_steps}
-        made = bench.cached(facts, generator, "teacher")
-        facts = network_facts(self.network, 2 * solver_steps, self.weights)
+        identity = {"teacher": self.weights, "guidance": self.guidance_scale, "heun_steps": solver_steps}
+        made = bench.cached(identity, generator, "teacher")
+        facts = SetFacts(network=NetworkFacts.of(self.network, 2 * solver_steps, self.weights))
         return made.as_set("teacher", "teacher", True, facts=facts, generator=generator)
 
     def undistilled_sets(self, bench: Bench) -> list[ImageSet]:
         """The teacher itself at the students' rungs, along the ODE and re-noised: what distillation has to beat."""
-        sets = []
+        sets, identity = [], {"teacher": self.weights, "guidance": self.guidance_scale, "rungs": self.rungs}
+        facts = SetFacts(network=NetworkFacts.of(self.network, len(self.rungs), self.weights))
         for name, sampler in SAMPLERS.items():
             generator = few_step_generator(self.velocity, self.rungs, sampler)
-            facts = {"teacher": self.weights, "guidance": self.guidance_scale, "rungs": self.rungs, "sampler": sampler}
-            made = bench.cached(facts, generator, f"undistilled, {name}")
-            facts = network_facts(self.network, len(self.rungs), self.weights)
+            made = bench.cached({**identity, "sampler": sampler}, generator, f"undistilled, {name}")
             sets.append(made.as_set(f"undistilled, {name}", "undistilled", True, facts=facts, generator=generator))
         return sets
 
@@ -194,16 +184,20 @@ def student_set(arm: Arm, bench: Bench, teacher: ImageSet) -> ImageSet:
     generator = few_step_generator(velocity_of(network, student.prediction), rungs, student.sampler)
     identity = {"student": student.digest, "rungs": rungs, "sampler": student.sampler}
     made = bench.cached(identity, generator, arm.name)
-    facts = network_facts(network, len(rungs), student.digest)
-    facts |= {"updates": student.origin["steps"], "seed": arm.cfg.seed}
+    routing = None
     if network.dar is not None:
-        facts["routing"] = usage_of(student, bench, teacher)
         plain = velocity_of(with_routers_reset(network), student.prediction)
         without = few_step_generator(plain, rungs, student.sampler)
         reset = bench.cached({**identity, "routers": "reset"}, without, f"{arm.name}, routers reset")
         shift = hf_gain_db(*(spectrum_of(x.as_set(arm.name, "student", True).batches()) for x in (reset, made)))
-        facts["routing"] |= {"hf_gain_shift_db": shift, "used": abs(shift) >= ROUTER_USED_DB}
-        facts["label"] = "router used" if abs(shift) >= ROUTER_USED_DB else "router unused"
+        usage = usage_of(student, bench, teacher)
+        routing = RouterUse(**usage, hf_gain_shift_db=shift, used=abs(shift) >= ROUTER_USED_DB)
+    facts = SetFacts(
+        network=NetworkFacts.of(network, len(rungs), student.digest),
+        updates=student.origin["steps"],
+        seed=arm.cfg.seed,
+        routing=routing,
+    )
     return made.as_set(arm.name, "student", True, facts=facts, generator=generator)
 
 

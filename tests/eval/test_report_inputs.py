@@ -25,6 +25,8 @@ from eval.measure.pair import ImageSet, measure
 from eval.measure.suite import Ledger
 from eval.metrics.spectrum import hf_gain_db, spectrum_of
 from eval.report import ReportConfig
+from eval.samples.cost import SamplingCost
+from eval.samples.facts import SetFacts
 from eval.samples.images import UnfitError
 from eval.samples.parallel import Processes
 from eval.samples.real import open_fitting
@@ -119,11 +121,11 @@ def test_two_sets_of_one_name_that_nothing_tells_apart_are_refused(crops):
 
 def test_a_report_of_fewer_images_than_classes_is_concluded(crops):
     """No class has two images, as with 1000 classes, or with more prompts than images."""
-    images, costs = crops(32, 2, 0)[0], {"latency_ms_per_image": 1.0, "peak_memory_mb": 1.0}
+    images, facts = crops(32, 2, 0)[0], SetFacts(cost=SamplingCost(1.0, (1.0, 1.0), 5, 16, 1.0, "", 1.0))
 
     def made(name: str, role: str, step: int) -> ImageSet:
         pixels = (images // step).to(torch.uint8)
-        return ImageSet(name, pixels, torch.arange(len(images)), role, True, facts=costs)  # type: ignore[arg-type]
+        return ImageSet(name, pixels, torch.arange(len(images)), role, True, facts=facts)  # type: ignore[arg-type]
 
     reference = made("teacher", "teacher", 1)
     sets = [made("undistilled, Euler", "undistilled", 3), made("residual", "student", 2)]

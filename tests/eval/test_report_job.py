@@ -412,5 +412,5 @@ def test_resetting_routers_that_add_detail_shows_as_a_negative_shift(runs, monke
     given = iter([real.images, torch.div(real.images, 2, rounding_mode="floor")])
     monkeypatch.setattr(Bench, "cached", lambda self, facts, generator, what: Made(next(given), real.labels))
     one = arms.student_set(arm, maker, real)
-    assert one.facts["routing"]["hf_gain_shift_db"] == pytest.approx(-6.0, abs=0.2)
-    assert one.facts["label"] == "router used"
+    assert one.facts.routing.hf_gain_shift_db == pytest.approx(-6.0, abs=0.2)
+    assert one.facts.routing.label == "router used"

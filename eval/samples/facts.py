@@ -1,0 +1,64 @@
+"""What is known of a set beside its images: which network made it, how that was trained, and what sampling it costs."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dmd_dar.models.teachers import Denoiser
+
+from .cost import SamplingCost
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """A network as it is sampled. `network` is the hash of its weights."""
+
+    evaluations: int  # of the network, for one image
+    parameters: int
+    router_parameters: int
+    network: str
+
+    @staticmethod
+    def of(network: Denoiser, evaluations: int, digest: str) -> "NetworkFacts":
+        """Count the parameters; `digest` is the hash of the weights, found when they were read."""
+        parameters, routers = (
+            sum(p.numel() for p in counted) for counted in (network.parameters(), network.router_parameters())
+        )
+        return NetworkFacts(evaluations, parameters, routers, digest)
+
+
+@dataclass(frozen=True)
+class RouterUse:
+    """What the routers of a student do: the numbers of `dmd_dar.diagnostics.usage`, and what resetting them changes."""
+
+    deviation: float  # mean |n alpha - 1|; 0 is the residual stream
+    change_over_t: float  # mean range of n alpha over the rungs
+    by_router: dict[int, dict[str, Any]]
+    hf_gain_shift_db: float  # HF gain of the student with its routers reset, against itself
+    used: bool  # whether that shift is large enough to say so
+
+    @property
+    def label(self) -> str:
+        return "router used" if self.used else "router unused"
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """Facts about one set; those that do not apply to it are None."""
+
+    folder: str | None = None
+    left_out: str | None = None  # other files of that folder, in words
+    network: NetworkFacts | None = None
+    updates: int | None = None  # of the student
+    seed: int | None = None  # of its training
+    routing: RouterUse | None = None
+    cost: SamplingCost | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts that apply, flat, by the names that they have in report.json."""
+        facts = {"folder": self.folder, "left_out": self.left_out}
+        facts |= {} if self.network is None else asdict(self.network)
+        facts |= {"updates": self.updates, "seed": self.seed}
+        if self.routing is not None:
+            facts |= {"routing": asdict(self.routing), "label": self.routing.label}
+        facts |= {} if self.cost is None else asdict(self.cost)
+        return {name: value for name, value in facts.items() if value is not None}
