@@ -58,7 +58,7 @@ MOVED: dict[str, str] = {
     "eval.processes": "eval.samples.parallel",
     "eval.provenance": "eval.measure.provenance",
     "eval.real": "eval.samples.real",
-    "eval.sectors": "eval.metrics.sectors",
+    "eval.sectors": "eval.metrics.power_map",
     "eval.seeds": "eval.study.endpoint",
     "eval.sets": "eval.samples.sets",
     "eval.sliced": "eval.metrics.sliced",

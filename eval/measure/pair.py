@@ -3,9 +3,8 @@
 Legend: N images of a set, F radial bins. Everything is measured on 8-bit images mapped to [0, 1].
 """
 
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,8 @@ from dmd_dar.spectrum import BAND_NAMES, band_edges
 from ..metrics import frechet, structure
 from ..metrics import power_map as maps
 from ..metrics.intervals import Interval, Sample, bootstrap_interval, images_for_half_width
-from ..metrics.sectors import sector_means
+from ..metrics.power_map import sector_means
+from ..metrics.record import jsonable
 from ..metrics.spectrum import (
     band_gains,
     gain_curve,
@@ -177,7 +177,7 @@ def describe(one: Measured, seed: int) -> dict[str, Any]:
 
 
 def _told(lines: list[maps.GridLine]) -> list[dict[str, Any]]:
-    return [{**asdict(line), "word": line.word} for line in lines]
+    return [asdict(line) for line in lines]
 
 
 def compare(
@@ -265,16 +265,3 @@ def _chroma(samples: Any, colour_labels: set[int] | None, paired: bool, rng: np.
             pair = [Sample(s.values[rows], s.labels[rows]) for s, rows in zip(pair, chosen, strict=True)]
         gains[channel] = band_gains(*pair, paired=paired, rng=rng)
     return gains
-
-
-def jsonable(value: Any) -> Any:
-    """Dataclasses to dicts, tuples to lists, keys to strings, numbers that are not finite to None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return jsonable(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

@@ -22,6 +22,7 @@ from ..metrics.weight_files import ALEXNET, INCEPTION, Weights, clip_weights, di
 from ..samples.images import UnfitError
 from ..samples.parallel import Processes, one_thread
 from ..samples.sets import ImageSet
+from .results import Skipped
 
 T = TypeVar("T")
 Metric = Literal["auto", "offline", "fid", "patch_fid", "fd_dinov2", "clip", "lpips"]
@@ -31,16 +32,6 @@ KID_SUBSET = 1000
 MOST_CLASSIFIED = 10_000  # images of a set whose modes are counted
 MOST_PERCEPTUAL = 1000  # images of a set that CLIP and LPIPS read
 OF_CLASS, ITSELF = "a photo of {}", "{}"  # what CLIP reads of a class, and of a prompt, unless the user says otherwise
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A metric that was not measured. `requested` is False where weights that nobody asked for are missing."""
-
-    metric: str
-    name: str  # of the set, empty where it concerns all
-    reason: str
-    requested: bool = True
 
 
 class Ledger:

@@ -3,7 +3,7 @@
 Legend: N images, n of a batch, C classes, D features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..samples.images import UnfitError
 from .features import Extractor
+from .record import FLAT
 
 WIDTHS = (16, 32, 32)  # the last one is D
 SIDE = 64  # larger images are averaged down to it first
@@ -53,6 +54,26 @@ class Classifier:
             least_share=LEAST_SHARE,
             facts=self.facts,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modes:
+    """Which classes a set holds beside those that its reference holds, as a classifier sees them.
+
+    total_variation: half the sum of the absolute differences of shares; its null is that of random halves of the
+    reference, rescaled to these sizes by sqrt(1/N + 1/M). least_share_ratio: the rarest class against its share in
+    the reference, 0 for a mode that is dropped. agreement: share of images taken for their own label, None without any.
+    """
+
+    images: int
+    shares: dict[int, float]
+    reference_shares: dict[int, float]
+    total_variation: float
+    null: float
+    least_share_ratio: float
+    agreement: float | None
+    comparable_to_published: bool
+    facts: dict[str, Any] = field(metadata=FLAT)  # of the classifier: trained_on, train_seed, classes, accuracy
 
 
 def _prepared(images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..samples.images import ImageStream, UnfitError
 from .frechet import feature_distance, null_distance, standardise, wavelet_features
 from .moments import Gaussian, Moments, finite, merged
+from .record import FLAT
 
 PCA_COMPONENTS = 32
 PCA_SIDE = 32  # larger images are averaged down to it first
@@ -51,6 +52,30 @@ class Features:
     def comparable(self) -> bool:
         """Whether distances of these may stand beside published ones; those of enlarged images may not."""
         return self.extractor.comparable_to_published and not self.upsampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureDistance:
+    """A squared Frechet distance over features, beside its null and what a reader needs to place it.
+
+    null: what another set of the reference's source would read, None where it is not known; null_images: the size that
+    it holds for; excess: the value over it.
+    """
+
+    metric: str
+    value: float
+    null: float | None
+    null_images: int | None
+    excess: float | None = field(init=False)
+    images: int
+    reference_images: int | None
+    dimensions: int
+    comparable_to_published: bool
+    upsampled: bool
+    facts: dict[str, Any] = field(default_factory=dict, metadata=FLAT)  # of the extractor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "excess", None if self.null is None else self.value - self.null)
 
 
 def _batches(

@@ -38,6 +38,15 @@ class Distance:
         return self.value - self.null
 
 
+@dataclass(frozen=True)
+class DiversityRatio:
+    """Diversity within classes as a ratio to a reference's, with the least and the median of the classes."""
+
+    by_class: dict[int, float]
+    least: float
+    median: float
+
+
 def validate_features(features: Tensor, name: str) -> Tensor:
     """(N, D) as float64. UnfitError naming the set when there are fewer than 2 rows or a number is not finite."""
     if features.ndim != 2 or len(features) < 2:

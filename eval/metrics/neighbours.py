@@ -3,7 +3,7 @@
 Legend: N and M rows, D features, k the number of neighbours, T the rows of a tile.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..samples.images import UnfitError
 from .features import Features, scaled
 from .frechet import validate_features
+from .record import OPTIONAL
 
 KID_SUBSET = 1000
 KID_SUBSETS = 100
@@ -41,6 +42,41 @@ class PrecisionRecall:
     recall: float
     neighbours: int
     images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """KID of two sets over the features of one extractor, and where N is equal precision and recall, else None."""
+
+    features: str
+    kid: float
+    kid_std: float
+    kid_subset_size: int
+    kid_subsets: int
+    precision: float | None
+    recall: float | None
+    neighbours: int | None = field(default=None, metadata=OPTIONAL)  # k of precision and recall
+    images: int
+    comparable_to_published: bool
+    upsampled: bool
+
+
+@dataclass(frozen=True)
+class HalvesNull:
+    """What random parts of a reference read against each other; precision and recall hold for `images`."""
+
+    kid: float
+    kid_std: float
+    precision: float
+    recall: float
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedNeighbours(Neighbours):
+    """With their null: what a second set of the reference's source reads, or else the reference's own halves."""
+
+    null: Neighbours | HalvesNull | None
 
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:

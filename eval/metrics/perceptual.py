@@ -20,6 +20,7 @@ from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.perceptual import SMALLEST
 
 from ..samples.images import UnfitError
+from .record import FLAT
 from .weight_files import (
     ALEXNET,
     CLIP_CONFIG,
@@ -145,6 +146,28 @@ class Lpips:
         if min(first.shape[2:]) < SMALLEST:
             pair = [F.interpolate(images, size=(SMALLEST, SMALLEST), mode="bilinear") for images in pair]
         return self.network(*pair).flatten().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LpipsPaired:
+    """Mean LPIPS between images of equal noise and condition."""
+
+    value: float
+    images: int
+    upsampled: bool
+    facts: dict[str, Any] = field(default_factory=dict, metadata=FLAT)  # net, weights, sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LpipsDiversity:
+    """Mean LPIPS over `pairs` of images of one class, by class and as the mean over classes."""
+
+    value: float
+    by_class: dict[int, float]
+    pairs: int
+    images: int
+    upsampled: bool
+    facts: dict[str, Any] = field(default_factory=dict, metadata=FLAT)  # net, weights, sha256
 
 
 def in_model_range(images: Tensor) -> Tensor:

@@ -6,23 +6,27 @@ Legend: N images, H x W pixels, K = W // 2 + 1. All in dB, 10 log10(P + q), with
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmd_dar import spectrum
-from dmd_dar.spectrum import PERIODS, Channel, Window, log_powers
+from dmd_dar.spectrum import BAND_EDGES, PERIODS, Channel, Window, log_powers, modes
 
 from ..samples.images import UnfitError
 from .intervals import Interval, Sample, bootstrap
 from .spectrum import as_floats
 
+LineWord = Literal["peak", "notch", "none"]
 AXES = ("x", "y")  # a lattice of columns shows on x, one of rows on y
 PEAK_DB = 1.0  # a line is called a peak or a notch where its whole interval is beyond this
+DIRECTIONS = ("x", "y", "diagonal")
+HALF_ANGLE = torch.pi / 8  # of the sectors around the axes
 REAL_MODE_DB = 10 * np.log10(2)  # random modes without an imaginary part (f = 1/2) have this less mean log power
 
 
@@ -71,6 +75,40 @@ def mean_log_map(images: Tensor | Iterable[Tensor], *, window: Window = "hann", 
     return reduce(add, sums).mean
 
 
+@dataclass(frozen=True)
+class Directions:
+    """A number for each direction in the plane of frequencies, None where no frequency falls into its sector.
+
+    x: within 22.5 degrees of the horizontal axis (upright edges and columns), y: of the vertical one.
+    """
+
+    x: float | None
+    y: float | None
+    diagonal: float | None
+
+
+def sector_means(plane: Tensor) -> dict[str, dict[str, float | None]]:
+    """Mean of a map (H, W) over each band and direction; None where no frequency falls into a sector.
+
+    x holds the frequencies within 22.5 degrees of the horizontal axis (upright edges and columns), y those of the
+    vertical one. Corners beyond 1/2 are left out.
+    """
+    height, width = plane.shape
+    rows = torch.fft.fftshift(torch.fft.fftfreq(height, dtype=torch.float64))[:, None]
+    columns = torch.fft.fftshift(torch.fft.fftfreq(width, dtype=torch.float64))[None, :]
+    angle = torch.atan2(rows.abs(), columns.abs())  # 0 on the horizontal axis, pi / 2 on the vertical one
+    inside = {"x": angle <= HALF_ANGLE, "y": angle >= torch.pi / 2 - HALF_ANGLE}
+    inside["diagonal"] = ~(inside["x"] | inside["y"])
+    band = whole_plane(modes(height, width).band, width)
+    return {
+        f"B{b}": {name: _mean(plane[(band == b) & inside[name]]) for name in DIRECTIONS} for b in range(len(BAND_EDGES))
+    }
+
+
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if values.numel() else None
+
+
 def grid_lines(images: Tensor, *, channel: Channel = "y") -> np.ndarray:
     """`spectrum.grid_lines` of uint8 images or floats in [0, 1], (N, 2, 4, 1 + 4) in dB."""
     return spectrum.grid_lines(as_floats(images), channel=channel).cpu().numpy()
@@ -89,17 +127,21 @@ class GridLine:
     period: int  # pixels
     height: Interval
     against_reference: bool  # the height is the difference to that of a reference
+    word: LineWord = field(init=False)
 
-    @property
-    def word(self) -> str:
-        """peak or notch where the whole interval is beyond PEAK_DB, none otherwise.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "word", line_word(self.height, self.period, self.against_reference))
 
-        At f = 1/2, and without a reference, whose line has the same bias, REAL_MODE_DB less is no notch either.
-        """
-        if not self.height.defined:
-            return "none"
-        bias = REAL_MODE_DB if self.period == 2 and not self.against_reference else 0.0
-        return "peak" if self.height.low > PEAK_DB else "notch" if self.height.high < -PEAK_DB - bias else "none"
+
+def line_word(height: Interval, period: int, against_reference: bool) -> LineWord:
+    """peak or notch where the whole interval of a line's height is beyond PEAK_DB, none otherwise.
+
+    At f = 1/2, and without a reference, whose line has the same bias, REAL_MODE_DB less is no notch either.
+    """
+    if not height.defined:
+        return "none"
+    bias = REAL_MODE_DB if period == 2 and not against_reference else 0.0
+    return "peak" if height.low > PEAK_DB else "notch" if height.high < -PEAK_DB - bias else "none"
 
 
 def grid_peaks(

@@ -6,7 +6,7 @@ Legend: N images, P patches of an image, D = PATCH^2 pixels, L levels from the f
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -33,10 +33,10 @@ class LevelDistance:
 
     value: float  # in standard deviations of the reference's patches
     null: float
+    excess: float = field(init=False)
 
-    @property
-    def excess(self) -> float:
-        return self.value - self.null
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "excess", self.value - self.null)
 
 
 def pyramid(planes: Tensor) -> list[Tensor]:

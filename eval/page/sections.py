@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from ..metrics.power_map import PEAK_DB
-from ..metrics.sectors import DIRECTIONS
+from ..metrics.power_map import DIRECTIONS, PEAK_DB
 from .cells import NOTHING, Cell, Figure, Table, minus, number, span, the
 from .figures import charted, forest_lines
 from .grids import Row, magnification, row_name, zoom_factor

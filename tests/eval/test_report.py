@@ -14,7 +14,7 @@ from eval.measure import suite as distances
 from eval.measure.pair import ImageSet, measure
 from eval.measure.suite import Ledger, Sources, Suite, prepare
 from eval.metrics import features, perceptual
-from eval.metrics.sectors import sector_means
+from eval.metrics.power_map import sector_means
 from eval.page.columns import terminal_table
 from eval.page.csv import as_csv, numbers
 from eval.samples import sets as sets_module

@@ -16,7 +16,7 @@ from eval.measure.latent import latent_spectra
 from eval.measure.suite import Ledger
 from eval.metrics import features, structure
 from eval.metrics import power_map as maps
-from eval.metrics.sectors import sector_means
+from eval.metrics.power_map import sector_means
 from eval.metrics.spectrum import band_gain_db
 from eval.samples.sets import ImageSet
 from eval.study import endpoint as seeds
