@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum", "moved"}
+GROUND = {"errors", "extras", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum", "moved"}
 JOBS = {"pretrain", "distillation", "plan", "sample", "pairs", "encode"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "pipeline", "diagnostics", "train"}

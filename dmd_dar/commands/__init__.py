@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from dmd_dar.extras import MissingPackageError
+
 COMMANDS = {
     "distill": ("dmd_dar.distillation.job", "distil a few-step student from a teacher"),
     "pretrain": ("dmd_dar.pretrain", "train a many-step diffusion transformer"),
@@ -32,7 +34,10 @@ def listing() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the first word names, with the words after it. Exit code 2 for a word that names none."""
+    """Run the command that the first word names, with the words after it.
+
+    Exit code 2 for a word that names none, and for a command whose optional packages are not installed.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("--help", "-h", "help"):
         print(listing())
@@ -42,4 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         nearest = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.0)[0]
         print(f"error: {name}: no such command; nearest: {nearest}. dmd-dar --help lists all", file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(COMMANDS[name][0]).main(rest)
+    try:
+        command = importlib.import_module(COMMANDS[name][0])
+    except MissingPackageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    command.main(rest)

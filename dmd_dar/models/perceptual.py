@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmd_dar.errors import MissingWeightsError
+from dmd_dar.extras import needed
 
 TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, 233 MB; the linear heads come with the lpips package
 SMALLEST = 64  # pixels; smaller images are enlarged, since AlexNet's last layers would see a single cell
@@ -44,10 +45,11 @@ def lpips_loss(device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def lpips_network(alexnet: dict[str, Tensor]) -> torch.nn.Module:
-    """The frozen metric with torchvision's AlexNet weights (keys features.N.weight and .bias) as its trunk."""
-    import lpips
+    """The frozen metric with torchvision's AlexNet weights (keys features.N.weight and .bias) as its trunk.
 
-    metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    Raises MissingPackageError where the package lpips is not installed.
+    """
+    metric = needed("lpips").LPIPS(net="alex", pnet_rand=True, verbose=False)
     for part in metric.net.children():
         for index, layer in part.named_children():
             if list(layer.parameters()):

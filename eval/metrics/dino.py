@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dmd_dar.extras import needed
+
 from .features import Extractor
 from .inception import clean_resize
-from .weight_files import DINO_MODEL, dinov2_weights, load_state, locate, needed
+from .weight_files import DINO_MODEL, dinov2_weights, load_state, locate
 
 SIDE = 224
 
@@ -22,7 +24,7 @@ def dinov2(
 
     Published values are those of ViT-L/14. MissingWeightsError, DamagedFileError as `locate`.
     """
-    timm = needed("timm", "timm")
+    timm = needed("timm")
     weights = dinov2_weights(model)
     found = locate(weights, path, allow_download)
     overlay = {"state_dict": load_state(found.path)}

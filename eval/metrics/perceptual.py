@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.extras import needed
 from dmd_dar.models.perceptual import SMALLEST
 
 from ..samples.images import UnfitError
@@ -31,7 +32,6 @@ from .weight_files import (
     file_hash,
     load_state,
     locate,
-    needed,
 )
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -72,7 +72,7 @@ def load_clip(
     MissingWeightsError, DamagedFileError naming the folder or file.
     """
     folder, weights = _clip_folder(source, allow_download)
-    open_clip = needed("open_clip", "open_clip_torch")
+    open_clip = needed("open_clip")
     try:
         config = json.loads((folder / CLIP_CONFIG).read_text())
         network, preprocess = open_clip.create_model_from_pretrained(f"{LOCAL}{folder}", device=device)
@@ -188,7 +188,7 @@ def load_lpips(
     if net not in trunks:
         raise UserError(f"LPIPS: net = {net}; choose one of {', '.join(trunks)}")
     found = locate(trunks[net], path, allow_download)
-    network = needed("lpips", "lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
+    network = needed("lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
     state = load_state(found.path)
     for part in network.net.children():
         for index, layer in part.named_children():

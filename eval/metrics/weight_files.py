@@ -5,18 +5,16 @@ against the SHA-256 that its publisher put into its name, or that the Hugging Fa
 """
 
 import hashlib
-import importlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.errors import DamagedFileError, MissingWeightsError
 
 VARIABLE = "DMD_DAR_WEIGHTS_DIR"
 CLIP_REPO = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
@@ -117,14 +115,6 @@ def clip_weights(repo: str = CLIP_REPO) -> Weights:
 
 def every_file() -> tuple[Weights, ...]:
     return INCEPTION, dinov2_weights(), clip_weights(), ALEXNET, VGG16
-
-
-def needed(module: str, package: str) -> ModuleType:
-    """An optional library. UserError naming the package to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{module} is not installed; pip install {package}") from error
 
 
 def own_folder() -> Path | None:
