@@ -12,8 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,11 +26,11 @@ from dmd_dar.data import photos, textures
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 
-from .measure.pair import jsonable
 from .measure.provenance import command_line, provenance
 from .metrics import features, sliced, spoil, structure
 from .metrics import power_map as maps
 from .metrics.frechet import feature_distance
+from .metrics.record import jsonable
 from .metrics.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains, spectrum_of
 from .metrics.verdict import Verdict
 
@@ -147,15 +146,15 @@ def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
 
 
 def _structure_metrics(ours: structure.Structure, theirs: structure.Structure) -> dict[str, float]:
-    def medians(name: str) -> tuple[float, float]:
-        return np.median(getattr(ours, name)), np.median(getattr(theirs, name))
+    def medians(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(np.median(getattr(ours, name))), np.asarray(np.median(getattr(theirs, name)))
 
     kurtosis, gradient, agreement = (medians(name) for name in ("kurtosis", "gradient_kurtosis", "parent_child"))
     return {
-        "hf_kurtosis ratio": structure.tail_ratio(*kurtosis),
-        "gradient kurtosis ratio": structure.tail_ratio(*gradient),
-        "parent-child difference": agreement[0] - agreement[1],
-        "flat noise, dB": structure.flat_gain(ours.flat, theirs.flat),
+        "hf_kurtosis ratio": float(structure.tail_ratio(*kurtosis)),
+        "gradient kurtosis ratio": float(structure.tail_ratio(*gradient)),
+        "parent-child difference": float(agreement[0] - agreement[1]),
+        "flat noise, dB": float(structure.flat_gain(ours.flat, theirs.flat)),
     }
 
 
@@ -167,52 +166,77 @@ def source(cfg: SensitivityConfig) -> Callable[[str], Labelled]:
     return lambda name: Labelled(data.crops(labels, Draws(cfg.seed, f"sensitivity {name}", 0, samples)), labels)
 
 
-def sensitivity(cfg: SensitivityConfig) -> dict[str, Any]:
-    """JSON-able: null mean and deviation of each metric, and its value, z and the verdict for each way to spoil."""
+@dataclass(frozen=True)
+class Null:
+    """A metric over fresh, unspoiled sets."""
+
+    mean: float
+    deviation: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Null":
+        return Null(float(np.mean(values)), float(np.std(values, ddof=1)))
+
+    def z(self, value: float) -> float | None:
+        """Deviations from the mean; None where the null does not vary."""
+        return (value - self.mean) / self.deviation if self.deviation > 0 else None
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """What the metrics, by name, and the verdict read of one way to spoil images."""
+
+    values: dict[str, float]
+    z: dict[str, float | None]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """All that sensitivity.json holds: the null of each metric, and each way to spoil, by name."""
+
+    schema_version: int
+    config: SensitivityConfig
+    null: dict[str, Null]
+    spoiled: dict[str, Spoiled]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def sensitivity(cfg: SensitivityConfig) -> Sensitivity:
+    """Measure fresh sets for the nulls, then every way to spoil; says the verdicts as it goes."""
     draw, draws = source(cfg), Draws(cfg.seed, "spoil", 0, sample_range(0, cfg.n))
     reference, fresh = draw("reference"), draw("fresh")
     extractors = extractors_of(draw, cfg.seed)
     theirs = measure(reference.images, extractors)
-    nulls = [metrics(measure(draw(f"null {i}").images, extractors), theirs) for i in range(cfg.nulls)]
-    table = {name: {"mean": _mean(nulls, name), "deviation": _deviation(nulls, name)} for name in nulls[0]}
-    rows = {}
+    unspoiled = [metrics(measure(draw(f"null {i}").images, extractors), theirs) for i in range(cfg.nulls)]
+    nulls = {name: Null.of([values[name] for values in unspoiled]) for name in unspoiled[0]}
+    spoiled = {}
     for name, spoiler in SPOILERS.items():
         values = metrics(measure(spoiler(fresh, draws).images, extractors), theirs)
-        z = {metric: _z(value, table[metric]) for metric, value in values.items()}
-        rows[name] = {"values": values, "z": z, "verdict": vars(paired_verdict(spoiler, reference, draws))}
-        print(f"{name}: {rows[name]['verdict']['word']}", file=sys.stderr)
-    return {"schema_version": SCHEMA_VERSION, "config": config.to_dict(cfg), "null": table, "spoiled": rows}
+        z = {metric: nulls[metric].z(value) for metric, value in values.items()}
+        spoiled[name] = Spoiled(values, z, paired_verdict(spoiler, reference, draws))
+        print(f"{name}: {spoiled[name].verdict.word}", file=sys.stderr)
+    return Sensitivity(SCHEMA_VERSION, cfg, nulls, spoiled)
 
 
 def paired_verdict(spoiler: Spoiler, reference: Labelled, draws: Draws) -> Verdict:
     """Of the reference's own images, spoiled, against themselves; unpaired where their classes are others."""
     ours = spoiler(reference, draws)
     paired = torch.equal(ours.labels, reference.labels)
-    labels = {"labels": ours.labels, "reference_labels": reference.labels}
-    return structure.verdict(ours.images, reference.images, **labels, paired=paired)
+    return structure.verdict(
+        ours.images, reference.images, labels=ours.labels, reference_labels=reference.labels, paired=paired
+    )
 
 
-def _mean(nulls: list[dict[str, float]], name: str) -> float:
-    return float(np.mean([null[name] for null in nulls]))
-
-
-def _deviation(nulls: list[dict[str, float]], name: str) -> float:
-    return float(np.std([null[name] for null in nulls], ddof=1))
-
-
-def _z(value: float, null: dict[str, float]) -> float | None:
-    return (value - null["mean"]) / null["deviation"] if null["deviation"] > 0 else None
-
-
-def terminal_table(result: dict[str, Any]) -> str:
+def terminal_table(result: Sensitivity) -> str:
     """z of every metric (rows) for every way to spoil (columns, numbered), an asterisk where it is seen; verdicts."""
-    spoiled = result["spoiled"]
-    width = max(len(name) for name in result["null"])
+    spoiled = result.spoiled
+    width = max(len(name) for name in result.null)
     lines = ["z = (value - null mean) / null deviation; * where |z| is at least 3", ""]
-    lines += [f"{i:>3}  {name:<26} {row['verdict']['word']}" for i, (name, row) in enumerate(spoiled.items())]
+    lines += [f"{i:>3}  {name:<26} {row.verdict.word}" for i, (name, row) in enumerate(spoiled.items())]
     lines += ["", " " * width + "".join(f"{i:>8}" for i in range(len(spoiled)))]
-    for metric in result["null"]:
-        lines.append(f"{metric:<{width}}" + "".join(f"{_shown(row['z'][metric]):>8}" for row in spoiled.values()))
+    for metric in result.null:
+        lines.append(f"{metric:<{width}}" + "".join(f"{_shown(row.z[metric]):>8}" for row in spoiled.values()))
     return "\n".join(lines)
 
 
@@ -222,22 +246,22 @@ def _shown(z: float | None) -> str:
     return f"{np.clip(z, -LARGEST_SHOWN, LARGEST_SHOWN):.1f}{'*' if abs(z) >= SEEN else ' '}"
 
 
-def as_csv(result: dict[str, Any]) -> str:
+def as_csv(result: Sensitivity) -> str:
     """One line for each metric and way to spoil."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["spoiled", "metric", "value", "null_mean", "null_deviation", "z", "verdict"])
-    for name, row in result["spoiled"].items():
-        for metric, null in result["null"].items():
-            cells = [row["values"][metric], null["mean"], null["deviation"], row["z"][metric]]
-            writer.writerow([name, metric, *cells, row["verdict"]["word"]])
+    for name, row in result.spoiled.items():
+        for metric, null in result.null.items():
+            cells = [row.values[metric], null.mean, null.deviation, row.z[metric]]
+            writer.writerow([name, metric, *cells, row.verdict.word])
     return buffer.getvalue()
 
 
-def figure(result: dict[str, Any]) -> bytes:
+def figure(result: Sensitivity) -> bytes:
     """The table as a PNG: blue below the null, red above, on a logarithmic scale; numbers where it is seen."""
-    names, rows = list(result["null"]), result["spoiled"]
-    z = np.array([[row["z"][metric] or 0.0 for row in rows.values()] for metric in names])
+    names, rows = list(result.null), result.spoiled
+    z = np.array([[row.z[metric] or 0.0 for row in rows.values()] for metric in names])
     shade = np.sign(z) * np.log10(1 + np.abs(z))
     drawn = Figure(figsize=(2.6 + 0.62 * len(rows), 2.2 + 0.27 * len(names)), layout="constrained")
     axes = drawn.add_subplot()
@@ -253,10 +277,10 @@ def figure(result: dict[str, Any]) -> bytes:
             fontsize=8,
             color=colour,
         )
-    words = [f"{name}\n({row['verdict']['word']})" for name, row in rows.items()]
+    words = [f"{name}\n({row.verdict.word})" for name, row in rows.items()]
     axes.set_xticks(range(len(rows)), words, rotation=55, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.set_title(f"z against the null, {result['config']['data']}, n = {result['config']['n']}", fontsize=11)
+    axes.set_title(f"z against the null, {result.config.data}, n = {result.config.n}", fontsize=11)
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
@@ -267,10 +291,11 @@ def run(cfg: SensitivityConfig) -> None:
     began, folder = time.monotonic(), make_folder(cfg.out)
     result = sensitivity(cfg)
     command = command_line("eval.sensitivity", config.differences(SensitivityConfig(), cfg))
-    result["provenance"] = jsonable(provenance(torch.device("cpu"), time.monotonic() - began, command=command))
-    write_atomic(Path(folder) / "sensitivity.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(Path(folder) / "sensitivity.csv", as_csv(result))
-    write_atomic(Path(folder) / "sensitivity.png", figure(result))
+    origin = provenance(torch.device("cpu"), time.monotonic() - began, command=command)
+    result = replace(result, provenance=origin)
+    write_atomic(folder / "sensitivity.json", json.dumps(jsonable(result), indent=1) + "\n")
+    write_atomic(folder / "sensitivity.csv", as_csv(result))
+    write_atomic(folder / "sensitivity.png", figure(result))
     print(terminal_table(result))
 
 
