@@ -24,6 +24,7 @@ from .measure.latent import latent_spectra, read_latents
 from .measure.one_set import Reading, mean_plane, read_one
 from .measure.pair import fitting, jsonable, measure
 from .measure.provenance import command_line, provenance
+from .measure.results import Forest
 from .measure.suite import Ledger, Metric, Sources, Suite, prepare
 from .page.columns import terminal_table
 from .page.html import write_report
@@ -33,7 +34,8 @@ from .samples.sampling import Bench, with_costs
 from .samples.sets import ImageSet, read_set
 from .study import forest
 from .study import runs as arms
-from .study.pairing import ROUTING, Groups, book_keeping, different_networks, same_data
+from .study.pairing import ROUTING, RunsByArm, book_keeping, different_networks, same_data
+from .study.students import student_set
 
 __all__ = ["ReportConfig", "main", "report"]
 
@@ -119,7 +121,7 @@ def sampled(cfg: ReportConfig, device: torch.device, ledger: Ledger, processes: 
     sets = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
     made = {}
     for arm in read:
-        call = partial(arms.student_set, arm, bench, reference)
+        call = partial(student_set, arm, bench, reference)
         made[arm.name] = ledger.attempt("every metric", arm.name, call)
     read = [arm for arm in read if made[arm.name] is not None]
     sets += [made[arm.name] for arm in read]
@@ -262,22 +264,22 @@ def seed_pairs(read: list[arms.Arm], sets: list[ImageSet]) -> list[forest.Pair]:
         twins = [other for other in read if other.cfg.student.routing.query == "residual"]
         twins = [other for other in twins if not unequal(arm.cfg, other.cfg)]
         if routing.query != "residual" and twins:
-            pair = arm.cfg.seed, by_name[twins[0].name], by_name[arm.name]
+            pair = forest.Pair(arm.cfg.seed, by_name[twins[0].name], by_name[arm.name])
             forms.setdefault(repr(routing), []).append(pair)
     return max(forms.values(), key=len, default=[])
 
 
-def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> dict[str, Any] | None:
+def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> Forest | None:
     """What the forest plot shows: the given compare.json, or runs that were trained in pairs from several seeds."""
     if cfg.compare:
         return ledger.attempt("seed by seed", cfg.compare, lambda: forest.from_file(cfg.compare))
     pairs = seed_pairs(inputs.read, inputs.sets)
-    if len({seed for seed, _, _ in pairs}) < max(2, len(pairs)):
+    if len({pair.seed for pair in pairs}) < max(2, len(pairs)):
         return None
 
-    def drawn() -> dict[str, Any]:
-        names = {"residual": {pair[1].name for pair in pairs}, "dar": {pair[2].name for pair in pairs}}
-        groups: Groups = {role: [arm for arm in inputs.read if arm.name in held] for role, held in names.items()}
+    def drawn() -> Forest:
+        names = {"residual": {pair.residual.name for pair in pairs}, "dar": {pair.dar.name for pair in pairs}}
+        groups: RunsByArm = {role: [arm for arm in inputs.read if arm.name in held] for role, held in names.items()}
         for role, runs in groups.items():
             different_networks(role, runs)
         same_data(groups)

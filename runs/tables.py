@@ -8,7 +8,8 @@ from typing import Any
 
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
-from dmd_dar.eval.study.wording import table as terminal_table
+from dmd_dar.eval.study.records import read_study
+from dmd_dar.eval.study.wording import seed_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -129,9 +130,9 @@ def rungs_table() -> str:
 
 def pilot_words() -> str:
     """The terminal's table of the pilot and its conclusion, as eval.compare prints them."""
-    result = json.loads((RESULTS / "pilot" / "compare.json").read_text())
-    told = textwrap.fill(result["conclusion"], 120, break_long_words=False, break_on_hyphens=False)
-    return f"```\n{terminal_table(result)}\n```\n\n{told}\n"
+    result = read_study(RESULTS / "pilot" / "compare.json")
+    words = textwrap.fill(result.conclusion, 120, break_long_words=False, break_on_hyphens=False)
+    return f"```\n{seed_table(result)}\n```\n\n{words}\n"
 
 
 def readme_tables() -> str:

@@ -7,7 +7,7 @@ Legend: N images, D features, A = centred features / sqrt(N - 1), so that S = A^
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,18 @@ LEAST_SPREAD = 1e-6  # features that do not vary over the reference are compared
 
 @dataclass(frozen=True)
 class Distance:
-    """A squared Frechet distance beside the value that two sets of the same source and the same sizes would show."""
+    """A squared Frechet distance beside the value that two sets of the same source and the same sizes would show.
+
+    excess: the value over its null.
+    """
 
     value: float
     null: float
     comparable_to_published: bool = False
+    excess: float = field(init=False)
 
-    @property
-    def excess(self) -> float:
-        return self.value - self.null
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "excess", self.value - self.null)
 
 
 @dataclass(frozen=True)

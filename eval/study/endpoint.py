@@ -209,7 +209,7 @@ def simulated_coverage(
         gains = model.mean + _normal(model.seed, (*shape, seeds), rng) + _image_noise(model, seeds, images, shape, rng)
         per_seed = np.abs(gains[..., 0]) - np.abs(gains[..., 1])  # (R, K)
         shared, _ = model.images.of_difference(gains.T)
-        ends = {
+        ends: dict[Method, tuple[np.ndarray, np.ndarray]] = {
             "two-level bootstrap": _simulated_bootstrap(model, gains, images, rng),
             "Student-t": student_t(per_seed, shared / images),
             "inverted sign-flip": sign_flip_interval(per_seed),
@@ -254,11 +254,11 @@ def choose(coverage: dict[Method, float], intervals: dict[Method, Interval]) -> 
     poor = [name for name in coverage if name not in good and name != method]
     if method == "two-level bootstrap" or not poor:
         return method, own if good else f"{own}, and none reaches {percent(LEAST_COVERAGE)}"
-    told = " and ".join(
+    others = " and ".join(
         f"the {name} covers {percent(coverage[name])}" if name in usable else f"the {name} is unbounded"
         for name in poor
     )
-    return method, f"{own}, where {told}" + ("" if good else f"; none reaches {percent(LEAST_COVERAGE)}")
+    return method, f"{own}, where {others}" + ("" if good else f"; none reaches {percent(LEAST_COVERAGE)}")
 
 
 def percent(share: float) -> str:
@@ -333,7 +333,7 @@ def endpoint(arms: Arms, seed: int) -> Endpoint:
     per_seed, (_, images) = differences(arms.gains), arms.baseline.shape
     spread, value = image_spread(arms), float(per_seed.mean())
     shared, own = (float(variance) for variance in spread.of_difference(arms.gains))
-    ends = {
+    ends: dict[Method, tuple[np.ndarray, np.ndarray]] = {
         "Student-t": student_t(per_seed, shared / images),
         "inverted sign-flip": sign_flip_interval(per_seed),
     }

@@ -12,8 +12,8 @@ from dmd_dar.train.loop.optimise import OptimiserConfig
 from .runs import Arm, read_arm
 from .wording import MATCHED_WITHIN
 
-Role = Literal["residual", "dar", "matched", "frozen"]
-Groups = dict[Role, list[Arm]]  # every arm in the order of the training seeds
+ArmName = Literal["residual", "dar", "matched", "frozen"]
+RunsByArm = dict[ArmName, list[Arm]]  # every arm in the order of the training seeds
 
 BOOK_KEEPING = (
     "out_dir",
@@ -44,14 +44,14 @@ class ArmsConfig:
     frozen: tuple[str, ...] = key((), "control: as arms.dar, trained with student.routing.query=static", path=True)
 
 
-def read_groups(arms: ArmsConfig) -> Groups:
+def read_groups(arms: ArmsConfig) -> RunsByArm:
     """The finished runs of every arm that is given, sorted by training seed.
 
     A ConfigError naming runs, key and values where a run is unfinished, a seed is missing or double, an arm has the
     wrong routing, or runs differ in more than their arm's own keys, the seed and book-keeping.
     """
-    groups: Groups = {}
-    for role in get_args(Role):
+    groups: RunsByArm = {}
+    for role in get_args(ArmName):
         if folders := getattr(arms, role):
             groups[role] = _read(role, folders)
     for role, runs in groups.items():
@@ -68,7 +68,7 @@ def read_groups(arms: ArmsConfig) -> Groups:
     return groups
 
 
-def _read(role: Role, folders: Sequence[str]) -> list[Arm]:
+def _read(role: ArmName, folders: Sequence[str]) -> list[Arm]:
     try:
         runs = sorted((read_arm(folder) for folder in folders), key=lambda run: run.cfg.seed)
     except config.ConfigError as error:
@@ -87,7 +87,7 @@ def _read(role: Role, folders: Sequence[str]) -> list[Arm]:
     return runs
 
 
-def different_networks(role: Role, runs: list[Arm]) -> None:
+def different_networks(role: ArmName, runs: list[Arm]) -> None:
     """Refuse a copy under another seed: it would count one training twice."""
     seen: dict[str, Arm] = {}
     for run in runs:
@@ -97,13 +97,13 @@ def different_networks(role: Role, runs: list[Arm]) -> None:
             raise config.ConfigError(f"arms.{role}: {fault}; train one from another seed")
 
 
-def _fits(role: Role, query: str) -> bool:
+def _fits(role: ArmName, query: str) -> bool:
     if role == "dar":
         return query != "residual"
     return query == ("static" if role == "frozen" else "residual")
 
 
-def _same_seeds(role: Role, runs: list[Arm], others: list[Arm]) -> None:
+def _same_seeds(role: ArmName, runs: list[Arm], others: list[Arm]) -> None:
     ours, theirs = ({run.cfg.seed: run.folder for run in group} for group in (runs, others))
     for has, lacks, here, there in ((theirs, ours, "residual", role), (ours, theirs, role, "residual")):
         for seed in sorted(has.keys() - lacks.keys()):
@@ -112,7 +112,7 @@ def _same_seeds(role: Role, runs: list[Arm], others: list[Arm]) -> None:
 
 
 def _alike(
-    role: Role, run: Arm, other_role: Role, other: Arm, own: tuple[str, ...], never: tuple[str, ...] = ()
+    role: ArmName, run: Arm, other_role: ArmName, other: Arm, own: tuple[str, ...], never: tuple[str, ...] = ()
 ) -> None:
     """Refuse a difference beyond the keys that the arm is made of (`own`, but for `never`), seed and book-keeping."""
     for name, ours, theirs in config.differences(run.cfg, other.cfg):
@@ -123,7 +123,7 @@ def _alike(
         raise config.ConfigError(f"arms.{role}: {fault}; these runs may differ in {may} only, train one of them anew")
 
 
-def same_data(groups: Groups) -> None:
+def same_data(groups: RunsByArm) -> None:
     """Refuse students trained on other images than the first; the configuration names the data, a hash tells it."""
     first = groups["residual"][0]
     theirs = first.origin.get("data")

@@ -4,40 +4,30 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmd_dar import config
-from dmd_dar.data.images import to_model_range
-from dmd_dar.diagnostics.usage import routing_usage
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.distillation.job import open_teacher
-from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.generate import few_step_generator, ode_generator
 from dmd_dar.methods.rollout import Sampler
 from dmd_dar.models import teachers
 from dmd_dar.models.codecs import Codec
-from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import ModelCard, Saved, holds_network, read_card
 from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
-from dmd_dar.routing.history import Observer
 from dmd_dar.train.disk import log
 
-from ..metrics.spectrum import hf_gain_db, spectrum_of
-from ..samples.facts import NetworkFacts, RouterUse, SetFacts
+from ..samples.facts import NetworkFacts, SetFacts
 from ..samples.real import NAMES as REAL_NAMES
 from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
-from .controls import with_routers_reset
 
-USAGE_IMAGES = 56
-ROUTER_USED_DB = 0.1  # HF gain that resetting the routers must move
 SAMPLERS: dict[str, Sampler] = {"Euler": "deterministic", "re-noised": "stochastic"}
 RESERVED = (*REAL_NAMES, "teacher")
 
@@ -175,40 +165,3 @@ def require_teacher(arms: Iterable[Arm], digest: str) -> None:
             raise config.ConfigError(
                 f"runs: {arm.folder} was distilled from another teacher than {arm.cfg.teacher.path} holds now"
             )
-
-
-def student_set(arm: Arm, bench: Bench, teacher: ImageSet) -> ImageSet:
-    """The arm's images, with what its routers do."""
-    student = arm.student(bench.device)
-    network, rungs = student.network, student.rungs
-    generator = few_step_generator(velocity_of(network, student.prediction), rungs, student.sampler)
-    identity = {"student": student.digest, "rungs": rungs, "sampler": student.sampler}
-    made = bench.cached(identity, generator, arm.name)
-    routing = None
-    if network.dar is not None:
-        plain = velocity_of(with_routers_reset(network), student.prediction)
-        without = few_step_generator(plain, rungs, student.sampler)
-        reset = bench.cached({**identity, "routers": "reset"}, without, f"{arm.name}, routers reset")
-        shift = hf_gain_db(*(spectrum_of(x.as_set(arm.name, "student", True).batches()) for x in (reset, made)))
-        usage = usage_of(student, bench, teacher)
-        routing = RouterUse(**usage, hf_gain_shift_db=shift, used=abs(shift) >= ROUTER_USED_DB)
-    facts = SetFacts(
-        network=NetworkFacts.of(network, len(rungs), student.digest),
-        updates=student.origin["steps"],
-        seed=arm.cfg.seed,
-        routing=routing,
-    )
-    return made.as_set(arm.name, "student", True, facts=facts, generator=generator)
-
-
-def usage_of(student: teachers.Teacher, bench: Bench, teacher: ImageSet) -> dict[str, Any]:
-    """What its routers do at its own rungs, on what the teacher makes."""
-    draws = Draws(bench.seed, "usage", 0, sample_range(0, min(USAGE_IMAGES, teacher.count), bench.device))
-    rows = slice(len(draws.samples))
-    x0 = to_model_range(teacher.images[rows]) if teacher.latents is None else teacher.latents[rows]
-
-    def observed(observe: Observer) -> Velocity:
-        return velocity_of(partial(student.network, observe=observe), student.prediction)
-
-    cond = teacher.labels[rows].to(bench.device)
-    return routing_usage(observed, x0.to(bench.device), cond, student.rungs, draws)

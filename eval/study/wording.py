@@ -1,12 +1,19 @@
-"""A comparison over training seeds in words: every sentence is made from the numbers of compare.json.
+"""A comparison over training seeds in words: every sentence is made from the numbers of its result.
 
 A win, a loss and a null are told in the same form; a pilot is called one in the first word.
 """
 
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
 
+from ..metrics.intervals import Interval
 from ..metrics.verdict import KURTOSIS_RANGE
-from .runs import ROUTER_USED_DB
+from .endpoint import Power
+from .results import AdjustedDifference, ArmComparison, NetworkRow, PairedDifference, SeedDifference, StudyResult
+from .students import ROUTER_USED_DB
+
+Rows = dict[str, list[NetworkRow]]  # by arm
 
 Outcome = Literal["pilot", "win", "loss", "null"]
 SIGNIFICANT = 0.05
@@ -19,125 +26,126 @@ NAMES = {
     "frozen": "the students trained with static routers",
     "frozen_at_mean": "the same DAR students with routers held at their mean over t",
 }
-TIMES = {
-    "latency_ms_per_image": "time per image",
-    "peak_memory_mb": "peak memory",
-    "gflops_per_image": "FLOPs",
-    "training_step_seconds": "time of a training step",
+TIMES: dict[str, Callable[[NetworkRow], float]] = {
+    "time per image": lambda row: row.cost.latency_ms_per_image,
+    "peak memory": lambda row: row.cost.peak_memory_mb,
+    "FLOPs": lambda row: row.cost.gflops_per_image,
+    "time of a training step": lambda row: row.training_step_seconds,
 }
 CONTROLS = {"matched": "a parameter-matched residual arm", "frozen": "an arm trained with static routers"}
 
 
-def outcome(primary: dict[str, Any]) -> Outcome:
+def outcome(comparison: ArmComparison) -> Outcome:
     """A win or a loss needs an interval off 0 and a sign-flip p of at most 0.05, for a control after Holm."""
-    if primary["pilot"]:
+    if comparison.pilot:
         return "pilot"
-    d = primary["difference_db"]
-    if primary.get("p_holm", primary["p"]) > SIGNIFICANT or d["low"] <= 0 <= d["high"]:
+    difference = comparison.difference_db
+    p = comparison.p if comparison.p_holm is None else comparison.p_holm
+    if p > SIGNIFICANT or difference.low <= 0 <= difference.high:
         return "null"
-    return "win" if d["low"] > 0 else "loss"
+    return "win" if difference.low > 0 else "loss"
 
 
-def conclusion(result: dict[str, Any]) -> str:
-    """One paragraph, from compare.json's data without its conclusion."""
-    primary = result["primary"]
+def conclusion(result: StudyResult) -> str:
+    """One paragraph, from all but the result's own conclusion."""
+    primary = result.primary
     sentences = [
         headline(primary),
         signed_gains(primary),
-        f"The interval is the {primary['method']}'s: {primary['reason']}.",
-        resolution(primary["power"], result["images"], len(primary["seeds"])),
-        *(control_sentence(control) for control in result["controls"].values()),
+        f"The interval is the {primary.method}'s: {primary.reason}.",
+        resolution(primary.power, result.images, len(primary.seeds)),
+        *(control_sentence(control) for control in result.controls.values()),
         absent_controls(result),
-        secondary_sentence(result["secondaries"], primary),
-        structure_sentence(result["runs"]),
-        usage_sentence(result["runs"]["dar"]),
-        cost_sentence(result["runs"]),
+        secondary_sentence(result.secondaries, primary.least_p),
+        structure_sentence(result.runs),
+        usage_sentence(result.runs["dar"]),
+        cost_sentence(result.runs),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def headline(primary: dict[str, Any]) -> str:
-    d, seeds = primary["difference_db"], len(primary["seeds"])
-    nearer = sum(one["difference_db"]["value"] > 0 for one in primary["per_seed"])
+def headline(primary: ArmComparison) -> str:
+    """The endpoint with its test, and what it says: one form for a win, a loss and a null."""
+    difference, seeds = primary.difference_db, len(primary.seeds)
+    nearer = sum(one.difference_db.value > 0 for one in primary.per_seed)
     numbers = (
-        f"D = |HF gain of residual| - |HF gain of DAR| = {interval(d)}, exact sign-flip p = {primary['p']:.3g},"
+        f"D = |HF gain of residual| - |HF gain of DAR| = {interval(difference)}, exact sign-flip p = {primary.p:.3g},"
         f" DAR nearer to the teacher in {nearer} of {seeds} training seeds"
     )
     kind = outcome(primary)
     if kind == "pilot":
-        return f"Pilot: {seeds} training seeds cannot decide (p is at least {primary['least_p']:.3g}); {numbers}."
+        return f"Pilot: {seeds} training seeds cannot decide (p is at least {primary.least_p:.3g}); {numbers}."
     if kind == "win":
         return f"DAR keeps the high band nearer to the teacher than plain residuals do: {numbers}."
     if kind == "loss":
         return f"Against DAR: plain residuals keep the high band nearer to the teacher than DAR does: {numbers}."
-    target = primary["power"]["target_db"]
-    if -target < d["low"] and d["high"] < target:
+    target = primary.power.target_db
+    if -target < difference.low and difference.high < target:
         return f"No difference, and none of {target} dB either way: {numbers}."
     return f"No difference shown: {numbers}; this is no evidence that there is none."
 
 
-def signed_gains(primary: dict[str, Any]) -> str:
-    base = primary["baseline"]
-    ours, theirs = primary["gain_db"][base], primary["gain_db"]["dar"]
-    biased, other = primary["absolute_gain_db"][base], primary["absolute_gain_db"]["dar"]
+def signed_gains(primary: ArmComparison) -> str:
+    base = primary.baseline
+    ours, theirs = primary.gain_db[base], primary.gain_db["dar"]
+    biased, other = primary.absolute_gain_db[base], primary.absolute_gain_db["dar"]
     return (
         f"Signed gains, mean over seeds: residual {ours:+.2f} dB, DAR {theirs:+.2f} dB (absolute {biased:.2f} and"
         f" {other:.2f}, which noise raises near 0)."
     )
 
 
-def resolution(power: dict[str, Any], images: int, seeds: int) -> str:
+def resolution(power: Power, images: int, seeds: int) -> str:
     """How many seeds and images would resolve the target."""
-    target = f"{power['target_db']} dB"
-    if power["seeds"] is None:
+    target = f"{power.target_db} dB"
+    if power.seeds is None:
         return f"No number of seeds resolves {target} with {images} images: the images' own noise is too large."
-    most = power["seeds_at_most"]
+    most = power.seeds_at_most
     upper = "far more" if most is None else f"up to {most}"
     return (
-        f"To resolve {target} (80 % power, 5 % level) takes about {power['seeds']} seeds of {images} images ({upper} if"
-        f" these {seeds} happen to agree too well), and for these networks alone about {power['images']} images."
+        f"To resolve {target} (80 % power, 5 % level) takes about {power.seeds} seeds of {images} images ({upper} if"
+        f" these {seeds} happen to agree too well), and for these networks alone about {power.images} images."
     )
 
 
-def control_sentence(control: dict[str, Any]) -> str:
-    name, d = control["baseline"], control["difference_db"]
-    pilot = "pilot, " if control["pilot"] else ""
-    kind = outcome(control)
+def control_sentence(control: ArmComparison) -> str:
+    pilot, kind = "pilot, " if control.pilot else "", outcome(control)
     word = {"win": "DAR is nearer", "loss": "DAR is farther", "null": "no difference shown", "pilot": "undecided"}[kind]
-    return f"Against {NAMES[name]}: D = {interval(d)}, p = {control['p_holm']:.3g} ({pilot}{word})."
+    numbers = f"D = {interval(control.difference_db)}, p = {control.p_holm:.3g}"
+    return f"Against {NAMES[control.baseline]}: {numbers} ({pilot}{word})."
 
 
-def absent_controls(result: dict[str, Any]) -> str:
+def absent_controls(result: StudyResult) -> str:
     """What was not controlled for, or cannot be. A residual arm of DAR's size within 1 % is its own matched one."""
-    impossible = " ".join(f"{name} was not made: {reason}." for name, reason in result["absent"].items())
-    absent = [name for name in CONTROLS if name not in result["controls"]]
-    if abs(ratio(result["runs"], "parameters") - 1) <= MATCHED_WITHIN:
+    impossible = " ".join(f"{name} was not made: {reason}." for name, reason in result.absent.items())
+    absent = [name for name in CONTROLS if name not in result.controls]
+    if abs(size_ratio(result.runs) - 1) <= MATCHED_WITHIN:
         absent = [name for name in absent if name != "matched"]
     if not absent:
         return impossible
-    given = f"Not given: {' and '.join(CONTROLS[name] for name in absent)}"
-    return f"{impossible} {given}, so the cause of a difference is not isolated.".lstrip()
+    missing = f"Not given: {' and '.join(CONTROLS[name] for name in absent)}"
+    return f"{impossible} {missing}, so the cause of a difference is not isolated.".lstrip()
 
 
-def secondary_sentence(secondaries: dict[str, Any], primary: dict[str, Any]) -> str:
-    """Which secondaries survive Holm, and on which side."""
-    least = primary["least_p"] * sum(one["p"] is not None for one in secondaries.values())
+def secondary_sentence(secondaries: dict[str, AdjustedDifference], least_p: float) -> str:
+    """Which secondaries survive Holm, and on which side. least_p: that so many seeds can reach in one test."""
+    least = least_p * sum(one.p is not None for one in secondaries.values())
     if least > SIGNIFICANT:
         return f"With so few seeds no secondary can pass Holm's correction (p is at least {min(least, 1.0):.3g})."
-    passed = [one for one in secondaries.values() if one["p_holm"] is not None and one["p_holm"] <= SIGNIFICANT]
-    if not passed:
+    words = [
+        f"{one.title} {'for' if one.difference.value > 0 else 'against'} DAR (p = {one.p_holm:.3g})"
+        for one in secondaries.values()
+        if one.difference is not None and one.p_holm is not None and one.p_holm <= SIGNIFICANT
+    ]
+    if not words:
         return "No secondary difference passes Holm's correction."
-    told = ", ".join(
-        f"{one['title']} {'for' if one['difference']['value'] > 0 else 'against'} DAR (p = {one['p_holm']:.3g})"
-        for one in passed
-    )
-    return f"After Holm's correction: {told}."
+    return f"After Holm's correction: {', '.join(words)}."
 
 
-def structure_sentence(runs: dict[str, Any]) -> str:
+def structure_sentence(runs: Rows) -> str:
     """A warning where the right energy need not be the right detail."""
-    by_arm = {arm: [row["hf_kurtosis_ratio"] for row in runs[arm]] for arm in ("residual", "dar")}
-    if any(ratio is None for ratios in by_arm.values() for ratio in ratios):
+    by_arm = {arm: [row.against.hf_kurtosis_ratio for row in runs[arm]] for arm in ("residual", "dar")}
+    if any(not math.isfinite(ratio) for ratios in by_arm.values() for ratio in ratios):
         return "The teacher's detail has no heavy tails, so structure is not judged."
     ratios = {arm: mean(values) for arm, values in by_arm.items()}
     low, high = KURTOSIS_RANGE
@@ -149,65 +157,67 @@ def structure_sentence(runs: dict[str, Any]) -> str:
     )
 
 
-def usage_sentence(rows: list[dict[str, Any]]) -> str:
-    """Whether the routers do anything."""
-    shifts = [row["reset_shift_db"] for row in rows]
+def usage_sentence(rows: list[NetworkRow]) -> str:
+    """Whether the routers do anything; the rows are DAR's."""
+    shifts = [row.reset_shift_db for row in rows if row.reset_shift_db is not None]
     unused = sum(abs(shift) < ROUTER_USED_DB for shift in shifts)
     label = f" (router unused in {unused} of {len(shifts)} runs)" if unused else ""
     return f"Resetting DAR's routers moves its HF gain by {min(shifts):+.2f} to {max(shifts):+.2f} dB{label}."
 
 
-def cost_sentence(runs: dict[str, Any]) -> str:
-    size = ratio(runs, "parameters")
-    told = [f"{ratio(runs, name):.2f} times the {what}" for name, what in TIMES.items() if _given(runs, name)]
+def cost_sentence(runs: Rows) -> str:
+    """What DAR takes of time, memory and operations, those that are known of all runs, and its parameters."""
+    size, ratios = size_ratio(runs), {what: ratio(runs, of) for what, of in TIMES.items()}
+    words = [f"{times:.2f} times the {what}" for what, times in ratios.items() if math.isfinite(times)]
     matched = f" (matched within {100 * MATCHED_WITHIN:.0f} %)" if abs(size - 1) <= MATCHED_WITHIN else ""
-    return f"DAR takes {', '.join(told)} and {100 * (size - 1):+.2f} % parameters{matched}."
+    return f"DAR takes {', '.join(words)} and {100 * (size - 1):+.2f} % parameters{matched}."
 
 
-def _given(runs: dict[str, Any], name: str) -> bool:
-    return all(row.get(name) is not None for arm in ("residual", "dar") for row in runs[arm])
+def ratio(runs: Rows, of: Callable[[NetworkRow], float]) -> float:
+    """DAR's mean of a quantity over the residual students'; NaN where one of them is not known."""
+    return mean(map(of, runs["dar"])) / mean(map(of, runs["residual"]))
 
 
-def ratio(runs: dict[str, Any], name: str) -> float:
-    """DAR's mean over the residual students'."""
-    return mean(row[name] for row in runs["dar"]) / mean(row[name] for row in runs["residual"])
+def size_ratio(runs: Rows) -> float:
+    """DAR's parameters over the residual students'."""
+    return ratio(runs, lambda row: row.network.parameters)
 
 
-def mean(values: Any) -> float:
+def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
 
 
-def interval(d: dict[str, Any], unit: str = " dB") -> str:
-    """A value with its interval; an end that is None is infinite."""
-    low, high = ("unbounded" if end is None else f"{end:+.2f}" for end in (d["low"], d["high"]))
-    return f"{d['value']:+.2f}{unit} [{low}, {high}]"
+def interval(one: Interval, unit: str = " dB") -> str:
+    """A value with its interval; an end that is infinite is unbounded."""
+    low, high = (f"{end:+.2f}" if math.isfinite(end) else "unbounded" for end in (one.low, one.high))
+    return f"{one.value:+.2f}{unit} [{low}, {high}]"
 
 
-def table(result: dict[str, Any]) -> str:
-    """Per-seed gains and differences of every comparison, then the secondaries, for a terminal."""
-    lines = [result["label"].upper()] if result["label"] else []
-    for one in (result["primary"], *result["controls"].values()):
-        base = one["baseline"]
+def seed_table(result: StudyResult) -> str:
+    """Per-seed gains and differences of every comparison, then secondaries and costs, for a terminal."""
+    lines = [result.label.upper()] if result.label else []
+    for one in (result.primary, *result.controls.values()):
+        base = one.baseline
         lines += ["", f"HF gain, dB{'':9}{base:>16}{'dar':>10}   |{base}| - |dar|, 95 % over images"]
-        for seed in one["per_seed"]:
-            lines.append(_gain_line(f"seed {seed['seed']}", seed, base))
+        lines += [_gain_line(f"seed {seed.seed}", seed, base) for seed in one.per_seed]
         lines.append(_gain_line("all seeds", one, base))
         lines += [
-            f"  {name:<22}{interval(each)}, covers {100 * one['coverage'][name]:.1f} % in simulation"
-            for name, each in one["intervals"].items()
+            f"  {method:<22}{interval(ends)}, covers {100 * one.coverage[method]:.1f} % in simulation"
+            for method, ends in one.intervals.items()
         ]
     lines += ["", f"{'secondary':<32}{'residual':>12}{'dar':>12}   difference (above 0 favours DAR), p, p after Holm"]
-    for one in (*result["secondaries"].values(), *result["costs"].values()):
-        if one["difference"] is None:
-            lines.append(f"{one['title']:<32}{one['skipped']}")
-            continue
-        tested = f", {one['p']:.3g}, {one['p_holm']:.3g}" if "p_holm" in one else ""
-        means = f"{one['residual']:>12.6g}{one['dar']:>12.6g}"
-        lines.append(f"{one['title']:<32}{means}   {interval(one['difference'], '')}{tested}")
+    lines += [_paired_line(one) for one in (*result.secondaries.values(), *result.costs.values())]
     return "\n".join(lines)
 
 
-def _gain_line(title: str, one: dict[str, Any], base: str) -> str:
-    gains = one["gain_db"]
-    return f"{title:<20}{gains[base]:>+16.2f}{gains['dar']:>+10.2f}   {interval(one['difference_db'])}"
+def _gain_line(title: str, one: ArmComparison | SeedDifference, base: str) -> str:
+    ours, theirs = one.gain_db[base], one.gain_db["dar"]
+    return f"{title:<20}{ours:>+16.2f}{theirs:>+10.2f}   {interval(one.difference_db)}"
+
+
+def _paired_line(one: PairedDifference) -> str:
+    if one.difference is None:
+        return f"{one.title:<32}{one.skipped}"
+    tested = f", {one.p:.3g}, {one.p_holm:.3g}" if isinstance(one, AdjustedDifference) else ""
+    return f"{one.title:<32}{one.residual:>12.6g}{one.dar:>12.6g}   {interval(one.difference, '')}{tested}"

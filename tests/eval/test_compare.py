@@ -35,8 +35,13 @@ from eval.samples.sets import ImageSet
 from eval.study import pairing
 from eval.study import runs as arms
 from eval.study.controls import frozen_at_mean
+from eval.study.differences import _log_distance, conclude, paired
 from eval.study.pairing import ArmsConfig, read_groups
+from eval.study.records import read_study, text_of
+from eval.study.sampled import AT_MEAN, SampledNetwork, SampledSet, Study, Yardstick, against_teacher, seed_students
+from eval.study.wording import seed_table
 from tests.eval.opened import of, weights_opened
+from tests.eval.study.rows import network_row
 from tests.tiny import tiny_sit, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -147,10 +152,10 @@ def test_each_network_is_hashed_and_loaded_once(runs, written):
         assert of(written["opened"], runs / name) == {"hash": 1, "load": 1}, name
 
 
-def test_two_seeds_are_a_pilot_everywhere(written, capsys):
+def test_two_seeds_are_a_pilot_everywhere(runs, written):
     assert written["label"].startswith("pilot") and written["primary"]["pilot"]
     assert written["conclusion"].startswith("Pilot: 2 training seeds cannot decide")
-    assert compare.table(written).startswith("PILOT")
+    assert seed_table(read_study(runs / "compare" / "compare.json")).startswith("PILOT")
     assert all(control["pilot"] for control in written["controls"].values())
     assert written["primary"]["p"] >= written["primary"]["least_p"] == 0.5
 
@@ -207,7 +212,7 @@ def test_routers_are_held_at_the_times_that_the_network_is_asked(prediction, tim
         def student(self, device):
             return teachers.Teacher(network, prediction, "digest", rungs=(1.0, 0.5))
 
-    held = compare.students({"dar": Run()}, torch.device("cpu"))[compare.AT_MEAN].network
+    held = seed_students({"dar": Run()}, torch.device("cpu"))[AT_MEAN].network
     torch.testing.assert_close(held.dar.query, frozen_at_mean(network, times).dar.query, rtol=1e-4, atol=1e-6)
 
 
@@ -337,29 +342,27 @@ def test_fewer_images_than_classes_are_compared_all_the_same():
     def images(seed):
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (64, 3, 32, 32), generator=generator, dtype=torch.uint8)
-        return compare.Measured.of(ImageSet("set", pixels, torch.arange(64), "student", True))
+        return SampledSet.of(ImageSet("set", pixels, torch.arange(64), "student", True))
 
     teacher, sets = images(0), {"residual": [images(1), images(2)], "dar": [images(3), images(4)]}
-    costs = {name: 1.0 for name in ("latency_ms_per_image", "peak_memory_mb", "gflops_per_image", "parameters")}
-    common = {**costs, "training_step_seconds": float("nan"), "reset_shift_db": 0.2}
-    rows = {
-        arm: [
-            {"seed": seed, **common, **compare.measure_run(one, teacher, 1.0, arm)} for seed, one in enumerate(measured)
-        ]
-        for arm, measured in sets.items()
-    }
-    result = compare.conclude(compare.Study(teacher, rows, sets), CompareConfig(ArmsConfig(("a", "b"), ("c", "d"))))
-    assert result["secondaries"]["diversity_ratio"]["skipped"] == "undefined for a run"
-    assert result["costs"]["training_step_seconds"]["skipped"] and "training step" not in result["conclusion"]
-    for one in result["primary"]["per_seed"]:
-        assert one["difference_db"]["high"] - one["difference_db"]["low"] > 0.05
-    json.dumps(result, allow_nan=False)
+
+    def measured(seed, one, arm):
+        against = against_teacher(one, Yardstick(teacher, 1.0), arm)
+        return SampledNetwork(network_row(seed, against=against, reset_shift_db=0.2), one)
+
+    networks = {arm: [measured(seed, one, arm) for seed, one in enumerate(held)] for arm, held in sets.items()}
+    result = conclude(Study(teacher, networks), 64, 0)
+    assert result.secondaries["diversity_ratio"].skipped == "undefined for a run"
+    assert result.costs["training_step_seconds"].skipped and "training step" not in result.conclusion
+    for one in result.primary.per_seed:
+        assert one.difference_db.high - one.difference_db.low > 0.05
+    assert '"p_holm": null' in text_of(result)
 
 
 def test_an_undefined_metric_is_skipped_and_the_rest_kept():
-    result = compare.paired(np.array([1.0, float("nan")]), np.array([1.0, 2.0]))
-    assert result["p"] is None and result["skipped"]
-    assert compare._log_distance(0.5) == pytest.approx(compare._log_distance(2.0)) and compare._log_distance(-1.0) > 1e9
+    result = paired("title", np.array([1.0, float("nan")]), np.array([1.0, 2.0]))
+    assert result.p is None and result.skipped
+    assert _log_distance(0.5) == pytest.approx(_log_distance(2.0)) and _log_distance(-1.0) > 1e9
 
 
 def test_the_pilots_arms_differ_in_their_routing_only(monkeypatch):

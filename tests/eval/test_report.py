@@ -18,6 +18,8 @@ from eval.metrics.power_map import sector_means
 from eval.page.columns import terminal_table
 from eval.page.csv import as_csv, numbers
 from eval.samples import sets as sets_module
+from eval.samples.cost import SamplingCost
+from eval.samples.facts import SetFacts
 from eval.samples.images import UnfitError
 from eval.samples.parallel import torch_threads
 from eval.samples.sets import read_set
@@ -30,11 +32,12 @@ def sets(crops, blur, eight_bit):
     images, labels = crops(32, 16, 0)
     other, other_labels = crops(32, 12, 1)
     clean = images.double() / 255
+    known, unknown = (SamplingCost(12.5, (12.0, 13.0), 5, 16, 1.0, "", flops) for flops in (1.0, float("nan")))
     return {
         "real": ImageSet("real", other, other_labels, "real", False),
-        "teacher": ImageSet("teacher", images, labels, "teacher", True, {"steps": 30, "latency_ms_per_image": 12.5}),
-        "residual": ImageSet("residual", eight_bit(blur(clean, 0.7)), labels, "student", True, {"loss": float("nan")}),
-        "hostile": ImageSet(HOSTILE, eight_bit(blur(clean, 0.3)), labels, "student", True, {HOSTILE: HOSTILE}),
+        "teacher": ImageSet("teacher", images, labels, "teacher", True, SetFacts(cost=known)),
+        "residual": ImageSet("residual", eight_bit(blur(clean, 0.7)), labels, "student", True, SetFacts(cost=unknown)),
+        "hostile": ImageSet(HOSTILE, eight_bit(blur(clean, 0.3)), labels, "student", True, SetFacts(folder=HOSTILE)),
     }
 
 
@@ -81,7 +84,7 @@ def test_result_is_strict_json_and_signed_rightly(result):
     assert residual["teacher"]["gain_db_median"]["HF"] < -3 and residual["real"]["gain_db_median"] is None
     assert residual["teacher"]["chroma"]["cb"]["HF"]["value"] < -3
     assert row(result, "teacher")["against"]["teacher"] is None
-    assert row(result, "residual")["facts"]["loss"] is None
+    assert row(result, "residual")["facts"]["gflops_per_image"] is None
 
 
 def test_result_does_not_depend_on_the_other_sets(sets, result, suite):

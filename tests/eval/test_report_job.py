@@ -28,6 +28,8 @@ from eval.samples.real import real_sets
 from eval.samples.sampling import Bench, Made
 from eval.study import forest
 from eval.study import runs as arms
+from eval.study.forest import Pair
+from eval.study.students import student_set
 from tests.eval.opened import of, weights_opened
 from tests.tiny import tiny_teacher
 
@@ -308,7 +310,7 @@ def test_seeds_in_pairs_make_the_forest(crops, blur, eight_bit, runs):
         return ImageSet(name, eight_bit(blur(clean, sigma)), labels, "student", True)
 
     reference = ImageSet("teacher", images, labels, "teacher", True)
-    pairs = [(s, student(f"residual_{s}", 0.5 + 0.05 * s), student(f"dar_{s}", 0.3)) for s in (1, 0)]
+    pairs = [Pair(s, student(f"residual_{s}", 0.5 + 0.05 * s), student(f"dar_{s}", 0.3)) for s in (1, 0)]
     told = jsonable(forest.from_runs(pairs, reference, 0))
     (one,) = told["comparisons"]
     assert one["seeds"] == [0, 1] and one["pilot"] and "pilot" in told["label"]
@@ -322,15 +324,14 @@ def test_seeds_in_pairs_make_the_forest(crops, blur, eight_bit, runs):
     for s in (0, 1):
         for name, cfg in (("residual", arm.cfg), ("dar", routed)):
             read.append(dataclasses.replace(arm, name=f"{name}_{s}", cfg=dataclasses.replace(cfg, seed=s)))
-    sets = [one for pair in pairs for one in pair[1:]]
-    assert [(s, a.name, b.name) for s, a, b in report.seed_pairs(read, sets)] == [
-        (s, f"residual_{s}", f"dar_{s}") for s in (0, 1)
-    ]
+    sets = [one for pair in pairs for one in (pair.residual, pair.dar)]
+    paired = [(pair.seed, pair.residual.name, pair.dar.name) for pair in report.seed_pairs(read, sets)]
+    assert paired == [(s, f"residual_{s}", f"dar_{s}") for s in (0, 1)]
     ledger, inputs = distances.Ledger(), report.Inputs(reference, None, sets, read, (images, labels), "", None, {})
     assert report.seed_by_seed(options(runs, "residual"), inputs, ledger) is None  # one training, counted twice
     assert "hold the same student" in ledger.skipped[0].reason and ledger.skipped[0].metric == "seed by seed"
     with pytest.raises(UnfitError, match="17 training seeds: an exact test takes 16 at the most"):
-        forest.from_runs([(s, *pairs[0][1:]) for s in range(17)], reference, 0)
+        forest.from_runs([dataclasses.replace(pairs[0], seed=s) for s in range(17)], reference, 0)
 
 
 def arms_routing(runs: Path):
@@ -411,6 +412,6 @@ def test_resetting_routers_that_add_detail_shows_as_a_negative_shift(runs, monke
     real, _ = real_sets(maker, Photos(32))
     given = iter([real.images, torch.div(real.images, 2, rounding_mode="floor")])
     monkeypatch.setattr(Bench, "cached", lambda self, facts, generator, what: Made(next(given), real.labels))
-    one = arms.student_set(arm, maker, real)
+    one = student_set(arm, maker, real)
     assert one.facts.routing.hf_gain_shift_db == pytest.approx(-6.0, abs=0.2)
     assert one.facts.routing.label == "router used"

@@ -10,7 +10,7 @@ from torch import Tensor
 from dmd_dar import spectrum
 from dmd_dar.data.images import to_model_range
 from dmd_dar.train.watch.health import samples_of, signals
-from eval import compare, sensitivity, teacher
+from eval import sensitivity, teacher
 from eval.measure import pair as measure
 from eval.measure.latent import latent_spectra
 from eval.measure.suite import Ledger
@@ -21,6 +21,9 @@ from eval.metrics.spectrum import band_gain_db
 from eval.samples.sets import ImageSet
 from eval.study import endpoint as seeds
 from eval.study import forest
+from eval.study.differences import compare_arms
+from eval.study.sampled import SampledNetwork, SampledSet, Study, Yardstick, against_teacher
+from tests.eval.study.rows import network_row
 
 EACH = 6  # images of each class
 
@@ -68,8 +71,8 @@ def reports(photographs) -> dict[int, dict[str, dict]]:
 
 def compared(images: Tensor, theirs: Tensor, labels: Tensor) -> dict:
     """What the comparison of runs says of them."""
-    ours, teacher = (compare.Measured.of(as_set("x", one, labels)) for one in (images, theirs))
-    return measure.jsonable(compare.measure_run(ours, teacher, 0.0, "student"))
+    ours, teacher = (SampledSet.of(as_set("x", one, labels)) for one in (images, theirs))
+    return measure.jsonable(against_teacher(ours, Yardstick(teacher, 0.0), "student"))
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -91,7 +94,7 @@ def test_noise_upon_one_image_is_no_diversity(photographs, size):
     theirs, labels = photographs[size]
     found = compared(SPOILED["one image a class, with noise"](theirs), theirs, labels)["diversity_ratio"]
     pooled = 32 / size  # averaging over (size / 32)^2 pixels leaves this share of the noise
-    spread = min(compare.Measured.of(as_set("x", theirs, labels)).diversity.values())
+    spread = min(SampledSet.of(as_set("x", theirs, labels)).diversity.values())
     assert found < 1.3 * pooled * 40 / 255 * math.sqrt(2 * 3 * 32 * 32) / spread
 
 
@@ -165,15 +168,16 @@ def test_a_report_over_seeds_and_the_comparison_of_runs_agree(photographs, monke
     }
     sets = {role: [as_set("x", one, labels) for one in images] for role, images in arms.items()}
     reference = as_set("teacher", theirs, labels)
-    pairs = [(seed, *pair) for seed, pair in enumerate(zip(*sets.values(), strict=True))]
-    told = forest.from_runs(pairs, reference, 0)
-    measured = {role: [compare.Measured.of(one) for one in found] for role, found in sets.items()}
-    rows = {"residual": [{}, {}], "dar": [{"seed": 0}, {"seed": 1}]}
-    study = compare.Study(compare.Measured.of(reference), rows, measured)
-    ours, other = compare.compare_arms(study, "residual", 0), told["comparisons"][0]
-    for one, two in zip(ours["per_seed"], other["per_seed"], strict=True):
-        assert one["gain_db"] == pytest.approx(two["gain_db"], abs=1e-9)
-    assert vars(ours["difference_db"]) == pytest.approx(other["difference_db"], abs=1e-9)
+    pairs = [forest.Pair(seed, *pair) for seed, pair in enumerate(zip(*sets.values(), strict=True))]
+    (other,) = forest.from_runs(pairs, reference, 0).comparisons
+    networks = {
+        role: [SampledNetwork(network_row(seed), SampledSet.of(one)) for seed, one in enumerate(made)]
+        for role, made in sets.items()
+    }
+    ours = compare_arms(Study(SampledSet.of(reference), networks), "residual", 0)
+    for one, two in zip(ours.per_seed, other.per_seed, strict=True):
+        assert one.gain_db == pytest.approx(two.gain_db, abs=1e-9)
+    assert vars(ours.difference_db) == pytest.approx(vars(other.difference_db), abs=1e-9)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (140, 140), (196, 196), (64, 96)])

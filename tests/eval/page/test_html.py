@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 
 from eval.measure.pair import ImageSet, measure
+from eval.metrics.record import jsonable
 from eval.page import grids, sections, style
 from eval.page.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
 from eval.page.html import breakable, templates, write_report
 from eval.page.summaries import findings
+from eval.samples.cost import SamplingCost
+from eval.samples.facts import NetworkFacts, SetFacts
 from eval.samples.images import UnfitError
 from eval.samples.sets import ImageSet as Set
 from eval.study.forest import from_file
@@ -54,12 +57,14 @@ def sets(crops, blur, eight_bit) -> list[Set]:
     images, labels = crops(32, 4, 0)
     other, other_labels = crops(32, 4, 1)
     clean = images.double() / 255
-    facts = {"evaluations": 4, "latency_ms_per_image": 2.0, "latency_ms_range": [1.5, 2.5], "peak_memory_mb": 1.0}
+    cost = SamplingCost(2.0, (1.5, 2.5), 5, 16, 1.0, "", 1.0)
+    facts = SetFacts(network=NetworkFacts(4, 1000, 0, "digest"), cost=cost)
+    hostile = SetFacts(folder=HOSTILE, left_out=HOSTILE)
     return [
         ImageSet("real", other, other_labels, "real", False),
-        ImageSet("teacher", images, labels, "teacher", True, facts | {"parameters": 1000}),
+        ImageSet("teacher", images, labels, "teacher", True, facts),
         ImageSet("residual", eight_bit(blur(clean, 0.7)), labels, "student", True, facts),
-        ImageSet(HOSTILE, eight_bit(blur(clean, 0.3)), labels, "student", True, {HOSTILE: HOSTILE, "label": HOSTILE}),
+        ImageSet(HOSTILE, eight_bit(blur(clean, 0.3)), labels, "student", True, hostile),
     ]
 
 
@@ -227,7 +232,7 @@ def test_a_comparison_file(tmp_path):
         "conclusion": "none",
     }
     path.write_text(json.dumps(whole))
-    read = from_file(path)
+    read = jsonable(from_file(path))
     assert read["comparisons"] == [one, one] and read["source"] == str(path) and read["label"] == "pilot"
     assert read["curve"] == told["curve"]
     told["curve"]["dar"]["low"] = [0.0]

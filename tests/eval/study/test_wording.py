@@ -1,56 +1,69 @@
 """Sentences from numbers: the same endpoint reads as a win, a loss, a null or a pilot."""
 
+import dataclasses
+from math import inf
+from typing import Any
+
 import pytest
 
-from eval.study.wording import conclusion, outcome, table
+from eval.measure.results import SeedCurves, SeedDifference
+from eval.metrics.intervals import Interval
+from eval.study.endpoint import Power
+from eval.study.results import AdjustedDifference, ArmComparison, PairedDifference, StudyResult
+from eval.study.wording import conclusion, outcome, seed_table
+from tests.eval.study.rows import UNKNOWN, network_row
+
+LSD = {"title": "log-spectral distance, dB", "residual": 2.0, "dar": 1.5, "difference": Interval(0.5, 0.3, 0.7)}
 
 
-def primary(value: float, half: float, p: float, seeds: int = 8, baseline: str = "residual", **changes) -> dict:
+def primary(
+    value: float, half: float, p: float, seeds: int = 8, baseline: str = "residual", **changes: Any
+) -> ArmComparison:
     """An endpoint as compare.json holds it."""
-    interval = {"value": value, "low": value - half, "high": value + half}
-    per_seed = [
-        {"seed": s, "gain_db": {baseline: -2.0, "dar": value - 2.0}, "difference_db": {**interval, "value": value}}
-        for s in range(seeds)
+    interval = Interval(value, value - half, value + half)
+    gains = {baseline: -2.0, "dar": value - 2.0}
+    known = ArmComparison(
+        baseline=baseline,
+        seeds=list(range(seeds)),
+        pilot=seeds < 6,
+        per_seed=[SeedDifference(s, gains, interval) for s in range(seeds)],
+        gain_db=gains,
+        absolute_gain_db={baseline: 2.0, "dar": 2.0 - value},
+        difference_db=interval,
+        method="Student-t",
+        reason="its simulated coverage is 95.0 %, where the two-level bootstrap covers 88.0 %",
+        intervals={"Student-t": interval, "inverted sign-flip": Interval(value, -inf, inf)},
+        coverage={"Student-t": 0.95, "inverted sign-flip": 1.0},
+        least_coverage=0.92,
+        p=p,
+        least_p=2 / 2**seeds,
+        variance_db2={},
+        power=Power(0.5, 9, 20, 300),
+        curve=SeedCurves([], {}),
+    )
+    return dataclasses.replace(known, **changes)
+
+
+def rows(latency: float, parameters: int, kurtosis: float) -> list:
+    return [
+        network_row(latency=latency, parameters=parameters, kurtosis=kurtosis, reset_shift_db=shift)
+        for shift in (-1.2, -0.05, 0.3)
     ]
-    return {
-        "baseline": baseline,
-        "seeds": list(range(seeds)),
-        "pilot": seeds < 6,
-        "per_seed": per_seed,
-        "gain_db": {baseline: -2.0, "dar": value - 2.0},
-        "absolute_gain_db": {baseline: 2.0, "dar": 2.0 - value},
-        "difference_db": interval,
-        "method": "Student-t",
-        "reason": "its simulated coverage is 95.0 %, where the two-level bootstrap covers 88.0 %",
-        "intervals": {"Student-t": interval, "inverted sign-flip": {"value": value, "low": None, "high": None}},
-        "coverage": {"Student-t": 0.95, "inverted sign-flip": 1.0},
-        "p": p,
-        "least_p": 2 / 2**seeds,
-        "power": {"target_db": 0.5, "seeds": 9, "seeds_at_most": 20, "images": 300},
-        **changes,
-    }
 
 
-def result(main: dict, **changes) -> dict:
-    def rows(latency, parameters, kurtosis):
-        row = {"latency_ms_per_image": latency, "parameters": parameters, "hf_kurtosis_ratio": kurtosis}
-        return [{**row, "reset_shift_db": shift} for shift in (-1.2, -0.05, 0.3)]
-
-    lsd = {"title": "log-spectral distance, dB", "residual": 2.0, "dar": 1.5, "p": 0.0078, "p_holm": 0.03}
-    lsd["difference"] = {"value": 0.5, "low": 0.3, "high": 0.7}
-    return {
-        "label": "pilot: fewer than 6 training seeds" if main["pilot"] else "",
-        "images": 1024,
-        "primary": main,
-        "controls": {},
-        "absent": {},
-        "secondaries": {"lsd": lsd},
-        "costs": {
-            "latency_ms": {"title": "ms per image", "residual": 5.0, "dar": 7.0, "difference": lsd["difference"]}
-        },
-        "runs": {"residual": rows(5.0, 1000, 0.9), "dar": rows(7.0, 1200, 1.0)},
-        **changes,
-    }
+def result(main: ArmComparison, **changes: Any) -> StudyResult:
+    known = StudyResult(
+        schema_version=2,
+        label="pilot: fewer than 6 training seeds" if main.pilot else "",
+        images=1024,
+        primary=main,
+        controls={},
+        absent={},
+        secondaries={"lsd": AdjustedDifference(**LSD, p=0.0078, p_holm=0.03)},
+        costs={"latency_ms": PairedDifference(**{**LSD, "title": "ms per image", "residual": 5.0, "dar": 7.0})},
+        runs={"residual": rows(5.0, 1000, 0.9), "dar": rows(7.0, 1200, 1.0)},
+    )
+    return dataclasses.replace(known, **changes)
 
 
 WIN, LOSS = primary(0.8, 0.3, 0.0078), primary(-0.8, 0.3, 0.0078)
@@ -86,7 +99,7 @@ def test_numbers_are_told_with_their_sign_method_and_power():
     assert "about 9 seeds of 1024 images (up to 20 if" in text and "alone about 300 images" in text
     loss = conclusion(result(LOSS))
     assert "= -0.80 dB [-1.10, -0.50]" in loss and "in 0 of 8 training seeds" in loss
-    hopeless = {"target_db": 0.5, "seeds": None, "seeds_at_most": None, "images": 9000}
+    hopeless = Power(0.5, None, None, 9000)
     assert "No number of seeds resolves 0.5 dB" in conclusion(result(primary(0.2, 0.6, 0.4, power=hopeless)))
 
 
@@ -98,36 +111,34 @@ def test_costs_structure_and_missing_controls_stand_beside_a_win():
     lacking = conclusion(result(WIN, absent={"frozen_at_mean": "it is made of SiT students only"}))
     assert "frozen_at_mean was not made: it is made of SiT students only. Not given: a param" in lacking
     assert "moves its HF gain by -1.20 to +0.30 dB (router unused in 1 of 3 runs)" in text
-    runs = result(WIN)["runs"]
-    poor = {arm: [{**row, "hf_kurtosis_ratio": 0.4, "parameters": 1000} for row in rows] for arm, rows in runs.items()}
+    poor = dict.fromkeys(("residual", "dar"), rows(5.0, 1000, 0.4))
     text = conclusion(result(WIN, runs=poor))
     assert "Energy is not structure: the kurtosis ratio is 0.40 for residual and 0.40 for DAR" in text
-    undefined = {arm: [{**row, "hf_kurtosis_ratio": None} for row in rows] for arm, rows in runs.items()}
+    undefined = {"residual": rows(5.0, 1000, UNKNOWN), "dar": rows(7.0, 1200, 0.4)}
     assert "structure is not judged" in conclusion(result(WIN, runs=undefined))
     assert "matched within 1 %" in text and "parameter-matched" not in text
 
 
 def test_controls_and_secondaries_are_told_with_their_side():
     held = primary(-0.4, 0.2, 0.0078, baseline="frozen_at_mean", p_holm=0.0156)
-    assert outcome(held) == "loss" and outcome({**held, "p_holm": 0.08}) == "null"
+    assert outcome(held) == "loss" and outcome(dataclasses.replace(held, p_holm=0.08)) == "null"
     static = primary(0.1, 0.4, 0.5, baseline="frozen", p_holm=0.5)
     text = conclusion(result(WIN, controls={"frozen_at_mean": held, "frozen": static}))
     assert "held at their mean over t: D = -0.40 dB [-0.60, -0.20], p = 0.0156 (DAR is farther)." in text
     assert "static routers: D = +0.10 dB [-0.30, +0.50], p = 0.5 (no difference shown)." in text
     assert "After Holm's correction: log-spectral distance, dB for DAR (p = 0.03)." in text
-    against = result(WIN)["secondaries"]["lsd"] | {"difference": {"value": -0.5, "low": -0.7, "high": -0.3}}
+    against = AdjustedDifference(**{**LSD, "difference": Interval(-0.5, -0.7, -0.3)}, p=0.0078, p_holm=0.03)
+    weak = dataclasses.replace(against, p_holm=0.2)
     assert "log-spectral distance, dB against DAR" in conclusion(result(WIN, secondaries={"lsd": against}))
-    assert "No secondary difference passes" in conclusion(result(WIN, secondaries={"lsd": against | {"p_holm": 0.2}}))
+    assert "No secondary difference passes" in conclusion(result(WIN, secondaries={"lsd": weak}))
     assert "no secondary can pass Holm's correction (p is at least 0.25)" in conclusion(
         result(primary(0.8, 0.3, 0.25, 3))
     )
 
 
 def test_the_table_shows_every_seed_and_says_what_is_unbounded_or_skipped():
-    skipped = {
-        "kurtosis": {"title": "|log kurtosis ratio|", "p": None, "difference": None, "skipped": "undefined for a run"}
-    }
-    lines = table(result(primary(0.8, 0.3, 0.25, seeds=3), secondaries=skipped)).splitlines()
+    skipped = {"kurtosis": AdjustedDifference(title="|log kurtosis ratio|", skipped="undefined for a run")}
+    lines = seed_table(result(primary(0.8, 0.3, 0.25, seeds=3), secondaries=skipped)).splitlines()
     assert lines[0].startswith("PILOT") and sum(line.startswith("seed ") for line in lines) == 3
     assert any("[unbounded, unbounded]" in line for line in lines)
     assert lines[-2].startswith("|log kurtosis ratio|") and lines[-2].endswith("undefined for a run")

@@ -1,0 +1,186 @@
+"""The networks of a study, sampled and measured seed by seed: students, and DAR with its routers frozen or reset.
+
+Legend: N images of each network.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmd_dar.models.denoiser import network_time
+
+from ..measure.one_set import class_spread
+from ..metrics import frechet, structure
+from ..metrics.spectrum import BAND_NAMES, HF, Spectrum, as_floats, gain_curve, hf_gain_db, pooled_gains, spectrum_of
+from ..samples.cost import SamplingCost
+from ..samples.sampling import Bench, costs_of
+from ..samples.sets import ImageSet
+from .controls import frozen_at_mean, unfreezable
+from .endpoint import Arms
+from .pairing import RunsByArm
+from .results import AgainstTeacher, NetworkRow
+from .runs import Arm
+from .students import Student
+
+AT_MEAN = "frozen_at_mean"  # the DAR students themselves, their routers held at the mean over the rungs
+
+
+@dataclass(frozen=True)
+class SampledSet:
+    """What the comparisons need of one set of N images."""
+
+    labels: np.ndarray  # (N,)
+    luma: Spectrum
+    kurtosis: float  # median over images
+    features: Tensor  # (N, 20)
+    diversity: dict[int, float]  # of each class, in pixels
+
+    @property
+    def hf(self) -> np.ndarray:
+        """(N,) energy of the high band."""
+        return self.luma.energies[:, HF]
+
+    @staticmethod
+    def of(one: ImageSet) -> "SampledSet":
+        """Of images whose classes are known, by the definitions of a report."""
+        kurtosis, features = [], []
+        for batch in one.batches():
+            unit = as_floats(batch)
+            kurtosis.append(structure.hf_kurtosis(unit))
+            features.append(frechet.wavelet_features(unit))
+        return SampledSet(
+            labels=one.classes,  # type: ignore[arg-type]
+            luma=spectrum_of(one.batches()),
+            kurtosis=float(np.median(np.concatenate(kurtosis))),
+            features=torch.cat(features),
+            diversity=class_spread(one),
+        )
+
+
+@dataclass(frozen=True)
+class SampledNetwork:
+    """The numbers of a network and the images that they are of."""
+
+    row: NetworkRow
+    images: SampledSet
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The teacher's images, and what fd_wavelet reads between two sets of them."""
+
+    teacher: SampledSet
+    null: float
+
+    @staticmethod
+    def of(reference: ImageSet, bench: Bench) -> "Yardstick":
+        teacher = SampledSet.of(reference)
+        null = frechet.fd_null(teacher.features, bench.count, np.random.default_rng(bench.seed))
+        return Yardstick(teacher, null)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is measured of K seeds: the networks of each arm in the order of the seeds, and the teacher's images."""
+
+    teacher: SampledSet
+    networks: dict[str, list[SampledNetwork]]  # by arm
+    absent: dict[str, str] = field(default_factory=dict)  # controls that could not be made, and why
+
+    @property
+    def runs(self) -> dict[str, list[NetworkRow]]:
+        return {arm: [one.row for one in networks] for arm, networks in self.networks.items()}
+
+    def arms(self, baseline: str, energies: Callable[[SampledSet], np.ndarray]) -> Arms:
+        """DAR beside `baseline`; `energies` takes what is compared, (N, ...), from a set."""
+        baselines, routed = (
+            np.stack([energies(one.images) for one in self.networks[arm]]) for arm in (baseline, "dar")
+        )
+        return Arms(baselines, routed, energies(self.teacher), self.teacher.labels)
+
+
+def seed_students(runs: Mapping[str, Arm], device: torch.device) -> dict[str, Student]:
+    """The networks of one training seed by arm, and DAR, where it can be, once more with its routers frozen over t."""
+    students = {}
+    for arm, run in runs.items():
+        students[arm] = Student.of(run, device)
+        if arm == "dar" and not unfreezable(students[arm].network):
+            students[AT_MEAN] = with_frozen_routers(students[arm])
+    return students
+
+
+def with_frozen_routers(student: Student) -> Student:
+    """The student with its routers held at their mean over its own rungs."""
+    saved = student.saved
+    rungs = torch.tensor(saved.rungs, dtype=torch.float64)
+    times = tuple(network_time(saved.prediction, rungs).tolist())
+    return replace(student, network=frozen_at_mean(student.network, times), routers=AT_MEAN)  # type: ignore[arg-type]
+
+
+def sample_seed(students: dict[str, Student], yardstick: Yardstick, bench: Bench) -> dict[str, SampledNetwork]:
+    """The networks of one training seed, sampled and measured, by arm; {} in all processes but the first.
+
+    Every process makes its share of the images.
+    """
+    main, sampled = bench.processes.main, {}
+    costs = costs_of({arm: one.generator for arm, one in students.items()}, bench) if main else {}
+    for arm, student in students.items():
+        if main:
+            print(f"{arm}: {student.run.folder}", file=sys.stderr)
+        images = student.sampled(bench, arm)
+        reset = student.without_routers().sampled(bench, "routers reset") if arm == "dar" else None
+        if main:
+            sampled[arm] = measure_network(student, images, reset, costs[arm], yardstick)
+    return sampled
+
+
+def measure_network(
+    student: Student, images: ImageSet, reset: ImageSet | None, cost: SamplingCost, yardstick: Yardstick
+) -> SampledNetwork:
+    """`reset` are the images of the student with its routers reset: near 0, the shift says that they are not used."""
+    one = SampledSet.of(images)
+    row = NetworkRow(
+        folder=str(student.run.folder),
+        seed=student.run.cfg.seed,
+        updates=student.run.cfg.steps,
+        network=student.facts,
+        cost=cost,
+        training_step_seconds=student.run.step_seconds(),
+        against=against_teacher(one, yardstick, str(student.run.folder)),
+        reset_shift_db=None if reset is None else hf_gain_db(spectrum_of(reset.batches()), one.luma),
+    )
+    return SampledNetwork(row, one)
+
+
+def against_teacher(ours: SampledSet, yardstick: Yardstick, name: str) -> AgainstTeacher:
+    """UnfitError naming the set, by `name`, whose features cannot be compared."""
+    teacher = yardstick.teacher
+    gains = pooled_gains(ours.luma.energies, teacher.luma.energies)  # NaN for B0 of 32-px images, which has no mode
+    _, distance, signed = gain_curve(ours.luma, teacher.luma)
+    kurtosis = structure.tail_ratio(*(np.array(one.kurtosis) for one in (ours, teacher)))
+    return AgainstTeacher(
+        gain_db=dict(zip(BAND_NAMES, gains.tolist(), strict=True)),
+        lsd=distance,
+        lsd_signed=signed,
+        fd_wavelet=frechet.fd_wavelet(ours.features, teacher.features, yardstick.null, (name, "teacher")),
+        hf_kurtosis_ratio=float(kurtosis),
+        diversity_ratio=frechet.diversity_ratios(ours.diversity, teacher.diversity)["least"],
+    )
+
+
+def sample_and_measure(groups: RunsByArm, reference: ImageSet, bench: Bench) -> Study | None:
+    """Every run of every arm, seed by seed; None in all processes but the first, which measures."""
+    yardstick = Yardstick.of(reference, bench)
+    networks: dict[str, list[SampledNetwork]] = {}
+    absent: dict[str, str] = {}
+    for index in range(len(groups["residual"])):
+        students = seed_students({arm: runs[index] for arm, runs in groups.items()}, bench.device)
+        if AT_MEAN not in students:
+            absent[AT_MEAN] = unfreezable(students["dar"].network)
+        for arm, one in sample_seed(students, yardstick, bench).items():
+            networks.setdefault(arm, []).append(one)
+    return Study(yardstick.teacher, networks, absent) if bench.processes.main else None
