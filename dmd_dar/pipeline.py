@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -52,6 +52,32 @@ class StudentPipeline:
         """(C, S, S) of the noise."""
         config = self.student.network.config
         return config.in_channels, config.input_size, config.input_size
+
+    @overload
+    def __call__(
+        self,
+        labels: Labels | None = None,
+        *,
+        n: int | None = None,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        sampler: Sampler | None = None,
+        batch_size: int = 64,
+        output: Literal["float", "uint8"] = "float",
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        labels: Labels | None = None,
+        *,
+        n: int | None = None,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        sampler: Sampler | None = None,
+        batch_size: int = 64,
+        output: Literal["pil"],
+    ) -> list[Image.Image]: ...
 
     def __call__(
         self,
@@ -103,12 +129,13 @@ class StudentPipeline:
         return torch.tensor([self._index(label) for label in each], dtype=torch.int64)
 
     def _index(self, label: Any) -> int:
-        if isinstance(label, str) and self.label_names.count(label) == 1:
-            return self.label_names.index(label)
-        try:
-            index = operator.index(label)
-        except TypeError:
-            index = -1
+        if isinstance(label, str):
+            index = self.label_names.index(label) if self.label_names.count(label) == 1 else -1
+        else:
+            try:
+                index = operator.index(label)
+            except TypeError:
+                index = -1
         if not 0 <= index < self.num_classes:
             names = f", by name {', '.join(self.label_names[:8])} ..." if self.label_names else " and has no names"
             raise UserError(f"label {label!r}: the student knows the classes 0 to {self.num_classes - 1}{names}")

@@ -322,8 +322,8 @@ def band_edges(height: int, width: int) -> list[float]:
 
 def _fit_range(frequencies: Tensor, low: float | None, high: float) -> Tensor:
     step = frequencies[1] - frequencies[0]  # 1 / S
-    low = 2.5 * step if low is None else low
-    return (frequencies >= low - 1e-9) & (frequencies <= high + 1e-9)
+    least = 2.5 * step if low is None else low
+    return (frequencies >= least - 1e-9) & (frequencies <= high + 1e-9)
 
 
 def slope(

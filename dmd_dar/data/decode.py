@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # what a file holds, whatever its name ends with
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+UPRIGHT = 1
 TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,7 +58,7 @@ def read_image(file: BinaryIO, max_megapixels: float, shorter_side: int = 0) -> 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as EXIF says, if it can be read; a loaded TIFF has been turned and says nothing."""
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
     except Exception:  # Pillow raises all kinds on damaged EXIF and XMP; the pixels are whole
         return image
     return image if turn is None else image.transpose(turn)

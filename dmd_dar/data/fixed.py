@@ -14,7 +14,7 @@ from dmd_dar.data.config import DataConfig
 from dmd_dar.data.decode import ImageError
 from dmd_dar.data.folder import held_out_files, read_listed
 from dmd_dar.data.listing import SHOWN, THREADS, ImageFile, in_threads, list_images, unusable
-from dmd_dar.data.sources import open_data
+from dmd_dar.data.sources import open_images
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 
@@ -77,11 +77,11 @@ class MiddleCrops:
 class RandomCrops:
     """`n` random crops of any source of images, as many of each class as of any other, or one more; keyed by `seed`.
 
-    Raises UserError where `open_data` does, and where there are fewer crops than classes.
+    Raises UserError where `open_images` does, and where there are fewer crops than classes.
     """
 
     def __init__(self, cfg: DataConfig, n: int, seed: int, device: torch.device | str = "cpu", held_out: bool = False):
-        self.source, self.seed = open_data(cfg, device, held_out), seed
+        self.source, self.seed = open_images(cfg, device, held_out), seed
         self.label_names = self.source.label_names
         classes = len(self.label_names)
         if n < classes:

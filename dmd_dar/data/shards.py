@@ -213,8 +213,10 @@ class ShardFolder:
 
     def _stands(self, shard: Shard | None) -> bool:
         """Listed, and there in its full length: a shard that was deleted is made anew."""
-        path = self.folder / shard.file if shard else None
-        return path is not None and path.is_file() and path.stat().st_size == shard.bytes
+        if shard is None:
+            return False
+        path = self.folder / shard.file
+        return path.is_file() and path.stat().st_size == shard.bytes
 
     def _write_manifest(self, shards: dict[int, Shard]) -> None:
         sweep(self.folder, MANIFEST)

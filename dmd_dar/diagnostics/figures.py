@@ -5,20 +5,20 @@ Residual is vermilion, DAR green (Okabe-Ito); a second network of the same kind 
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = {"residual": "#D55E00", "DAR": "#009E73"}
 SECOND = {"residual": "#E69F00", "DAR": "#0072B2"}
 NO_SOURCE, DIVERGING = "0.85", "PuOr_r"
 LEAST_RATIO, MOST_RATIO = 1.25, 8.0  # least and most that the colours of the mixing reach, over and under equal weights
-STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
+STYLE: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
 
 Facts = dict[str, Any]
 
@@ -183,9 +183,9 @@ def _with_kind(model: Facts) -> str:
 
 
 def _whole_numbers(axes: Axes) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    cast(MaxNLocator, axes.xaxis.get_major_locator()).set_params(integer=True)
     if axes.get_yscale() == "linear" and axes.images:
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        cast(MaxNLocator, axes.yaxis.get_major_locator()).set_params(integer=True)
 
 
 def _logarithmic(axes: Axes) -> None:

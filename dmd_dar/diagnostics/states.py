@@ -39,7 +39,7 @@ def places_of(network: Denoiser) -> Places:
     Raises UserError for routers of several lists of blocks, and ValueError for a transformer without sublayers to read.
     """
     if isinstance(network, SiT):
-        norms = [norm for block in network.blocks for norm in (block.norm1, block.norm2)]
+        norms = [block.get_submodule(name) for block in network.blocks for name in ("norm1", "norm2")]
         return _places([*norms, network.final_layer.norm_final], len(network.blocks))
     transformer = network.transformer
     plan = plan_of(transformer, "sublayer") if network.dar is None else network.dar.plan
