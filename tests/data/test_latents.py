@@ -11,7 +11,7 @@ from torch import Tensor
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.latents import Latents, layout_of
 from dmd_dar.data.shards import MANIFEST, ShardFolder, fill, shard_name
-from dmd_dar.data.sources import data_hash, open_data
+from dmd_dar.data.sources import data_hash, open_data, open_images
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DamagedFileError, UserError
 
@@ -55,6 +55,11 @@ def test_the_hash_is_that_of_all_that_the_folder_holds(tmp_path):
     config = DataConfig("latents", path=str(stored(tmp_path / "a")))
     assert data_hash(config) == open_data(config).hash == Latents(str(stored(tmp_path / "b"))).hash
     assert Latents(str(stored(tmp_path / "c", codec="d" * 64))).hash != open_data(config).hash
+
+
+def test_latents_are_no_images(tmp_path):
+    with pytest.raises(UserError, match=r"^data.name = latents: .* holds no images; name images$"):
+        open_images(DataConfig("latents", path=str(stored(tmp_path))))
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy(tmp_path):
