@@ -19,10 +19,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dmd_dar import keys
 from dmd_dar.errors import users_line
 from dmd_dar.schema import MISSING, ConfigError, Slot, entries, help_text, leaf, options, plain, shown, slots, walk
-from dmd_dar.train.disk import folder
-from dmd_dar.train.processes.stop import leaving
+from dmd_dar.stop import leaving
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -92,7 +92,7 @@ def to_yaml(cfg: Any) -> str:
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) for every key in which two configurations differ."""
-    return folder.differences(to_dict(a), to_dict(b))
+    return keys.differences(to_dict(a), to_dict(b))
 
 
 def run_job(

@@ -1,7 +1,11 @@
-"""How a component declares its configuration keys: a dataclass field that carries its own help text, unit and range."""
+"""How a component declares its configuration keys, a dataclass field with its own help text, unit and range; and in
+which keys two configurations differ.
+"""
 
 import dataclasses
 from typing import Any
+
+ABSENT = "(absent)"
 
 
 def key(
@@ -27,3 +31,20 @@ def key(
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two nested configurations differ; ABSENT stands for a missing key."""
+    found = []
+    for name in [*old, *(name for name in new if name not in old)]:
+        a, b = _listed(old.get(name, ABSENT)), _listed(new.get(name, ABSENT))
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b or type(a) is not type(b):
+            found.append((f"{prefix}{name}", a, b))
+    return found
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as the lists that YAML gives back."""
+    return [_listed(entry) for entry in value] if isinstance(value, tuple | list) else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmd_dar.errors import UserError
-from dmd_dar.train.processes.stop import StopRequest
+from dmd_dar.stop import StopRequest
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from yaml import YAMLError
 
 from dmd_dar.atomic import recover_folders, sweep, write_atomic
 from dmd_dar.errors import UserError
+from dmd_dar.keys import differences
 
 MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir")
 GROW_ONLY = ("steps",)
-ABSENT = "(absent)"
 
 
 class FolderError(UserError):
@@ -122,23 +122,6 @@ class RunFolder:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two nested configurations differ; ABSENT stands for a missing key."""
-    found = []
-    for name in [*old, *(name for name in new if name not in old)]:
-        a, b = _listed(old.get(name, ABSENT)), _listed(new.get(name, ABSENT))
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b or type(a) is not type(b):
-            found.append((f"{prefix}{name}", a, b))
-    return found
-
-
-def _listed(value: Any) -> Any:
-    """Tuples as the lists that YAML gives back."""
-    return [_listed(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def _make(path: Path) -> Path:

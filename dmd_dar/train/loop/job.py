@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.methods.generate import Generator, generate
+from dmd_dar.stop import EXIT_CODE
 from dmd_dar.train.disk import checkpoint
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import RunLog
 from dmd_dar.train.loop.loop import Loop, Phase
 from dmd_dar.train.processes.runtime import Runtime
-from dmd_dar.train.processes.stop import EXIT_CODE
 from dmd_dar.train.watch.failure import Calls
 from dmd_dar.train.watch.health import Health
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmd_dar.draws import Draws
 from dmd_dar.errors import UserError, users_line
+from dmd_dar.stop import StopRequest
 from dmd_dar.train.disk import checkpoint
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import Progress, RunLog
@@ -18,7 +19,6 @@ from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes import replicas
 from dmd_dar.train.processes.runtime import Runtime, gathered, load_network, load_optimiser
-from dmd_dar.train.processes.stop import StopRequest
 from dmd_dar.train.watch.failure import Calls, Place, failed
 from dmd_dar.train.watch.health import Health
 

@@ -1,15 +1,12 @@
 """A job that fills a folder of shards, in one process or several: what pairs and encode share."""
 
-import contextlib
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +17,11 @@ from tqdm import tqdm
 from dmd_dar.atomic import make_folder
 from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill, holds_shards
 from dmd_dar.errors import UserError
-from dmd_dar.train.processes.stop import EXIT_CODE, StopRequest
+from dmd_dar.stop import EXIT_CODE, SIGNALS, StopRequest
+from dmd_dar.train.processes import supervisor
+from dmd_dar.train.processes.supervisor import Ending, Member
 from dmd_dar.train.processes.world import World, launched
 
-LOOK = 0.5  # seconds between looks at the workers
 SAY = 10.0  # seconds between lines of progress
 
 Make = Callable[[int, int], dict[str, Tensor]]
@@ -111,56 +109,25 @@ def share(
     report: Callable[[int], None],
 ) -> bool:
     """Let several processes fill the folder; True once it is complete. One that fails stops them all, as UserError."""
-    context = multiprocessing.get_context("spawn")
-    lines = [context.Pipe() for _ in range(workers)]
-    started = [
-        context.Process(target=_worker, args=(cfg, prepare, rank, workers, theirs))
-        for rank, (_, theirs) in enumerate(lines)
-    ]
-    told = False
-    try:
-        for process, (_, theirs) in zip(started, lines, strict=True):
-            process.start()
-            theirs.close()
-        while alive := [process for process in started if process.is_alive()]:
-            alive[0].join(LOOK)
-            if not told and (stop.asked or any(process.exitcode for process in started)):
-                told = True
-                for ours, _ in lines:
-                    with contextlib.suppress(OSError):
-                        ours.send_bytes(b"stop")
-            report(folder.samples_made())
-        for rank, process in enumerate(started):
-            if process.exitcode and not stop.asked:
-                raise UserError(_last_words(rank, process.exitcode, lines[rank][0]))
-    finally:
-        for process in started:
-            if process.is_alive():
-                process.kill()
+    with supervisor.started(_work, workers, cfg, prepare) as team:
+        ending = Ending(partial(supervisor.ask_by_line, team.lines))
+        failed = supervisor.watch(team.processes, stop, ending, lambda: report(folder.samples_made()))
+    if failed is not None and not stop.asked:
+        code = team.processes[failed].exitcode
+        unsaid = f"worker {failed} ended with code {code}; whole shards are kept, and the same command continues"
+        raise UserError(team.last_words(failed) or unsaid)
     return not folder.missing()
 
 
-def _worker(cfg: FillConfig, prepare: Prepare, rank: int, processes: int, line: Connection) -> None:
-    """One of several processes: stops when `line` speaks, and dies with its parent, whose business signals are."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def _work(member: Member, cfg: FillConfig, prepare: Prepare) -> None:
+    """One of several processes: it stops when its line speaks, since signals are for the command that started it."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    rank, processes = member.rank, member.processes
     torch.set_num_threads(cfg.threads or max(1, torch.get_num_threads() // processes))
-    try:
-        work = prepare(cfg, device_of(cfg, rank))
-        with ShardFolder(cfg.out, work.layout) as folder:
-            fill(folder, work.make, stopped=line.poll, rank=rank, processes=processes)
-    except UserError as error:
-        line.send_bytes(str(error).encode())
-        sys.exit(2)
-
-
-def _last_words(rank: int, code: int, line: Connection) -> str:
-    with contextlib.suppress(EOFError, OSError):
-        if line.poll():
-            return line.recv_bytes().decode()
-    return f"worker {rank} ended with code {code}; whole shards are kept, and the same command continues"
+    work = prepare(cfg, device_of(cfg, rank))
+    with ShardFolder(cfg.out, work.layout) as folder:
+        fill(folder, work.make, stopped=member.line.poll, rank=rank, processes=processes)
 
 
 def progress(work: Work, start: int) -> Callable[[int], None]:

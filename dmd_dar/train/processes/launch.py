@@ -1,25 +1,21 @@
-"""The processes of a run on one machine: started, stopped and ended together."""
+"""The processes of a run on one machine: how many, how they find each other, and whose failure is the command's."""
 
-import contextlib
-import multiprocessing
 import os
 import signal
 import socket
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from dmd_dar.errors import UserError, users_line
-from dmd_dar.train.processes.stop import EXIT_CODE, StopRequest, leaving
+from dmd_dar.errors import UserError
+from dmd_dar.stop import EXIT_CODE, StopRequest, leaving
+from dmd_dar.train.processes import supervisor
+from dmd_dar.train.processes.supervisor import Ending, Member, Team
 from dmd_dar.train.processes.world import MEETING, launched
 
-LOOK = 0.5  # seconds between looks at the processes
 GRACE = 10.0  # seconds that the others have to end by themselves when one has failed
 
 Job = Callable[[Any], None]  # of a module's top level, so that another process finds it
@@ -37,21 +33,13 @@ def run(job: Job, cfg: Any) -> None:
     if processes == 1:
         job(cfg)
         return
-    context = multiprocessing.get_context("spawn")
-    port, lines, started = free_port(), [], []
-    with StopRequest() as stop, ended_at_last(started):
-        for rank in range(processes):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(job, cfg, rank, processes, port, theirs))
-            process.start()
-            theirs.close()
-            lines.append(ours)
-            started.append(process)
-        failed = watch(started, stop)
+    with StopRequest() as stop, supervisor.started(_work, processes, job, cfg, free_port()) as team:
+        ending = Ending(partial(supervisor.ask_by_signal, team.processes), GRACE)
+        failed = supervisor.watch(team.processes, stop, ending)
     if failed is None:
         return
-    guilty = culprit([process.exitcode for process in started], failed, stop.asked)
-    raise SystemExit(EXIT_CODE) if guilty is None else _failure(guilty, started[guilty].exitcode, lines)
+    guilty = culprit([process.exitcode for process in team.processes], failed, stop.asked)
+    raise SystemExit(EXIT_CODE) if guilty is None else _failure(guilty, team)
 
 
 def processes_of(launch: Any) -> int:
@@ -68,36 +56,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def watch(started: list[Any], stop: StopRequest) -> int | None:
-    """Until all have ended: pass a signal on, and kill the rest once one has failed and GRACE is over.
-
-    The rank of the first that failed, None where all did their work. One that a signal ended comes before those that
-    lost it: they may be gone before the system has buried it.
-    """
-    told, killed, failed, deadline = False, False, None, float("inf")
-    while alive := [process for process in started if process.is_alive()]:
-        wait([process.sentinel for process in alive], LOOK)
-        if stop.asked and not told:
-            told = True
-            for process in alive:
-                os.kill(process.pid, signal.SIGTERM)
-        if failed is None:
-            failed = first_failed(started)
-            deadline = float("inf") if failed is None else time.monotonic() + GRACE
-        if time.monotonic() > deadline:
-            killed = True
-            for process in alive:
-                process.kill()
-    lost = next((rank for rank, process in enumerate(started) if process.exitcode < 0), None)
-    if lost is not None and not (told or killed):
-        return lost
-    return first_failed(started) if failed is None else failed  # the last ones may have ended since it was looked for
-
-
-def first_failed(started: list[Any]) -> int | None:
-    return next((rank for rank, process in enumerate(started) if process.exitcode), None)
-
-
 def culprit(codes: list[int], failed: int, asked: bool) -> int | None:
     """The rank whose failure ended the processes, `failed` if it was one; None where they were only stopped.
 
@@ -107,55 +65,27 @@ def culprit(codes: list[int], failed: int, asked: bool) -> int | None:
     return next((rank for rank in (failed, *range(len(codes))) if codes[rank] not in stopped), None)
 
 
-@contextlib.contextmanager
-def ended_at_last(started: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in started:
-            process.kill()
-            process.join()
-
-
-def _failure(rank: int, code: int, lines: list[Connection]) -> BaseException:
+def _failure(guilty: int, team: Team) -> BaseException:
     """UserError with the message that a process left, else exit code 1 after a line about the first that failed.
 
     Of one that a signal ended, the others can only say that it is gone.
     """
-    for line in (lines[rank], *(lines if code > 0 else ())):
-        with contextlib.suppress(EOFError, OSError):
-            if line.poll():
-                return UserError(line.recv_bytes().decode())
+    code, processes = team.processes[guilty].exitcode, len(team.processes)
+    for rank in (guilty, *(range(processes) if code > 0 else ())):
+        if (message := team.last_words(rank)) is not None:
+            return UserError(message)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    print(f"error: process {rank} of {len(lines)} {how}; the same command continues", file=sys.stderr)
+    print(f"error: process {guilty} of {processes} {how}; the same command continues", file=sys.stderr)
     return SystemExit(1)
 
 
-def _worker(job: Job, cfg: Any, rank: int, processes: int, port: int, line: Connection) -> None:
-    """One of the processes. It dies with its parent."""
+def _work(member: Member, job: Job, cfg: Any, port: int) -> None:
+    """One of the processes: it finds the others by the variables that launchers set."""
     os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent, which passes it on
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    rank, processes = member.rank, member.processes
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    code = 0
-    try:
-        with leaving():
-            job(cfg)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except Exception as error:
-        code, message = 1, users_line(error)
-        if message is None:
-            traceback.print_exc()
-        else:
-            code = 2
-            line.send_bytes(message.encode())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is written and closed. The farewells of libraries may wait for processes that wait for this one, and those of
-    # torch 2.11 abort now and then.
-    os._exit(code)
+    with leaving():
+        job(cfg)

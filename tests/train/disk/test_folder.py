@@ -9,7 +9,7 @@ import pytest
 
 from dmd_dar import atomic
 from dmd_dar.atomic import write_atomic
-from dmd_dar.train.disk.folder import FolderError, RunFolder, differences
+from dmd_dar.train.disk.folder import FolderError, RunFolder
 
 CFG = {
     "out_dir": "a",
@@ -128,13 +128,6 @@ def test_out_dir_that_cannot_be_written() -> None:
         RunFolder.open("/proc/run", CFG)
     with pytest.raises(FolderError, match="out_dir '/proc' cannot be written"):
         RunFolder.open("/proc", CFG)
-
-
-def test_differences_tell_types_and_sections_apart() -> None:
-    assert differences({"a": 1, "b": {"c": 2}}, {"a": True, "b": {"c": 2}}) == [("a", 1, True)]
-    assert differences({"a": {"b": 1}}, {"a": None}) == [("a", {"b": 1}, None)]
-    assert differences({"a": 1}, {"b": 1}) == [("a", 1, "(absent)"), ("b", "(absent)", 1)]
-    assert differences({"a": (1, 2)}, {"a": [1, 2]}) == []
 
 
 def test_write_atomic_replaces_whole_files_or_leaves_the_old_one(

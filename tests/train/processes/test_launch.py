@@ -5,15 +5,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dmd_dar.errors import UserError
-from dmd_dar.train.processes import launch
+from dmd_dar.train.processes import launch, supervisor
 from dmd_dar.train.processes.runtime import LaunchConfig
-from dmd_dar.train.processes.stop import StopRequest
 from tests.train.waiting import Config, Launch, job
 
 ROOT = Path(__file__).parents[3]
@@ -40,7 +38,7 @@ def gone(pid: int, patience: float = 30) -> bool:
 
 def test_a_dead_process_ends_all_within_half_a_minute():
     """The others get GRACE seconds once it is seen to be dead, which takes LOOK at most."""
-    assert launch.GRACE + launch.LOOK < 30
+    assert launch.GRACE + supervisor.LOOK < 30
 
 
 @pytest.fixture(autouse=True)
@@ -105,69 +103,12 @@ def test_whose_failure_ended_the_processes(codes, failed, asked, guilty):
     assert launch.culprit(codes, failed, asked) == guilty
 
 
-class Mortal:
-    """A process that is seen alive a few times, and ends with a code."""
-
-    sentinel = 0
-
-    def __init__(self, code: int, looks: int):
-        self.code, self.looks = code, looks
-
-    def is_alive(self) -> bool:
-        self.looks -= 1
-        return self.looks >= 0
-
-    @property
-    def exitcode(self) -> int | None:
-        return None if self.looks >= 0 else self.code
-
-    def kill(self) -> None:
-        self.code, self.looks = -9, 0
-
-
-@pytest.mark.parametrize(
-    ("ends", "first"),
-    [
-        ([(2, 1), (-9, 3)], 1),  # the other saw its peer's connection close before the system had buried it
-        ([(-9, 3), (2, 1)], 0),
-        ([(2, 1), (0, 3)], 0),
-        ([(0, 1), (0, 3)], None),
-        ([(2, 1), (0, 10**9)], 0),  # killed here
-    ],
-)
-def test_who_ended_first(monkeypatch, ends, first):
-    monkeypatch.setattr(launch, "wait", lambda *_: time.sleep(0.001))
-    monkeypatch.setattr(launch, "GRACE", 0.05)
-    assert launch.watch([Mortal(*end) for end in ends], SimpleNamespace(asked=False)) == first
-
-
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     parent = command(tmp_path)
     workers = pids(tmp_path)
     parent.kill()
     parent.wait()
     assert all(gone(pid) for pid in workers)
-
-
-class Ending:
-    """A process that has ended by the second time it is asked."""
-
-    pid, sentinel = 0, 0
-
-    def __init__(self, code: int):
-        self.code, self.exitcode = code, None
-        self.answers = iter([True, False])
-
-    def is_alive(self) -> bool:
-        alive = next(self.answers)
-        self.exitcode = None if alive else self.code
-        return alive
-
-
-@pytest.mark.parametrize("codes, failed", [((2, 2), 0), ((0, 2), 1), ((0, 0), None)])
-def test_processes_that_end_between_two_looks_are_seen_to_have_failed(monkeypatch, codes, failed):
-    monkeypatch.setattr(launch, "wait", lambda sentinels, timeout: None)
-    assert launch.watch([Ending(code) for code in codes], StopRequest()) == failed
 
 
 def test_how_many_processes_a_command_starts(monkeypatch):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from dmd_dar.train.processes.stop import SIGNALS, StopRequest, leaving
+from dmd_dar.stop import SIGNALS, StopRequest, leaving
 
 FORK = multiprocessing.get_context("fork")
 
