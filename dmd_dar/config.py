@@ -19,8 +19,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dmd_dar import keys
+from dmd_dar import keys, messages
 from dmd_dar.errors import users_line
+from dmd_dar.messages import LOGGER
 from dmd_dar.schema import MISSING, ConfigError, Slot, entries, help_text, leaf, options, plain, shown, slots, walk
 from dmd_dar.stop import leaving
 
@@ -105,9 +106,12 @@ def run_job(
 ) -> None:
     """A command's `main`: `--help` and `--dry-run` print and return, a user's error is one line and exit code 2.
 
+    From here on the package's messages are shown on stderr.
+
     `--dry-run` prints the configuration and then, as comments, what `plan` says of it.
     """
     argv = sys.argv[1:] if argv is None else argv
+    messages.show()
     if "--help" in argv or "-h" in argv:
         print(help_text(schema, description))
         return
@@ -124,7 +128,7 @@ def run_job(
         message = users_line(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        LOGGER.error(f"error: {message}")
         sys.exit(2)
 
 

@@ -149,7 +149,8 @@ def told_by(cfg: EncodeConfig) -> dict[str, Any]:
 
 def encode(cfg: EncodeConfig) -> None:
     """Make what is missing of the folder, see `fill_folder`."""
-    fill_folder(cfg, prepare, told_by(cfg))
+    if held := fill_folder(cfg, prepare, told_by(cfg)):
+        print(held)
     if cfg.prompts:
         name, text = copy_of(read_prompts(cfg.prompts))  # for people, and for the CLIP score
         write_atomic(Path(cfg.out) / name, text)

@@ -228,7 +228,8 @@ def prepare(cfg: PairsConfig, device: torch.device) -> Work:
 
 def make_pairs(cfg: PairsConfig) -> None:
     """Make what is missing of the folder, see `fill_folder`."""
-    fill_folder(cfg, prepare, told_by(cfg))
+    if held := fill_folder(cfg, prepare, told_by(cfg)):
+        print(held)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,9 +1,9 @@
 """Train a teacher, residual or DAR, by flow matching: python -m dmd_dar.pretrain config=FILE.yaml [key=value ...]"""
 
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from dmd_dar.data.latents import Latents
 from dmd_dar.data.sources import Source, open_data
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
+from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import decoded, ode_generator
 from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.denoiser import velocity_of
@@ -30,8 +31,8 @@ from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import LogConfig
 from dmd_dar.train.disk.model_card import CardConfig
 from dmd_dar.train.loop.ema import Ema
-from dmd_dar.train.loop.job import begin, open_run, run_cycle
-from dmd_dar.train.loop.loop import Metrics, Phase
+from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
+from dmd_dar.train.loop.loop import Metrics, OpenRun, Phase, Watch
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes import launch
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
@@ -131,7 +132,7 @@ def show(data: Source, codec: Codec | None, seed: int, folder: RunFolder) -> Non
     crops = crops if codec is None else codec.decode(crops)
     write_atomic(folder.samples / "data.png", png_bytes(tile(to_pixels(crops))))
     if isinstance(data, Folder):
-        print(f"data: {data}", file=sys.stderr)
+        LOGGER.info(f"data: {data}")
 
 
 def pretrain(cfg: PretrainConfig) -> None:
@@ -165,16 +166,13 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
         show(data, codec, cfg.seed, folder)
     run_cycle(
         cfg,
-        runtime,
-        folder,
+        OpenRun(runtime, folder, identity, Path(cfg.out_dir)),
         (phase,),
-        identity=identity,
-        generator=decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode),
-        shape=data.shape,
-        num_classes=data.num_classes,
-        calls=calls,
-        results={"student": ema.module},
-        save=lambda place, network, _: export(place, network, card, codec),
+        watch=Watch(calls),
+        pictures=Pictures(
+            decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode), data.shape, data.num_classes
+        ),
+        results=Results({"student": ema.module}, lambda place, network, _: export(place, network, card, codec)),
     )
 
 

@@ -9,3 +9,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
+
+from dmd_dar import messages  # noqa: E402
+
+messages.show()  # as a command does, so that tests read on stderr what its user reads

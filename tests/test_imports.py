@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "extras", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum", "stop", "moved"}
+GROUND = {"errors", "extras", "messages", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum", "stop", "moved"}
 JOBS = {"pretrain", "distillation", "plan", "sample", "pairs", "encode"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "pipeline", "diagnostics", "train"}
@@ -49,6 +49,10 @@ OPEN_TO_ONE = {
     "accelerate": "dmd_dar/train/processes/runtime.py",
     "torch.distributed": "dmd_dar/train/processes/runtime.py",
     "triton": "dmd_dar/routing/ops/triton.py",
+}
+# they show results on stdout; all other messages go through the logger, whose screen is messages.py
+PRINTING = {f"dmd_dar/{name}.py" for name in ("messages", "config", "sample", "plan", "pairs", "encode")} | {
+    "dmd_dar/commands/__init__.py"
 }
 OPEN_TO_NONE = ("pickle", "cloudpickle", "dill", "joblib")
 NOT_IN_METHODS = ("torch.optim",)
@@ -146,6 +150,18 @@ def test_a_load_without_its_keyword_is_found() -> None:
     assert unsafe_loads("x = np.load(file)\ny = torch.load(f, map_location='cpu')") == ["np.load", "torch.load"]
     assert unsafe_loads("np.load(f, allow_pickle=True)") == ["np.load"]
     assert unsafe_loads("np.load(f, allow_pickle=False)\ntorch.load(f, weights_only=True)\njson.load(f)") == []
+
+
+def prints(source: str) -> int:
+    """How many calls of print a file makes."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return sum(ast.unparse(call.func) == "print" for call in calls)
+
+
+@pytest.mark.parametrize("path", files(), ids=str)
+def test_only_commands_print(path: Path) -> None:
+    if path.as_posix() not in PRINTING | EVAL_JOBS | FLOOR_JOBS:
+        assert prints((ROOT / path).read_text()) == 0
 
 
 def test_every_module_has_its_place() -> None:

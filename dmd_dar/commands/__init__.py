@@ -5,7 +5,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from dmd_dar import messages
 from dmd_dar.extras import MissingPackageError
+from dmd_dar.messages import LOGGER
 
 COMMANDS = {
     "distill": ("dmd_dar.distillation.job", "distil a few-step student from a teacher"),
@@ -42,14 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
         print(listing())
         return
+    messages.show()
     name, *rest = words
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.0)[0]
-        print(f"error: {name}: no such command; nearest: {nearest}. dmd-dar --help lists all", file=sys.stderr)
+        LOGGER.error(f"error: {name}: no such command; nearest: {nearest}. dmd-dar --help lists all")
         raise SystemExit(2)
     try:
         command = importlib.import_module(COMMANDS[name][0])
     except MissingPackageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        LOGGER.error(f"error: {error}")
         raise SystemExit(2) from error
     command.main(rest)

@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ from dmd_dar.pairs import Recipe, RegressionConfig, StoredTrajectories, trajecto
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.ema import Ema
-from dmd_dar.train.loop.job import begin, open_run, run_cycle
-from dmd_dar.train.loop.loop import Phase
+from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
+from dmd_dar.train.loop.loop import OpenRun, Phase, Watch
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes import launch
 from dmd_dar.train.processes.runtime import Runtime
@@ -262,17 +263,14 @@ def train(cfg: DistillConfig, runtime: Runtime, folder: RunFolder | None) -> Non
     begin(runtime, folder)
     run_cycle(
         cfg,
-        runtime,
-        folder,
+        OpenRun(runtime, folder, identity, Path(cfg.out_dir)),
         cycle,
-        identity=identity,
-        generator=decoded(averaged, codec and codec.decode),
-        shape=recipe.shape,
-        num_classes=recipe.num_classes,
-        calls=calls,
-        health=build_health(cfg, runtime, method, codec, averaged, cycle),
-        results={"student": ema.module, **others},
-        save=lambda place, network, step: export(place, network, card.at(step), codec),
+        watch=Watch(calls, build_health(cfg, runtime, method, codec, averaged, cycle)),
+        pictures=Pictures(decoded(averaged, codec and codec.decode), recipe.shape, recipe.num_classes),
+        results=Results(
+            {"student": ema.module, **others},
+            lambda place, network, step: export(place, network, card.at(step), codec),
+        ),
     )
 
 

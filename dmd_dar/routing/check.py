@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd_dar.messages import LOGGER
 from dmd_dar.routing.hooks import owner
 
 # How far a block's output may move in `count`, relative in norm: n alpha_i rounds, and so do differences in half
@@ -35,7 +36,7 @@ def prove(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if not model.dar.was_reset:
         raise ValueError(f"the routers of {name} are not at their start: call model.dar.reset() once it is filled")
     if not config.keeps_function:
-        print(f"routing changes the output of {name} by {far:.3g} (relative, in norm)")
+        LOGGER.info(f"routing changes the output of {name} by {far:.3g} (relative, in norm)")
 
 
 def change(plain: list[Tensor], routed: list[Tensor], path: str) -> float:

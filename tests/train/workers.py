@@ -29,7 +29,7 @@ from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.log import RunLog
 from dmd_dar.train.loop.ema import Ema
-from dmd_dar.train.loop.loop import Loop, Phase, gradients, update
+from dmd_dar.train.loop.loop import Course, Loop, OpenRun, Phase, gradients, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.replicas import ReplicaError
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime, gathered, local
@@ -161,8 +161,8 @@ def divergence(sharding: str, harm: Callable[[Phase], None] | None, **more: Any)
         return inner(draws)
 
     cycle[-1].loss = loss
-    identity, checkpoints = {"teacher": "a"}, CheckpointConfig(every=100)
-    loop = Loop(cycle, 0, 6, BATCH, runtime, None, identity, checkpoints, 100, 100, lambda step: None)
+    course = Course(0, 6, BATCH, CheckpointConfig(every=100), 100, 100)
+    loop = Loop(cycle, course, OpenRun(runtime, None, {"teacher": "a"}), lambda step: None)
     try:
         loop.run(0, RunLog(None))
     except ReplicaError as error:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from dmd_dar import atomic
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.keys import key
+from dmd_dar.messages import LOGGER
 
 FORMAT = 1
 MANIFEST, STATE = "checkpoint.json", "state.pt"
@@ -80,7 +80,7 @@ def save(
 def newest_whole(root: Path) -> int | None:
     """The newest step whose files are what its manifest says, None where there is no checkpoint.
 
-    Newer ones that are damaged are told on stderr and set aside as damaged_*. Raises DamagedFileError where none is
+    Newer ones that are damaged are named in a warning and set aside as damaged_*. Raises DamagedFileError where none is
     whole; then all stay as they are. Raises UserError where one is a link whose content is not here. For the only
     process that writes under `root`: it sweeps first.
     """
@@ -102,7 +102,7 @@ def newest_whole(root: Path) -> int | None:
         aside = _folder(root, other, "damaged")
         _remove(aside)
         os.replace(_folder(root, other), aside)
-        print(f"{error}; set aside as {aside.name}, continuing from step {step}", file=sys.stderr)
+        LOGGER.warning(f"{error}; set aside as {aside.name}, continuing from step {step}")
     return step
 
 
@@ -148,14 +148,14 @@ def best(root: Path) -> int | None:
 
 
 def best_whole(root: Path) -> int | None:
-    """`best`; None, too, after a line on stderr, where its files are not here or not what its manifest says."""
+    """`best`; None, too, after a warning, where its files are not here or not what its manifest says."""
     step = best(root)
     try:
         if step is not None:
             read_manifest(root, step)
         return step
     except UserError as error:
-        print(f"{error}; the best checkpoint is left out", file=sys.stderr)
+        LOGGER.warning(f"{error}; the best checkpoint is left out")
         return None
 
 

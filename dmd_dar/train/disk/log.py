@@ -1,4 +1,4 @@
-"""What a run says while it runs: `log.jsonl` always, wandb where it is asked for, and one line of progress."""
+"""What a run says while it runs: `log.jsonl` always, wandb and TensorBoard on request, and one line of progress."""
 
 import dataclasses
 import json
@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from dmd_dar.atomic import write_atomic
 from dmd_dar.keys import key
+from dmd_dar.messages import LOGGER
 from dmd_dar.train.disk.folder import FolderError, RunFolder
+from dmd_dar.train.processes.runtime import tensorboard_tracker, wandb_tracker
 
 UNNAMEABLE = ("/", "\\", "#", "?", "%", ":")  # in names on wandb's server
 
@@ -32,6 +34,7 @@ class LogConfig:
     )
     project: str = key("dmd_dar", "wandb project")
     name: str = key("", "wandb run name; empty takes the run folder's")
+    tensorboard: bool = key(False, "write the records for TensorBoard, too, into the run folder's tensorboard")
 
     def __post_init__(self) -> None:
         for name, text in (("project", self.project), ("name", self.name)):
@@ -42,22 +45,24 @@ class LogConfig:
 class RunLog:
     """One JSON line per record, handed to the system when `write` returns. Without a path it does nothing."""
 
-    def __init__(self, path: Path | None, wandb_run: Any = None):
+    def __init__(self, path: Path | None, wandb: Any = None, tensorboard: Any = None):
         self.file = None if path is None else path.open("a", encoding="utf-8")
-        self.wandb_run = wandb_run
+        self.wandb, self.tensorboard = wandb, tensorboard  # accelerate's trackers
 
     @classmethod
     def open(cls, folder: RunFolder | None, settings: LogConfig, config: dict[str, Any], step: int) -> Self:
         """The log of a run that starts or resumes at `step`; `folder` is the main process's, None elsewhere.
 
-        Records that a dead run left beyond `step` are dropped, so the log holds every step once.
+        Records that a dead run left beyond `step` are dropped, so the log holds every step once. Raises FolderError
+        naming the key of a tracker whose package is missing or that does not start.
         """
         if folder is None:
             return cls(None)
         path = folder.path / "log.jsonl"
         keep_until(path, step)
-        online = settings.wandb in ("offline", "online")
-        return cls(path, _open_wandb(folder.path, settings, config) if online else None)
+        tensorboard = _open_tensorboard(folder.path, step) if settings.tensorboard else None
+        wandb = _open_wandb(folder.path, settings, config) if settings.wandb != "disabled" else None
+        return cls(path, wandb, tensorboard)
 
     def write(self, record: dict[str, Any]) -> None:
         """`record` holds numbers, texts and lists of them; "step" is the step it belongs to."""
@@ -65,8 +70,11 @@ class RunLog:
             return
         self.file.write(json.dumps(_json(record), allow_nan=False) + "\n")
         self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log(record)
+        if self.wandb is not None:
+            self.wandb.log(record)  # which finds the step in the record
+        if self.tensorboard is not None:
+            shown = {name: value for name, value in record.items() if name != "step"}
+            self.tensorboard.log(shown, step=record.get("step"))
 
     def sync(self) -> None:
         """Have all that was written outlast a power cut."""
@@ -77,9 +85,10 @@ class RunLog:
         if self.file is not None:
             self.file.close()
             self.file = None
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
-            self.wandb_run = None
+        for tracker in (self.wandb, self.tensorboard):
+            if tracker is not None:
+                tracker.finish()
+        self.wandb = self.tensorboard = None
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +116,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 class Progress:
-    """Steps done, speed, time left: a bar on a terminal, else a plain line every `interval` seconds."""
+    """Steps done, speed, time left: a bar on a terminal, else a message every `interval` seconds."""
 
     def __init__(
         self, steps: int, start: int = 0, *, enabled: bool = True, interval: float = 30.0, stream: IO[str] | None = None
@@ -133,7 +142,7 @@ class Progress:
         elif self.enabled and (step == self.steps or time.monotonic() - self.printed >= self.interval):
             self.printed = time.monotonic()
             left = tqdm.format_interval((self.steps - step) / max(self.rate, 1e-9))
-            print(f"step {step}/{self.steps}  {self.rate:.3g} steps/s  ETA {left}", file=self.stream, flush=True)
+            LOGGER.info(f"step {step}/{self.steps}  {self.rate:.3g} steps/s  ETA {left}")
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +166,7 @@ def _json(value: Any) -> Any:
 
 
 def _open_wandb(folder: Path, settings: LogConfig, config: dict[str, Any]) -> Any:
-    """A wandb run that lives in the run folder; a resumed run keeps its id."""
+    """accelerate's tracker of a wandb run that lives in the run folder; a resumed run keeps its id."""
     fault, remedy = f"log.wandb = {settings.wandb}", "use log.wandb=disabled"
     try:
         import wandb
@@ -170,10 +179,10 @@ def _open_wandb(folder: Path, settings: LogConfig, config: dict[str, Any]) -> An
     try:
         if settings.wandb == "online" and not wandb.login(prompt=False, verify=False):
             raise FolderError(f"{fault}: no API key is set; run `wandb login` once or set WANDB_API_KEY, or {remedy}")
-        run = wandb.init(
+        tracker = wandb_tracker(
+            settings.project,
             dir=folder,
             mode=settings.wandb,
-            project=settings.project,
             name=settings.name or folder.name,
             config=config,
             id=known.read_text().strip(),
@@ -183,5 +192,16 @@ def _open_wandb(folder: Path, settings: LogConfig, config: dict[str, Any]) -> An
     except (wandb.Error, OSError) as error:
         reason = " ".join(str(error).split())
         raise FolderError(f"{fault}: wandb did not start ({reason}); {remedy}") from error
-    run.define_metric("*", step_metric="step")
-    return run
+    tracker.tracker.define_metric("*", step_metric="step")
+    return tracker
+
+
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    """accelerate's tracker that writes into RUN/tensorboard; TensorBoard hides what a dead run left beyond `step`."""
+    try:
+        return tensorboard_tracker(folder / "tensorboard", purge_step=step + 1)
+    except ImportError as error:
+        raise FolderError(
+            "log.tensorboard = true: neither tensorboard nor tensorboardX can be imported; install tensorboard, or use"
+            " log.tensorboard=false"
+        ) from error

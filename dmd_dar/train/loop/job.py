@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,48 @@ from torch import Tensor, nn
 
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
+from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import Generator, generate
 from dmd_dar.stop import EXIT_CODE
 from dmd_dar.train.disk import checkpoint
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import RunLog
-from dmd_dar.train.loop.loop import Loop, Phase
+from dmd_dar.train.loop.loop import Course, Loop, OpenRun, Phase, Watch
 from dmd_dar.train.processes.runtime import Runtime
-from dmd_dar.train.watch.failure import Calls
-from dmd_dar.train.watch.health import Health
 
 GRID_ROWS, GRID_COLUMNS = 7, 8
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What draws the sample grids: `generator` gives images of `shape` (C, H, W) for labels below `num_classes`."""
+
+    generator: Generator
+    shape: tuple[int, ...]
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """Networks by the folder in the run's into which save(folder, network, step) writes them, as of a step.
+
+    It is called with all weights of the network at hand.
+    """
+
+    networks: dict[str, nn.Module]
+    save: Callable[[Path, Any, int], None]
+
+
 @torch.no_grad()
-def sample_grid(generator: Generator, seed: int, shape: tuple[int, ...], num_classes: int, runtime: Runtime) -> Tensor:
+def sample_grid(pictures: Pictures, seed: int, runtime: Runtime) -> Tensor:
     """uint8 (3, H, W): the same noise and labels at every step of a run, a column for each of the first classes."""
-    columns = min(num_classes, GRID_COLUMNS)
+    columns = min(pictures.num_classes, GRID_COLUMNS)
     with runtime.autocast():
         x0, _ = generate(
-            generator,
+            pictures.generator,
             GRID_ROWS * columns,
             seed=seed,
-            shape=shape,
+            shape=pictures.shape,
             num_classes=columns,
             phase="grid",
             device=runtime.device,
@@ -64,72 +83,54 @@ def begin(runtime: Runtime, folder: RunFolder | None) -> None:
 
 
 def run_cycle(
-    cfg: Any,
-    runtime: Runtime,
-    folder: RunFolder | None,
-    cycle: tuple[Phase, ...],
-    *,
-    identity: dict[str, str],
-    generator: Generator,
-    shape: tuple[int, ...],
-    num_classes: int,
-    calls: Calls,
-    results: dict[str, nn.Module],
-    save: Callable[[Path, Any, int], None],
-    health: Health | None = None,
+    cfg: Any, run: OpenRun, cycle: tuple[Phase, ...], *, watch: Watch, pictures: Pictures, results: Results
 ) -> None:
-    """Resume, train, and save the `results`, networks by their folder in the run's; `calls` are those of the cycle.
+    """Resume, train, and save the `results`; `watch.calls` are those of the networks of the cycle.
 
-    save(folder, network, step) writes one of them, all its weights at hand, as of a step. Where `health` scores
-    checkpoints, the first result is written a second time, as of the best of them, into a folder named *_best.
+    Where `watch.health` scores checkpoints, the first result is written a second time, as of the best of them, into a
+    folder named *_best.
 
     Exits with code EXIT_CODE where SIGTERM or SIGINT stopped the run; `resume: auto` then continues it.
     """
+    runtime, folder = run.runtime, run.folder
 
     def draw_grid(step: int) -> None:
         if folder is None and not runtime.sharded:
             return
-        picture = sample_grid(generator, cfg.seed, shape, num_classes, runtime)
+        picture = sample_grid(pictures, cfg.seed, runtime)
         if folder is not None:
             write_atomic(folder.samples / f"step_{step:08d}.png", png_bytes(picture))
 
-    loop = Loop(
-        cycle=cycle,
-        seed=cfg.seed,
-        steps=cfg.steps,
-        batch_size=cfg.batch_size,
-        runtime=runtime,
-        folder=folder,
-        identity=identity,
-        checkpoints=cfg.checkpoint,
-        log_every=cfg.log.every,
-        samples_every=cfg.log.samples_every,
-        sample=draw_grid,
-        calls=calls,
-        out_dir=Path(cfg.out_dir),
-        health=health,
-    )
+    loop = Loop(cycle, course_of(cfg), run, draw_grid, watch)
     checkpoints = Path(cfg.out_dir) / "checkpoints"
-
-    def write(name: str, result: nn.Module, step: int) -> None:
-        network = runtime.whole(result)
-        runtime.together(partial(save, folder.path / name, network, step) if folder is not None else lambda: None)
-
     with loop.stop:
         start = loop.restore(checkpoints)
         with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
             finished = loop.run(start, log)
         runtime.any(False)  # a launcher ends the others once one is gone: wait for the one that closes the log
-        for name, result in results.items() if finished else ():
-            write(name, result, cfg.steps)
+        for name in results.networks if finished else ():
+            _write(run, results, name, cfg.steps)
         if finished and (best := loop.take_best(checkpoints)):
-            name, result = next(iter(results.items()))
-            write(f"{name}_best", result, best)
+            name = next(iter(results.networks))
+            _write(run, results, name, best, "_best")
             if runtime.is_main:
-                print(f"{name}_best holds the checkpoint of the best score, that of step {best}", file=sys.stderr)
+                LOGGER.info(f"{name}_best holds the checkpoint of the best score, that of step {best}")
         runtime.close()
     if not finished:
         if folder is not None:
             reached = max(checkpoint.steps_saved(folder.checkpoints), default=0)
-            print(f"stopped at step {reached} of {cfg.steps}; the same command continues", file=sys.stderr)
+            LOGGER.info(f"stopped at step {reached} of {cfg.steps}; the same command continues")
         raise SystemExit(EXIT_CODE)
+
+
+def course_of(cfg: Any) -> Course:
+    """What the configuration of a job says of it."""
+    return Course(cfg.seed, cfg.steps, cfg.batch_size, cfg.checkpoint, cfg.log.every, cfg.log.samples_every)
+
+
+def _write(run: OpenRun, results: Results, name: str, step: int, suffix: str = "") -> None:
+    """Save one of the results, gathered from all processes; call it in every process."""
+    network = run.runtime.whole(results.networks[name])
+    folder = run.folder
+    save = None if folder is None else partial(results.save, folder.path / f"{name}{suffix}", network, step)
+    run.runtime.together(save or (lambda: None))

@@ -85,28 +85,54 @@ def gradients(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> Met
     return total
 
 
+@dataclass(frozen=True)
+class Course:
+    """How long a run trains, from which seed, and after how many steps it saves, logs and draws samples."""
+
+    seed: int
+    steps: int
+    batch_size: int  # over all processes
+    checkpoints: checkpoint.CheckpointConfig
+    log_every: int
+    samples_every: int
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run as one of its processes holds it."""
+
+    runtime: Runtime
+    folder: RunFolder | None  # the main process's; None elsewhere
+    identity: dict[str, str]  # hashes of what the configuration names by path: teacher, data
+    out_dir: Path | None = None  # where a failure leaves what it saw; None: nowhere
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is kept and measured beside training: the networks' last calls, for when one fails, and health signals."""
+
+    calls: Calls = field(default_factory=Calls)
+    health: Health | None = None
+
+
 @dataclass
 class Loop:
     """Trains `cycle`: each phase makes one optimiser step in order, the main one last; that is one step of the run.
 
-    `sample` is called as sample(step) every `samples_every` steps and at the end.
+    `sample` is called as sample(step) every `course.samples_every` steps and at the end. Whoever runs the loop enters
+    `stop` before.
     """
 
     cycle: tuple[Phase, ...]
-    seed: int
-    steps: int
-    batch_size: int
-    runtime: Runtime
-    folder: RunFolder | None  # the main process's; None elsewhere
-    identity: dict[str, str]  # hashes of what the configuration names by path: teacher, data
-    checkpoints: checkpoint.CheckpointConfig
-    log_every: int
-    samples_every: int
+    course: Course
+    home: OpenRun
     sample: Callable[[int], None]
-    stop: StopRequest = field(default_factory=StopRequest)  # entered by whoever runs the loop
-    calls: Calls = field(default_factory=Calls)  # of the networks, for what is left when one fails
-    out_dir: Path | None = None  # where that is left; None: nowhere
-    health: Health | None = None
+    watch: Watch = field(default_factory=Watch)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.home.runtime
 
     def phases(self) -> list[Phase]:
         return list({phase.name: phase for phase in self.cycle}.values())
@@ -128,8 +154,8 @@ class Loop:
             except (KeyError, ValueError, RuntimeError) as error:
                 fault = f"'{root}': the checkpoint of step {step} does not fit this run's {phase.name}"
                 raise UserError(f"{fault} ({' '.join(str(error).split())}); use another out_dir") from error
-        if self.health is not None and "health" in state:
-            self.health.restore(state["health"])
+        if self.watch.health is not None and "health" in state:
+            self.watch.health.restore(state["health"])
         return step
 
     def take_best(self, root: Path) -> int:
@@ -146,7 +172,7 @@ class Loop:
     def update(self, phase: Phase) -> dict[str, Tensor]:
         """`update`; raises DivergedError or NetworkError naming the network, the step, the cause and the remedy."""
         with self._explained(phase.name, phase.steps, phase.network):
-            return update(phase, self.seed, self.batch_size, self.runtime)
+            return update(phase, self.course.seed, self.course.batch_size, self.runtime)
 
     @contextmanager
     def _explained(self, name: str, steps: int, network: nn.Module | None = None) -> Iterator[None]:
@@ -155,13 +181,13 @@ class Loop:
         except Exception as error:
             if users_line(error) is not None:
                 raise
-            place = Place(name, steps, self.seed, self.runtime.rank)
-            raise failed(error, place, network, self.calls, self.out_dir) from error
+            place = Place(name, steps, self.course.seed, self.runtime.rank)
+            raise failed(error, place, network, self.watch.calls, self.home.out_dir) from error
 
     def _load(self, root: Path, step: int) -> dict[str, Any]:
         identity = checkpoint.read_manifest(root, step, hashed=not self.runtime.is_main)["identity"]
-        for name in [*self.identity, *(name for name in identity if name not in self.identity)]:
-            if identity.get(name) != self.identity.get(name):
+        for name in [*self.home.identity, *(name for name in identity if name not in self.home.identity)]:
+            if identity.get(name) != self.home.identity.get(name):
                 raise UserError(f"'{root}': this run's {name} has changed since; restore it, or use another out_dir")
         return checkpoint.load(root, step, mapped=self.runtime.device.type != "cpu")
 
@@ -170,45 +196,45 @@ class Loop:
 
         Where the seed and the steps made agree, so do turn, rung and every draw.
         """
-        held = {phase.name: phase.held() for phase in self.phases()}
-        replicas.check(self.runtime, {"seed": self.seed, "step": step, **held}, step)
+        state = {phase.name: phase.held() for phase in self.phases()}
+        replicas.check(self.runtime, {"seed": self.course.seed, "step": step, **state}, step)
 
     def save(self, step: int, score: float | None = None) -> None:
         """Write a checkpoint, once at most for a step; that of the least `score` is kept. If it fails, all end."""
         state = {phase.name: phase.state() for phase in self.phases()}
-        if self.health is not None:
-            state["health"] = self.health.state()
-        folder, config = self.folder, self.checkpoints
+        if self.watch.health is not None:
+            state["health"] = self.watch.health.state()
+        folder, config = self.home.folder, self.course.checkpoints
 
         def write() -> None:
             if folder is not None:
-                checkpoint.save(folder.checkpoints, step, state, config, identity=self.identity, score=score)
+                checkpoint.save(folder.checkpoints, step, state, config, identity=self.home.identity, score=score)
 
         self.runtime.together(write)
 
     def run(self, start: int, log: RunLog) -> bool:
         """Train from step `start` to the end; False where a signal stopped it early, the last step saved."""
-        with Progress(self.steps, start, enabled=self.folder is not None) as progress:
+        with Progress(self.course.steps, start, enabled=self.home.folder is not None) as progress:
             stopping = self.runtime.any(self.stop.asked)
-            for step in range(start + 1, self.steps + 1):
+            for step in range(start + 1, self.course.steps + 1):
                 if stopping:
                     return False
                 metrics: dict[str, Tensor] = {}
                 for phase in self.cycle:
                     metrics.update(self.update(phase))
-                last = step == self.steps
+                last = step == self.course.steps
                 progress.advance(step)
-                regular = last or step % self.checkpoints.every == 0
+                regular = last or step % self.course.checkpoints.every == 0
                 record: dict[str, Any] = {}
-                if last or step % self.log_every == 0:
+                if last or step % self.course.log_every == 0:
                     record = self.runtime.average({name: value.item() for name, value in metrics.items()})
                     record["steps_per_second"] = progress.rate
-                if self.health is not None:
+                if self.watch.health is not None:
                     with self._explained("health", step):
-                        record |= self.health(step, metrics, scored=regular)
+                        record |= self.watch.health(step, metrics, scored=regular)
                 if record:
                     log.write({"step": step, **record})
-                if last or step % self.samples_every == 0:
+                if last or step % self.course.samples_every == 0:
                     with self._explained("pictures", step):
                         self.sample(step)
                 stopping = self.runtime.any(self.stop.asked)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from dmd_dar.atomic import make_folder
 from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill, holds_shards
 from dmd_dar.errors import UserError
+from dmd_dar.messages import LOGGER
 from dmd_dar.stop import EXIT_CODE, SIGNALS, StopRequest
 from dmd_dar.train.processes import supervisor
 from dmd_dar.train.processes.supervisor import Ending, Member
@@ -62,8 +62,10 @@ def device_of(cfg: FillConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
 
 
-def fill_folder(cfg: FillConfig, prepare: Prepare, told: dict[str, Any] | None = None) -> None:
-    """Make what is missing of `cfg.out`. Exits with code 143 where SIGTERM or SIGINT stopped it, a shard finished.
+def fill_folder(cfg: FillConfig, prepare: Prepare, told: dict[str, Any] | None = None) -> str:
+    """Make what is missing of `cfg.out`; one line that says what it holds then, empty in all processes but the first.
+
+    Exits with code 143 where SIGTERM or SIGINT stopped it, a shard finished.
 
     `told` is what `cfg` alone says of the folder's samples: where that differs, nothing is prepared.
     Where RANK and WORLD_SIZE are set, this process is one of those that a launcher started, and starts none itself.
@@ -94,10 +96,9 @@ def fill_folder(cfg: FillConfig, prepare: Prepare, told: dict[str, Any] | None =
         shards = folder.layout.shards
         done = shards - len(folder.missing())
     if not finished:
-        print(f"stopped with {done} of {shards} shards in {cfg.out}; the same command continues", file=sys.stderr)
+        LOGGER.info(f"stopped with {done} of {shards} shards in {cfg.out}; the same command continues")
         raise SystemExit(EXIT_CODE)
-    if rank == 0:
-        print(f"{work.layout.n} {work.unit} in {cfg.out}, in {shards} shards")
+    return f"{work.layout.n} {work.unit} in {cfg.out}, in {shards} shards" if rank == 0 else ""
 
 
 def share(
@@ -141,6 +142,6 @@ def progress(work: Work, start: int) -> Callable[[int], None]:
         if made > said and (made == n or now - printed >= SAY):
             printed, said, rate = now, made, (made - start) / max(now - began, 1e-9)
             left = tqdm.format_interval((n - made) / rate)
-            print(f"{made}/{n} {unit}  {rate:.3g} {unit}/s  ETA {left}", file=sys.stderr, flush=True)
+            LOGGER.info(f"{made}/{n} {unit}  {rate:.3g} {unit}/s  ETA {left}")
 
     return report

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from dmd_dar.errors import UserError
+from dmd_dar.messages import LOGGER
 from dmd_dar.stop import EXIT_CODE, StopRequest, leaving
 from dmd_dar.train.processes import supervisor
 from dmd_dar.train.processes.supervisor import Ending, Member, Team
@@ -75,7 +75,7 @@ def _failure(guilty: int, team: Team) -> BaseException:
         if (message := team.last_words(rank)) is not None:
             return UserError(message)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    print(f"error: process {guilty} of {processes} {how}; the same command continues", file=sys.stderr)
+    LOGGER.error(f"error: process {guilty} of {processes} {how}; the same command continues")
     return SystemExit(1)
 
 

@@ -8,11 +8,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -357,3 +359,20 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for index, values in state["state"].items()
     }
     optimiser.load_state_dict({**state, "state": moments})
+
+
+def wandb_tracker(project: str, **settings: Any) -> WandBTracker:
+    """accelerate's tracker of a started wandb run; `settings` are those of wandb.init. Raises what that does."""
+    tracker = WandBTracker(project, **settings)
+    tracker.start()
+    return tracker
+
+
+def tensorboard_tracker(folder: Path, **settings: Any) -> TensorBoardTracker:
+    """accelerate's tracker that writes events into `folder`; `settings` are those of SummaryWriter.
+
+    Raises ImportError where neither tensorboard nor tensorboardX is installed.
+    """
+    tracker = TensorBoardTracker(folder.name, folder.parent, **settings)
+    tracker.start()
+    return tracker

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,7 +12,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from dmd_dar import messages
 from dmd_dar.errors import users_line
+from dmd_dar.messages import LOGGER
 from dmd_dar.stop import StopRequest
 
 LOOK = 0.5  # seconds between looks at the processes
@@ -82,6 +83,7 @@ def _enter(work: Callable[..., None], member: Member, given: tuple[Any, ...]) ->
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    messages.show()
     code = 0
     try:
         work(member, *given)
@@ -90,7 +92,7 @@ def _enter(work: Callable[..., None], member: Member, given: tuple[Any, ...]) ->
     except Exception as error:
         code, message = 1, users_line(error)
         if message is None:
-            traceback.print_exc()
+            LOGGER.error(traceback.format_exc().rstrip())
         else:
             code = 2
             member.line.send_bytes(message.encode())
@@ -135,8 +137,8 @@ def first_failed(processes: Sequence[Any]) -> int | None:
 
 
 def ask_by_signal(processes: Sequence[Any], rank: int) -> None:
-    """SIGTERM, for processes that handle it as a command of one process does."""
-    os.kill(processes[rank].pid, signal.SIGTERM)
+    """SIGTERM, for processes that handle it as a command of one process does; nothing for one that has ended."""
+    processes[rank].terminate()
 
 
 def ask_by_line(lines: Sequence[Connection], rank: int) -> None:

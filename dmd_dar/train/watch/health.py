@@ -9,7 +9,6 @@ decoded samples, which are x0 itself for pixels.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 from dmd_dar import spectrum
 from dmd_dar.data.images import levels
 from dmd_dar.draws import Draws, sample_range
+from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import Generator
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes.runtime import Runtime
@@ -165,7 +165,7 @@ class Health:
         told = self.advice.on(found, self.best)
         if self.runtime.is_main:
             for line in told.due:
-                print(f"warning, step {step}: {line}", file=sys.stderr)
+                LOGGER.warning(f"warning, step {step}: {line}")
         record: dict[str, Any] = {f"health/{name}": value for name, value in found.items()}
         if self.best is not None:
             record |= {"health/best_score": self.best[0], "health/best_step": self.best[1]}
@@ -184,7 +184,7 @@ class Health:
             )
         if first and self.runtime.is_main:
             took = f"{drawn - began:.1f} s, once; a record takes {time.monotonic() - drawn:.1f} s"
-            print(f"health: {self.count} samples of the teacher took {took}, every {self.every} steps", file=sys.stderr)
+            LOGGER.info(f"health: {self.count} samples of the teacher took {took}, every {self.every} steps")
         return found
 
     def _add(self, metrics: dict[str, Tensor]) -> None:

@@ -8,7 +8,6 @@ fits is named.
 Legend: x0 (B, C, S, S) in the teacher's space; errors and slopes are lists over TIMES.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from dmd_dar import flow
 from dmd_dar.data.sources import Source
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
+from dmd_dar.messages import LOGGER
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import MEANINGS, Meaning, meaning_of, velocity_of
 from dmd_dar.models.teachers import Teacher
@@ -77,7 +77,7 @@ def preflight(runtime: Runtime, teacher: Teacher, data: Source, codec: Codec | N
     with runtime.autocast():
         told = check_teacher(teacher, data, codec, seed)
     if runtime.is_main:
-        print(told, file=sys.stderr)
+        LOGGER.info(told)
 
 
 @torch.no_grad()

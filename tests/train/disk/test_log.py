@@ -1,5 +1,6 @@
 """The log holds each step once, whatever died in between; progress tells speed and time left."""
 
+import dataclasses
 import io
 import json
 import math
@@ -12,8 +13,15 @@ import torch
 from dmd_dar.train.disk import log
 from dmd_dar.train.disk.folder import FolderError, RunFolder
 from dmd_dar.train.disk.log import LogConfig, Progress, RunLog
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 
 QUIET = LogConfig(wandb="disabled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process() -> Runtime:
+    """Trackers are accelerate's, which has to know the processes."""
+    return Runtime(LaunchConfig(cpu=True))
 
 
 @pytest.fixture
@@ -90,6 +98,31 @@ def test_offline_wandb_stays_in_the_run_folder_and_keeps_its_id(folder: RunFolde
     assert [record["step"] for record in log.read(folder.path / "log.jsonl")] == [1, 2]
 
 
+def test_tensorboard_is_off_by_default_and_one_error_where_it_is_missing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not LogConfig().tensorboard
+    for name in ("tensorboard", "torch.utils.tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(FolderError, match="log.tensorboard = true: .*; install tensorboard, or use log.tensorboard="):
+        RunLog.open(folder, dataclasses.replace(QUIET, tensorboard=True), {}, 0)
+
+
+def test_tensorboard_holds_every_step_once_in_the_run_folder(folder: RunFolder) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = dataclasses.replace(QUIET, tensorboard=True)
+    with RunLog.open(folder, settings, {}, 0) as run:
+        for step in (1, 2, 3):
+            run.write({"step": step, "health/gap": 0.5 * step, "health/warnings": "too high"})
+    with RunLog.open(folder, settings, {}, 2) as run:
+        run.write({"step": 3, "health/gap": 0.0625})
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    assert [(one.step, one.value) for one in events.Scalars("health/gap")] == [(1, 0.5), (2, 1.0), (3, 0.0625)]
+
+
 @pytest.fixture
 def without_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No credentials anywhere, and whoever asks for them fails."""
@@ -117,7 +150,8 @@ def test_wandb_offline_asks_for_nothing_and_says_nothing(
     folder: RunFolder, without_key: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with RunLog.open(folder, LogConfig(), {}, 0) as run:
-        assert run.wandb_run.settings.mode == "offline" and run.wandb_run.offline
+        wandb_run = run.wandb.tracker
+        assert wandb_run.settings.mode == "offline" and wandb_run.offline
         run.write({"step": 1, "health/gap": 0.5, "health/warnings": "too high; lower it"})
     assert capfd.readouterr() == ("", "")
 
@@ -134,25 +168,26 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_a_file_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = [100.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
-    stream = io.StringIO()
-    with Progress(20, 4, interval=30, stream=stream) as progress:
+    with Progress(20, 4, interval=30, stream=io.StringIO()) as progress:
         for step in range(5, 21):
             clock[0] += 10
             progress.advance(step)
-    told = stream.getvalue().splitlines()
+    told = capsys.readouterr().err.splitlines()
     assert told[0] == "step 7/20  0.1 steps/s  ETA 02:10"
     assert len(told) == 6 and told[-1] == "step 20/20  0.1 steps/s  ETA 00:00"
     assert progress.rate == pytest.approx(0.1)
 
 
-def test_progress_on_a_terminal_is_a_bar_and_elsewhere_silent() -> None:
-    terminal, silent = Terminal(), io.StringIO()
-    with Progress(4, 2, stream=terminal) as bar, Progress(4, 2, enabled=False, stream=silent) as none:
+def test_progress_on_a_terminal_is_a_bar_and_in_other_processes_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    with Progress(4, 2, stream=terminal) as bar, Progress(4, 2, enabled=False, stream=io.StringIO()) as none:
         for step in (3, 4):
             bar.advance(step)
             none.advance(step)
     assert "4/4" in terminal.getvalue() and "step/s" in terminal.getvalue()
-    assert silent.getvalue() == ""
+    assert capsys.readouterr() == ("", "")

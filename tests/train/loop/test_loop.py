@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import RunLog
 from dmd_dar.train.loop.ema import Ema
-from dmd_dar.train.loop.loop import Loop, Phase, update
+from dmd_dar.train.loop.loop import Course, Loop, OpenRun, Phase, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 
@@ -31,21 +32,18 @@ def phase_of(name: str = "student", optimiser: OptimiserConfig | None = None, wi
     return Phase(name, network, Optimiser(config, network.parameters()), loss, Ema(network, 0.9))
 
 
-def loop_of(folder: RunFolder, steps: int, cycle: tuple[Phase, ...], **changes) -> Loop:
-    fields = {
-        "cycle": cycle,
-        "seed": 0,
-        "steps": steps,
-        "batch_size": 8,
-        "runtime": Runtime(LaunchConfig(cpu=True)),
-        "folder": folder,
-        "identity": {"teacher": "a"},
-        "checkpoints": CheckpointConfig(every=2, keep_last=2),
-        "log_every": 1,
-        "samples_every": 100,
-        "sample": lambda step: None,
-    }
-    return Loop(**{**fields, **changes})
+def loop_of(
+    folder: RunFolder,
+    steps: int,
+    cycle: tuple[Phase, ...],
+    *,
+    identity: dict[str, str] | None = None,
+    sample: Callable[[int], None] = lambda step: None,
+    samples_every: int = 100,
+) -> Loop:
+    course = Course(0, steps, 8, CheckpointConfig(every=2, keep_last=2), log_every=1, samples_every=samples_every)
+    home = OpenRun(Runtime(LaunchConfig(cpu=True)), folder, {"teacher": "a"} if identity is None else identity)
+    return Loop(cycle, course, home, sample)
 
 
 def open_folder(path: Path) -> RunFolder:

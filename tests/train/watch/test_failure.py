@@ -1,7 +1,6 @@
 """A failure in a network is one line of cause and remedy; its last batch is on the disk; no weight has moved."""
 
 import copy
-import dataclasses
 import errno
 import json
 import math
@@ -31,7 +30,7 @@ from dmd_dar.models.sit import SiT
 from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.log import RunLog
 from dmd_dar.train.loop.ema import Ema
-from dmd_dar.train.loop.loop import Loop, Phase
+from dmd_dar.train.loop.loop import Course, Loop, OpenRun, Phase, Watch
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from dmd_dar.train.watch.failure import Calls, NetworkError, Place, failed
@@ -52,7 +51,7 @@ class Rig:
             network.requires_grad_(True)
             network.pos_embed.requires_grad_(False)
 
-    def run(self, **changes) -> None:
+    def run(self, sample=lambda step: None, **course) -> None:
         named = {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
         watched = {name: self.calls.watch(name, velocity_of(network)) for name, network in named.items()}
         rungs, law = (1.0, 0.5), flow.TimeLaw(low=0.02, high=0.98)
@@ -62,22 +61,9 @@ class Rig:
             Phase(name, named[name], Optimiser(OptimiserConfig(), named[name].backbone_parameters()), loss)
             for name, loss in losses.items()
         )
-        loop = Loop(
-            cycle=cycle,
-            seed=0,
-            steps=3,
-            batch_size=4,
-            runtime=Runtime(LaunchConfig(cpu=True)),
-            folder=None,
-            identity={},
-            checkpoints=CheckpointConfig(),
-            log_every=1,
-            samples_every=100,
-            sample=lambda step: None,
-            calls=self.calls,
-            out_dir=self.out,
-        )
-        dataclasses.replace(loop, **changes).run(0, RunLog(None))
+        course = {"checkpoints": CheckpointConfig(), "log_every": 1, "samples_every": 100, **course}
+        home = OpenRun(Runtime(LaunchConfig(cpu=True)), None, {}, self.out)
+        Loop(cycle, Course(0, 3, 4, **course), home, sample, Watch(self.calls)).run(0, RunLog(None))
 
 
 @pytest.fixture
