@@ -20,6 +20,7 @@ from dmd_dar.atomic import make_folder, sync_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.routing.fused import unfused
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.offload import keeper
 
 FORMAT = 1
 WEIGHTS, FORM, CONFIG = "dar_weights.safetensors", "dar.json", "config.json"
@@ -63,10 +64,12 @@ def save_routed(
 
     The arguments are diffusers' own: `options` are SAVE_OPTIONS, by name. All weights go into one file, whatever
     `max_shard_size` says, and fused projections into the layers that they were made from. Raises UserError for what
-    this form does not offer, for a model with adapters, for one whose weights are not those of its class, which could
-    not be loaded, and for a folder that holds a plain model's weights.
+    this form does not offer, for a model whose values an offloader keeps, for one with adapters, for one whose weights
+    are not those of its class, which could not be loaded, and for a folder that holds a plain model's weights.
     """
     _check_options(options)
+    if kept := keeper(model):
+        raise UserError(f"save_pretrained: the model does not hold its values, {kept}")
     weights = {name: value.contiguous() for name, value in unfused(model).items()}
     if any(type(value).__name__ == "DTensor" for value in weights.values()):
         raise UserError("the model is sharded: load its gathered state dict into one that is not, and save that")

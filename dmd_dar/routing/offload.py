@@ -21,6 +21,23 @@ def runs_on(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def keeper(model: nn.Module) -> str:
+    """Who keeps values of the state dict where `model.state_dict()` does not reach them, and how to get them back.
+
+    Empty where the model holds them all. diffusers' group offloading to disk leaves memory without values in their
+    place, accelerate's offloading tensors on the meta device, as a model has that was never filled.
+    """
+    configs = [getattr(hook, "config", None) for module in model.modules() for hook in _hooks(module)]
+    if any(getattr(config, "offload_to_disk_path", None) for config in configs):
+        return "diffusers' group offloading keeps them on the disk: save the model before it is applied"
+    if any(value.is_meta for value in model.state_dict().values()):
+        return (
+            "they are on the meta device: end accelerate's offloading, by"
+            " accelerate.hooks.remove_hook_from_module(model, recurse=True), or fill the model"
+        )
+    return ""
+
+
 def _hooks(module: nn.Module) -> list[Any]:
     """What accelerate and diffusers have hooked to a module's call."""
     hook, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dmd_dar.routing import attach
+from dmd_dar.errors import UserError
+from dmd_dar.routing import attach, load_routed
 from dmd_dar.routing.examples import example_inputs
 from tests.routing.tiny_models import NAMES, output, shaken, tiny_model
 
@@ -130,6 +131,28 @@ def test_a_reset_that_would_be_lost_is_refused(way, tmp_path):
     grouped(model := attach(tiny_model("SD3Transformer2DModel"), query="static", chunk_size=2), None, "leaf_level")
     shaken(model).dar.reset()
     assert model.dar.was_reset
+
+
+@pytest.mark.parametrize("first", ["attach", "offload"])
+@pytest.mark.parametrize("way", ["group, leaf, disk", "group, block, disk", "sequential", "disk"])
+def test_values_that_an_offloader_keeps_are_not_saved(way, first, tmp_path):
+    model = tiny_model("SD3Transformer2DModel")
+    for step in ("attach", "offload") if first == "attach" else ("offload", "attach"):
+        attach(model, query="static", chunk_size=2) if step == "attach" else WAYS[way](model, tmp_path / "kept")
+    with pytest.raises(UserError, match="does not hold its values, .*(save the model before|remove_hook_from_module)"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_values_come_back_with_the_end_of_accelerates_offloading_and_groups_in_memory_hold_them(tmp_path):
+    model = shaken(attach(tiny_model("SD3Transformer2DModel"), query="static", chunk_size=2))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    WAYS["sequential"](model, tmp_path)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    WAYS["group, leaf"](model, tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    held = load_routed(tmp_path / "saved").state_dict()
+    assert held.keys() == expected.keys() and all(torch.equal(held[name], expected[name]) for name in held)
 
 
 @pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])
