@@ -29,7 +29,7 @@ from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import LogConfig
-from dmd_dar.train.disk.model_card import CardConfig
+from dmd_dar.train.disk.readme import CardConfig
 from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
 from dmd_dar.train.loop.loop import Metrics, OpenRun, Phase, Watch

@@ -17,7 +17,7 @@ from dmd_dar.pairs import RegressionConfig
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.log import LogConfig
-from dmd_dar.train.disk.model_card import CardConfig
+from dmd_dar.train.disk.readme import CardConfig
 from dmd_dar.train.loop.optimise import OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig
 

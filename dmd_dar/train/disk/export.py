@@ -1,4 +1,4 @@
-"""What a run hands out: a network's folder with its model card, and beside merged weights their LoRA adapter."""
+"""What a run hands out: a network's folder with its README.md, and beside merged weights their LoRA adapter."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from dmd_dar.models.adapters import write_adapter
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.saved import PARTS, Denoiser, ModelCard, write_network
 from dmd_dar.models.shared_lora import LoraDenoiser, merged
-from dmd_dar.train.disk.model_card import model_card
+from dmd_dar.train.disk.readme import readme
 
 
 def export(place: Path, network: Denoiser | LoraDenoiser, card: ModelCard, codec: Codec | None = None) -> None:
@@ -17,4 +17,4 @@ def export(place: Path, network: Denoiser | LoraDenoiser, card: ModelCard, codec
         digest = write_network(new, plain, card, codec)
         if isinstance(network, LoraDenoiser):
             write_adapter(new / "adapter", network, card, digest)
-        write_atomic(new / "README.md", model_card(place.parent, plain, card, digest))
+        write_atomic(new / "README.md", readme(place.parent, plain, card, digest))

@@ -1,4 +1,4 @@
-"""The model card: its front matter is YAML, its text is what the run folder says, and names cannot break out of it."""
+"""README.md: its front matter is YAML, its text is what the run folder says, and names cannot break out of it."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.train.disk.model_card import model_card
+from dmd_dar.train.disk.readme import readme
 from tests.tiny import tiny_sit
 
 HOSTILE = (
@@ -25,7 +25,7 @@ def card_in(run: Path, **changes) -> tuple[dict, str]:
     fields = dict(
         rungs=(1.0, 0.75), label_names=HOSTILE, origin={"teacher": "cd" * 32, "guidance_scale": 1.5, "steps": 7}
     )
-    text = model_card(run, tiny_sit(), ModelCard(**{**fields, **changes}), DIGEST)
+    text = readme(run, tiny_sit(), ModelCard(**{**fields, **changes}), DIGEST)
     empty, front, body = text.split("---\n", 2)
     assert empty == ""
     return yaml.safe_load(front), body
@@ -56,6 +56,14 @@ def test_front_matter_and_text_say_what_the_run_says(run):
     assert "| student.lr | 0.0001 |" in body and "log.every" not in body and "out\\_dir" not in body
     assert 'pipe = dmd_dar.load_pipeline("FOLDER")' in body
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_front_matter_is_in_this_order(run):
+    text = readme(run, tiny_sit(), ModelCard(rungs=(1.0, 0.75)), DIGEST)
+    assert text.startswith(
+        "---\nlibrary_name: dmd_dar\nlicense: cc-by-nc-4.0\ntags:\n- diffusion\n- few-step\n- distillation\n"
+        "base_model: facebook/DiT-XL-2-256\n---\n\n# "
+    )
 
 
 @pytest.mark.parametrize(("steps", "value"), [(6, "0.5"), (7, "0.25"), (8, "0.25")])

@@ -1,4 +1,4 @@
-"""The README.md of an exported network: a model card in the hub's form, of what the run folder says, nothing else."""
+"""The README.md of an exported network, in the form of the hub's model cards: of what the run folder says, no more."""
 
 import html
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from dmd_dar.keys import key
 from dmd_dar.models.hub import HUB_ID
@@ -16,6 +17,7 @@ from dmd_dar.train.disk import log
 
 LEFT_OUT = ("log.", "launch.", "checkpoint.", "card.", "out_dir", "resume")  # how it was run, not what
 NAMES_SHOWN = 20
+FRONT = ["library_name", "license", "tags", "base_model"]  # in this order
 UNKNOWN = "unknown"
 CHAPTERS = """# {name}
 
@@ -43,27 +45,27 @@ images = pipe(n=8, seed=0, output="pil")
 
 @dataclass(frozen=True)
 class CardConfig:
-    """The model card in student/README.md."""
+    """What student/README.md says that the run does not know."""
 
     license: str = key(UNKNOWN, "of the weights, a licence id of the hub, such as apache-2.0; unknown: the teacher's")
 
 
-def model_card(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
+def readme(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
     """The text for the network of `run`, a run folder, whose config.yaml and log.jsonl it quotes."""
     written = run / "config.yaml"
     config = yaml.safe_load(written.read_text()) if written.is_file() else {}
-    front = yaml.safe_dump(_front(config, network, card), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{_body(run, config, network, card, digest)}"
+    front = _front(config, network, card).to_yaml(original_order=FRONT)
+    return f"---\n{front}\n---\n\n{_body(run, config, network, card, digest)}"
 
 
-def _front(config: dict[str, Any], network: Denoiser, card: ModelCard) -> dict[str, Any]:
+def _front(config: dict[str, Any], network: Denoiser, card: ModelCard) -> ModelCardData:
     routed = network.config.routing.query != "residual"
     tags = ["diffusion", *(["few-step", "distillation"] if card.rungs else []), *(["dar"] if routed else [])]
-    front = {"library_name": "dmd_dar", "license": _license(config), "tags": tags}
     path = _teacher(config)
-    if HUB_ID.fullmatch(path) and not Path(path).exists():  # a local path means nothing on the hub
-        front["base_model"] = path
-    return front
+    public = HUB_ID.fullmatch(path) and not Path(path).exists()  # a local path means nothing on the hub
+    return ModelCardData(
+        library_name="dmd_dar", license=_license(config), tags=tags, base_model=path if public else None
+    )
 
 
 def _license(config: dict[str, Any]) -> str:
