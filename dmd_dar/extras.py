@@ -5,7 +5,9 @@ import importlib.util
 import sys
 from types import ModuleType
 
+from dmd_dar import messages
 from dmd_dar.errors import UserError
+from dmd_dar.messages import LOGGER
 
 # By the name that is imported. pyproject.toml lists the same packages under the names that are installed.
 EXTRA_OF = {
@@ -42,7 +44,7 @@ def needed(module: str) -> ModuleType:
 def require(room: str, *modules: str) -> None:
     """Called by a package whose modules import optional packages at their top, before any of them does.
 
-    Raises MissingPackageError; where `python -m` is about to start a command of that package, the error is printed and
+    Raises MissingPackageError; where `python -m` is about to start a command of that package, the error is shown and
     the exit code is 2, as for any other error of a command.
     """
     lacking = [module for module in modules if importlib.util.find_spec(module) is None]
@@ -51,6 +53,7 @@ def require(room: str, *modules: str) -> None:
     verb = "is" if len(lacking) == 1 else "are"
     message = f"{room} needs {', '.join(lacking)}, which {verb} not installed: {remedy(lacking[0])}"
     if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module that it is to run
-        print(f"error: {message}", file=sys.stderr)
+        messages.show()
+        LOGGER.error(f"error: {message}")
         raise SystemExit(2)
     raise MissingPackageError(message)

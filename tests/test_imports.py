@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "extras", "messages", "keys", "atomic", "draws", "flow", "guidance", "losses", "spectrum", "stop", "moved"}
+GROUND = {
+    "errors",
+    "extras",
+    "messages",
+    "keys",
+    "atomic",
+    "draws",
+    "flow",
+    "guidance",
+    "losses",
+    "spectrum",
+    "stop",
+    "moved",
+}
 JOBS = {"pretrain", "distillation", "plan", "sample", "pairs", "encode"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "pipeline", "diagnostics", "train"}

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal, Self
 
 from tqdm import tqdm
 
+from dmd_dar import extras
 from dmd_dar.atomic import write_atomic
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
@@ -171,7 +172,9 @@ def _open_wandb(folder: Path, settings: LogConfig, config: dict[str, Any]) -> An
     try:
         import wandb
     except ImportError as error:
-        raise FolderError(f"{fault}: wandb cannot be imported ({error}); install it, or {remedy}") from error
+        raise FolderError(
+            f"{fault}: wandb cannot be imported ({error}); {extras.remedy('wandb')}, or {remedy}"
+        ) from error
     known = folder / "wandb" / "id.txt"
     if not known.exists():
         known.parent.mkdir(exist_ok=True)
@@ -202,6 +205,6 @@ def _open_tensorboard(folder: Path, step: int) -> Any:
         return tensorboard_tracker(folder / "tensorboard", purge_step=step + 1)
     except ImportError as error:
         raise FolderError(
-            "log.tensorboard = true: neither tensorboard nor tensorboardX can be imported; install tensorboard, or use"
+            f"log.tensorboard = true: tensorboard cannot be imported; {extras.remedy('tensorboard')}, or use"
             " log.tensorboard=false"
         ) from error
