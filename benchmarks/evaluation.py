@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import save, seconds, spread
+from benchmarks.record import save, spread
 from dmd_dar import config
 from dmd_dar.data.photos import NAMES, Photos
 from dmd_dar.draws import Draws, sample_range
@@ -26,6 +26,7 @@ from eval.measure.pair import measure
 from eval.measure.suite import Ledger, Sources, Suite, prepare
 from eval.metrics import spoil
 from eval.page.html import write_report
+from eval.samples.cost import seconds
 from eval.samples.sets import ImageSet
 
 AIM_S = 60
@@ -74,7 +75,7 @@ def evaluation(cfg: Bench, folder: Path) -> dict[str, float]:
         write_report(made["result"], [real, teacher, *sets], folder, "benchmark", {})
 
     parts: dict[str, Callable[[], Any]] = {"fits": fitted, "metrics": measured, "report": written}
-    times = {name: seconds(part, torch.device("cpu")) for name, part in parts.items()}
+    times = {name: seconds(part) for name, part in parts.items()}
     if ledger.skipped:
         raise RuntimeError(f"not the whole evaluation: {ledger.skipped}")
     return times
@@ -89,7 +90,7 @@ def command(cfg: Bench, folder: Path) -> dict[str, float]:
         def call() -> None:
             subprocess.run([sys.executable, "-m", "eval.report", *words, f"cache={cache}"], check=True)
 
-        return {name: seconds(call, torch.device("cpu")) for name in ("new", "again")}
+        return {name: seconds(call) for name in ("new", "again")}
 
 
 def run(cfg: Bench) -> None:

@@ -10,9 +10,11 @@ from benchmarks.record import RESULTS
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
 from dmd_dar.routing.ops import BACKENDS
+from eval.measure.machine import NOT_INSTALLED
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 OPEN = "not measured"
+ABSENT = (None, NOT_INSTALLED)
 
 HEAD = """# Performance
 
@@ -31,7 +33,7 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -39,7 +41,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def stand(result: dict[str, Any]) -> str:
     """Where and how a result was measured."""
     m = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version not in ABSENT)
     return (
         f"{m['device']}, {m['threads']} threads of {m['cores']} cores, {m['memory_gib']} GiB; Python {m['python']}, "
         f"{versions}; commit `{m['commit']}`; `{m['command']}`.\n"
@@ -96,7 +98,7 @@ def _aims(result: dict[str, Any], cuda: bool) -> str:
         rows.append(
             [what, f"{'at least' if more else 'at most'} {bound:.3g}", f"{value:.3g}", "met" if met else "missed"]
         )
-    return "**Aims.**\n\n" + table(["", "aim", "measured", ""], rows)
+    return "**Aims.**\n\n" + markdown_table(["", "aim", "measured", ""], rows)
 
 
 def routing(name: str, title: str, targets: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
@@ -153,7 +155,7 @@ def _chains(result: dict[str, Any]) -> list[str]:
         f"**All routers of a network** ({size}; `timestep` queries). Speed-ups are against `naive`, the equations on"
         " stacked sources; `by source` is the same without the stacked copy, a leaner baseline. Extra memory is the"
         " peak above the same chain with plain additions.\n",
-        table(head, rows),
+        markdown_table(head, rows),
     ]
 
 
@@ -176,7 +178,10 @@ def _routers(result: dict[str, Any]) -> list[str]:
                 rows.append([*shape, kernel, *forward, *backward])
             rows += [[*shape, kernel, why, "", "", "", ""] for kernel, why in row["failed"].items()]
         head = ["B", "sources", "kernel", "forward, ms", "over `triton`'s", "of copy bandwidth"]
-        parts += [f"**{title}** (T 256, d 1152, bf16).\n", table([*head, "backward, ms", "over `triton`'s"], rows)]
+        parts += [
+            f"**{title}** (T 256, d 1152, bf16).\n",
+            markdown_table([*head, "backward, ms", "over `triton`'s"], rows),
+        ]
     return parts
 
 
@@ -187,7 +192,7 @@ def _step(result: dict[str, Any]) -> str:
     rows = [[form, milli(step["seconds"][form]), times(step["ratio"][form])] for form in step["seconds"]]
     return (
         f"**One training step** of {step['model']}, B {step['B']}: loss, backward, AdamW; S = 4, `timestep`.\n\n"
-        + table(["residual additions", "ms", "over residual"], rows)
+        + markdown_table(["residual additions", "ms", "over residual"], rows)
     )
 
 
@@ -200,13 +205,13 @@ def step(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | No
             return f"## {title}\n\n{OPEN}: run `python -m benchmarks.step` on such a machine.\n"
         rounds = next(iter(result["seconds"].values()))["rounds"]
         load = result["load_average"]
-        told = (
+        words = (
             f"**One student update and {result['updates']} of the fake score**, {result['model']}, B {result['B']}, T"
             f" {result['T']}; {rounds} rounds; load average {load['before']:.1f} before, {load['after']:.1f} after."
             " Optimisers hold two moments of what is trained; the step's peak is gradients and activations."
         )
         if backend := result.get("backend"):
-            told += f" Routers are computed by `{backend}`, unless the row says otherwise."
+            words += f" Routers are computed by `{backend}`, unless the row says otherwise."
         head = ["additions, weights", "ms", "over residual, full", "networks", "optimisers", "peak of a step"]
         rows = []
         for arm, seconds in result["seconds"].items():
@@ -214,7 +219,9 @@ def step(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | No
             sizes = [mega(parts[part]) for part in ("networks", "optimisers", "step")]
             over = times(result["ratio"][arm])
             rows.append([arm, milli(seconds), over, *sizes, times(result["bytes_ratio"][arm])])
-        return f"## {title}\n\n{stand(result)}\n{told}\n\n{table([*head, 'memory over residual, full'], rows)}"
+        return (
+            f"## {title}\n\n{stand(result)}\n{words}\n\n{markdown_table([*head, 'memory over residual, full'], rows)}"
+        )
 
     return section
 
@@ -228,10 +235,10 @@ def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
         return f"{title}{OPEN}: run `python -m benchmarks.evaluation`.\n"
     rows = [[name, f"{part['median']:.1f}"] for name, part in (*result["parts_s"].items(), ("all", result["seconds"]))]
     what = f"{result['models']} models, {result['sets']} sets of {result['images']} images of {result['size']} px"
-    told = (
+    words = (
         f"**Every metric without weights and the report** ({what}; medians of {result['seconds']['rounds']} rounds).\n"
     )
-    text = f"{title}{stand(result)}\n{told}\n{table(['part', 'seconds'], rows)}"
+    text = f"{title}{stand(result)}\n{words}\n{markdown_table(['part', 'seconds'], rows)}"
     if whole := result["command_s"]:
         new, again = (
             f"{whole[name]['median']:.1f} s ({whole[name]['least']:.1f} to {whole[name]['most']:.1f})"
@@ -257,10 +264,10 @@ def psd(read: Callable[[str], dict[str, Any] | None]) -> str:
     per_image = {name: 1000 * one["median"] / result["n"] for name, one in result["seconds"].items()}
     rows = [[name, f"{ms:.3g}", times(result["times_faster"].get(name, 1.0))] for name, ms in per_image.items()]
     difference = max(result["largest_relative_difference"].values())
-    told = (
+    words = (
         f"**{result['n']} images of {result['size']} px**; the curves differ by at most {difference:.0e}, relatively.\n"
     )
-    return f"{title}{stand(result)}\n{told}\n{table(['way', 'ms per image', 'speed-up'], rows)}"
+    return f"{title}{stand(result)}\n{words}\n{markdown_table(['way', 'ms per image', 'speed-up'], rows)}"
 
 
 SECTIONS = [

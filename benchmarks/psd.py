@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.record import interleaved, ratio, save, spread
+from benchmarks.record import ratio, save, spread
 from dmd_dar import config
 from dmd_dar.keys import key
 from dmd_dar.spectrum import LUMA, modes, radial_frequencies, radial_psd
+from eval.samples.cost import interleaved
 
 PLAIN, ONE, ALL = "float64 rfft2 and bincount, image by image", "radial_psd, 1 thread", "radial_psd, all threads"
 
@@ -78,7 +79,7 @@ def run(cfg: Bench) -> None:
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     todo = ways(images, cfg)
     curves = {name: way() for name, way in todo.items()}
-    times = interleaved(todo, cfg.rounds, torch.device("cpu"))
+    times = interleaved(todo, runs=cfg.rounds)
     result = {
         "n": cfg.n,
         "size": cfg.size,

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.memory import SETTLED, alone, peak_above
-from benchmarks.record import interleaved, ratio, save, spread
+from benchmarks.memory import SETTLED, alone
+from benchmarks.record import ratio, save, spread
 from dmd_dar import config
 from dmd_dar.errors import UserError
 from dmd_dar.flow import interpolate
@@ -26,6 +26,7 @@ from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.ops import chosen, naive
 from dmd_dar.routing.router import RouterBank
 from dmd_dar.routing.traffic import forward_passes
+from eval.samples.cost import interleaved, peak_memory
 
 Row = Literal["chain", "router", "public", "step"]
 BY_SOURCE = "by source"
@@ -128,8 +129,8 @@ def timed_chain(links: Links, backends: tuple[str, ...], rounds: int) -> dict[st
 
         return run
 
-    training = interleaved({name: both_ways(links, name) for name in backends}, rounds, device)
-    sampling = interleaved({name: ahead(name) for name in backends}, rounds, device)
+    training = interleaved({name: both_ways(links, name) for name in backends}, device, rounds)
+    sampling = interleaved({name: ahead(name) for name in backends}, device, rounds)
     return {
         "training_s": {name: spread(samples) for name, samples in training.items()},
         "sampling_s": {name: spread(samples) for name, samples in sampling.items()},
@@ -140,14 +141,14 @@ def timed_chain(links: Links, backends: tuple[str, ...], rounds: int) -> dict[st
 
 
 def peak_of_chain(links: Links, backend: str) -> int:
-    return peak_above(both_ways(links, backend), torch.device(links.device))
+    return peak_memory(both_ways(links, backend), links.device, gradients=True).peak_bytes
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second that a large copy reads and writes."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source)}, 7, device)["copy"]
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, 7)["copy"]
     return 2 * source.numel() * source.element_size() / sorted(times)[len(times) // 2]
 
 
@@ -256,8 +257,8 @@ def routers(
             calls[name] = one_kernel(*known[name], *inputs, expected)
         except Exception as error:  # a published kernel may not serve this many sources, naive may not fit
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-    ahead = interleaved({name: pair[0] for name, pair in calls.items()}, rounds, device)
-    back = interleaved({name: pair[1] for name, pair in calls.items()}, rounds, device)
+    ahead = interleaved({name: pair[0] for name, pair in calls.items()}, device, rounds)
+    back = interleaved({name: pair[1] for name, pair in calls.items()}, device, rounds)
     moved = (sources + 1) * expected.numel() * 2
     return {
         "sources": sources,
@@ -323,7 +324,7 @@ def step(bench: Bench) -> dict[str, Any]:
         ways = ("",) if form.query == "residual" else backends
         made = training_steps(preset, batch, bench.device, form, ways)
         runs |= {name if way in ("", usual) else f"{name}, {way}": run for way, run in made.items()}
-    times = interleaved(runs, bench.rounds, bench.device)
+    times = interleaved(runs, bench.device, bench.rounds)
     found = {name: ratio(times, name, "residual") for name in runs}
     print(f"SiT-{preset} training step against residual:", {n: round(r, 3) for n, r in found.items()}, flush=True)
     return {

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory import alone, peak_above
-from benchmarks.record import interleaved, ratio, save, spread
+from benchmarks.memory import alone
+from benchmarks.record import ratio, save, spread
 from dmd_dar import config, flow
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
@@ -30,6 +30,7 @@ from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.loop import Phase, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+from eval.samples.cost import interleaved, peak_memory
 
 RUNGS = flow.default_rungs(4)
 FORMS = {"residual": RoutingConfig(), "DAR": RoutingConfig("timestep", chunk_size=4)}
@@ -108,7 +109,7 @@ def peak(bench: Bench, form: str, weights: Weights, backend: str | None) -> dict
         run()
         run()
 
-    most = peak_above(build_and_run, runtime.device)
+    most = peak_memory(build_and_run, runtime.device, gradients=True).peak_bytes
     teacher, *phases = made
     held = {id(x): x for x in tensors(teacher)}
     for phase in phases:
@@ -129,7 +130,7 @@ def measure(bench: Bench) -> None:
     load = os.getloadavg()[0]
     memory = {name: alone(peak, bench, *arm) for name, arm in arms.items()}
     runs = {name: distillation(bench, *arm, runtime)[0] for name, arm in arms.items()}
-    times = interleaved(runs, bench.rounds, runtime.device)
+    times = interleaved(runs, runtime.device, bench.rounds)
     batch, size = bench.shape()
     totals = {name: sum(parts.values()) for name, parts in memory.items()}
     result = {

@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from ..metrics import (
 )
 from . import one_set as measured
 from . import suite as distances
+from .machine import Machine, versions
 
 COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without its history
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
@@ -94,21 +94,6 @@ def contract_hash() -> str:
     return hashlib.sha256(json.dumps(contract(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{device}, {name}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-
-
 def command_line(module: str, differences: list[tuple[str, Any, Any]]) -> str:
     """The command that gives a configuration again; `differences` are its (key, default, value)."""
     given = [
@@ -119,12 +104,13 @@ def command_line(module: str, differences: list[tuple[str, Any, Any]]) -> str:
 
 def provenance(device: torch.device, seconds: float, **facts: Any) -> dict[str, Any]:
     """Code, contract, versions, device and wall time, with what the command itself knows (`facts`) before them."""
+    machine = Machine.of(device)
     return {
         **facts,
         "git": code_state(),
         "contract_hash": contract_hash(),
         "contract": contract(),
-        "versions": versions(),
-        "device": machine(device),
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+        "device": f"{device}, {machine.device}, {machine.cores} CPU cores, {machine.threads} threads",
         "seconds": round(seconds, 1),
     }

@@ -1,6 +1,7 @@
 """What sampling costs: latency, peak memory and operations of any callable."""
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from dmd_dar.routing.ops import preferring
 RUNS = 7
 FEWEST_RUNS = 3
 LONGEST_S = 2.0  # of all runs of one call, but for the fewest
-WARM_UP = 1
+WARM_UP = 1  # rounds that do not count
 STDERR = 2
 PROFILER_LINE = re.compile(rb"[A-Z]+:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ \w+\.cpp:\d+\]")  # as kineto writes them
 
@@ -66,31 +67,48 @@ def latencies(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device | str = "cpu",
     runs: int = RUNS,
-    warm_up: int = WARM_UP,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Of each call without gradients, after `warm_up` rounds; of a call that takes long, fewer runs than `runs`.
+    """Of each call without gradients, `interleaved`; of a call that takes long, fewer runs than `runs`."""
+    with torch.no_grad():
+        times = interleaved(calls, device, runs, LONGEST_S, clock)
+    milliseconds = {name: [1000 * second for second in spent] for name, spent in times.items()}
+    return {name: Latency(float(np.median(t)), min(t), max(t), len(t)) for name, t in milliseconds.items()}
 
-    The calls take turns, in alternating order: a machine that slows down slows all of them. `clock` gives seconds.
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device | str = "cpu",
+    runs: int = RUNS,
+    longest: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each of `runs` rounds, after one round that does not count.
+
+    The calls take turns, in alternating order: a machine that slows down slows all of them. A call whose rounds would
+    take more than `longest` seconds in all has fewer, FEWEST_RUNS at least. `clock` gives seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     wanted = dict.fromkeys(calls, runs)
-    for turn in range(warm_up + runs):
-        names = [name for name in calls if turn < warm_up + wanted[name]]
+    for turn in range(WARM_UP + runs):
+        names = [name for name in calls if turn < WARM_UP + wanted[name]]
         for name in names if turn % 2 == 0 else reversed(names):
-            seconds = _timed(calls[name], torch.device(device), clock)
-            if turn >= warm_up:
-                times[name].append(1000 * seconds)
-            if turn == warm_up:  # the calls before may hold work that is done once
-                wanted[name] = min(runs, max(FEWEST_RUNS, int(LONGEST_S / max(seconds, 1e-9))))
-    return {name: Latency(float(np.median(t)), min(t), max(t), len(t)) for name, t in times.items()}
+            spent = seconds(calls[name], device, clock)
+            if turn >= WARM_UP:
+                times[name].append(spent)
+            if turn == WARM_UP and longest < math.inf:  # the calls before may hold work that is done once
+                wanted[name] = min(runs, max(FEWEST_RUNS, int(longest / max(spent, 1e-9))))
+    return times
 
 
-def _timed(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
+def seconds(
+    call: Callable[[], Any], device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Wall time of one call, the device's queue included."""
+    device = torch.device(device)
     _wait(device)
     began = clock()
-    with torch.no_grad():
-        call()
+    call()
     _wait(device)
     return clock() - began
 
@@ -117,8 +135,8 @@ def without_profiler_lines() -> Iterator[None]:
             os.write(STDERR, b"".join(line for line in caught if not PROFILER_LINE.match(line)))
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> Memory:
-    """Of one call without gradients, above what was in use before: what the call holds, not the weights.
+def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu", gradients: bool = False) -> Memory:
+    """Of one call, above what was in use before: what the call holds, not the weights. gradients: whether they are on.
 
     On CUDA the allocator's own peak; elsewhere the peak of the tensors that torch allocated on the CPU, from its
     profiler, which leaves out what the libraries below torch allocate for themselves.
@@ -128,15 +146,16 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
         _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             call()
         _wait(device)
         return Memory(torch.cuda.max_memory_allocated(device) - before, "CUDA allocator, peak above the start")
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with without_profiler_lines(), torch.no_grad():
+    with without_profiler_lines(), torch.set_grad_enabled(gradients):
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             call()
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        recorded: Any = profile.profiler  # its own types leave out what a recorded event holds
+        events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return Memory(int(max(np.cumsum([0, *steps]))), "tensors allocated by torch on the CPU, peak above the start")
 

@@ -65,6 +65,16 @@ def test_peak_memory_is_that_of_tensors_held_at_once(capfd):
     assert capfd.readouterr() == ("", "a line of the call\n")
 
 
+def test_with_gradients_a_call_holds_what_the_backward_pass_needs():
+    x = torch.zeros(250_000, requires_grad=True)
+
+    def call():
+        x.exp().exp().exp()
+
+    assert peak_memory(call).peak_bytes == 2_000_000  # the last result and the one that it is made of
+    assert peak_memory(call, gradients=True).peak_bytes == 3_000_000
+
+
 def test_flops_are_those_of_products_convolutions_and_attention():
     x, kernel, heads = torch.ones(3, 5), torch.ones(4, 2, 3, 3), torch.ones(2, 8, 16, 4)
     assert flops(lambda: x @ x.T + 1) == 2 * 3 * 3 * 5
