@@ -19,7 +19,7 @@ PASSING = {
     *("provenance", "contract_hash", "versions", "git", "machine", "command", "network", "checkpoints"),
     *("folder", "out", "out_dir", "path", "data_hash"),
 }
-COST_WORDS = re.compile(r"[\d.]+ times its time and [\d.]+ times its peak memory")
+COST_WORDS = re.compile(r"[\d.]+ times (its|the) (time per image|time of a training step|time|peak memory)")
 
 
 def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
