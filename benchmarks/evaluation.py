@@ -22,7 +22,7 @@ from dmd_dar import config
 from dmd_dar.data.photos import NAMES, Photos
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
-from eval.measure.pair import measure
+from eval.measure.pair import Compared, jsonable, measure
 from eval.measure.suite import Ledger, Sources, Suite, prepare
 from eval.metrics import spoil
 from eval.page.html import write_report
@@ -64,12 +64,13 @@ def evaluation(cfg: Bench, folder: Path) -> dict[str, float]:
     ledger, made = Ledger(), {}
 
     def fitted() -> None:
-        made["suite"] = prepare(("offline",), fit, 0, ledger, Sources(), "{}", "")
+        made["suite"] = prepare(("offline",), fit, 0, ledger, Sources(), "{}")
 
     def measured() -> None:
         suite: Suite = made["suite"]
         names = dict(enumerate(NAMES))
-        made["result"] = measure(sets, teacher, real, set(Photos.colour_labels), 0, names, suite, ledger)
+        compared = Compared(sets, teacher, real, set(Photos.colour_labels), names)
+        made["result"] = jsonable(measure(compared, 0, suite, ledger))
 
     def written() -> None:
         write_report(made["result"], [real, teacher, *sets], folder, "benchmark", {})

@@ -22,7 +22,7 @@ from dmd_dar.keys import key
 
 from .measure.latent import latent_spectra, read_latents
 from .measure.one_set import Reading, mean_plane, read_one
-from .measure.pair import fitting, jsonable, measure
+from .measure.pair import Compared, fitting, jsonable, measure
 from .measure.provenance import command_line, provenance
 from .measure.results import Forest
 from .measure.suite import Ledger, Metric, Sources, Suite, prepare
@@ -348,8 +348,8 @@ def report(cfg: ReportConfig) -> None:
         inputs.sets.extend([as_prompted(one, inputs.prompts)] if one is not None else [])
     if processes.main:
         print_left_out(inputs)
-    sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device)
-    suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt, cfg.statistics)
+    sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device, cfg.statistics)
+    suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt)
     chosen = fitting(inputs.sets, inputs.reference, inputs.real, ledger)
     read = {one.name: read_one(one, suite, ledger, processes) for one in chosen}
     inputs = replace(inputs, sets=[one for one in chosen if any(one is other for other in inputs.sets)])
@@ -383,8 +383,8 @@ def publish(
 ) -> None:
     """What remains once all images, and latents as `cells`, are read."""
     fixed = (inputs.reference, inputs.real)
-    common = (inputs.colour_labels, cfg.seed, inputs.class_names, suite, ledger, read)
-    result = measure(inputs.sets, *fixed, *common)
+    compared = Compared(inputs.sets, *fixed, inputs.colour_labels, inputs.class_names)
+    result = jsonable(measure(compared, cfg.seed, suite, ledger, read))
     result["latent"] = jsonable(latent_spectra(inputs.everything, *fixed, cfg.seed, ledger, cells))
     result["forest"] = jsonable(seed_by_seed(cfg, inputs, ledger))
     result["skipped"] = jsonable(ledger.skipped)

@@ -26,7 +26,7 @@ from dmd_dar.methods.generate import ode_generator
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import Denoiser, Saved, read_card, read_network
 
-from .measure.pair import ImageSet, jsonable, measure
+from .measure.pair import Compared, ImageSet, jsonable, measure
 from .measure.provenance import command_line, provenance
 from .samples.real import real_sets
 from .samples.sampling import Bench
@@ -137,7 +137,8 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
     draws = Draws(cfg.seed, "held_out", 0, sample_range(0, cfg.n, device))
     crops = Photos(shape.input_size, device, held_out=True).crops(real.labels.to(device), draws).cpu()
     held_out = ImageSet("held-out", crops, real.labels, "real", paired=False)
-    result = measure([null, held_out], teacher, real, set(Photos.colour_labels), cfg.seed, dict(enumerate(NAMES)))
+    compared = Compared([null, held_out], teacher, real, set(Photos.colour_labels), dict(enumerate(NAMES)))
+    result = jsonable(measure(compared, cfg.seed))
     judged = judge(result, "teacher")
     judged["nearest_training_crop"] = memorisation(
         {"teacher": teacher, "held-out": held_out, "training": null}, data, cfg.neighbours, cfg.seed

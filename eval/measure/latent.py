@@ -6,7 +6,6 @@ Legend: N images of a set, C channels of h x w latent cells. Frequencies are in 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,17 +14,19 @@ from dmd_dar.spectrum import LEAST_CELLS, band_edges
 
 from ..metrics.intervals import Interval
 from ..metrics.spectrum import BAND_NAMES, Channel, Spectrum, band_gains, gain_curve, labelled_pair, spectrum_of
+from ..samples.facts import SetFacts
 from ..samples.images import share_of
 from ..samples.parallel import Processes, Rows, grouped, ungrouped
 from ..samples.sets import ImageSet
 from .nulls import lsd_beside_null
+from .results import Against, Bands, LatentComparison, LatentResult, LatentRow, Reference
 from .suite import Ledger
 
 BATCH = 256
 
 
 @dataclass(frozen=True)
-class Latent:
+class LatentSpectra:
     """The spectra of one set's latents: `whole` is the mean over channels."""
 
     source: ImageSet
@@ -33,19 +34,19 @@ class Latent:
     channels: list[Spectrum]
 
     @staticmethod
-    def of(one: ImageSet, size: tuple[int, int], rows: Rows) -> "Latent":
+    def of(one: ImageSet, size: tuple[int, int], rows: Rows) -> "LatentSpectra":
         """From the `rows_of` its latents (h, w)."""
         whole, *channels = (Spectrum.of(size, part) for part in ungrouped(rows).values())
-        return Latent(one, whole, channels)
+        return LatentSpectra(one, whole, channels)
 
 
 def read_latents(sets: Sequence[ImageSet], processes: Processes | None = None) -> dict[str, Rows]:
     """The rows of the latents of every set that has large enough ones, shared out among the processes."""
-    processes, found = processes or Processes(), {}
+    processes, rows = processes or Processes(), {}
     for one in sets:
         if one.latents is not None and min(one.latents.shape[-2:]) >= LEAST_CELLS:
-            found[one.name] = processes.joined(one.count, partial(rows_of, one.latents))
-    return found
+            rows[one.name] = processes.joined(one.count, partial(rows_of, one.latents))
+    return rows
 
 
 def rows_of(latents: Tensor, rank: int = 0, world: int = 1) -> Rows:
@@ -63,10 +64,10 @@ def latent_spectra(
     seed: int,
     ledger: Ledger,
     read: dict[str, Rows] | None = None,
-) -> dict[str, Any] | None:
+) -> LatentResult | None:
     """Every set that has latents against those of `reference` ("teacher") and of `real`; None for models of pixels.
 
-    read: of `read_latents`, where they were read before. JSON-able but for intervals. Latents of fewer than 16 cells a
+    read: of `read_latents`, where they were read before. Latents of fewer than 16 cells a
     side have no spectrum, which `ledger` then tells.
     """
     if reference.latents is None:
@@ -77,44 +78,47 @@ def latent_spectra(
         ledger.add("latent spectrum", "", fault, requested=False)
         return None
     read = read_latents(sets) if read is None else read
-    measured = [Latent.of(one, (height, width), read[one.name]) for one in sets if one.latents is not None]
-    targets = {"teacher": reference.name, "real": real.name if real is not None and real.latents is not None else None}
+    measured = [LatentSpectra.of(one, (height, width), read[one.name]) for one in sets if one.latents is not None]
+    targets: dict[Reference, str | None] = {"teacher": reference.name}
+    targets["real"] = real.name if real is not None and real.latents is not None else None
     by_name = {one.source.name: one for one in measured}
     null = next((one for one in measured if one.source.role == "null"), None)
 
-    def compared(one: Latent, key: str) -> dict[str, Any] | None:
+    def compared(one: LatentSpectra, key: Reference) -> LatentComparison | None:
         other = by_name.get(targets[key] or "")
         if other is None or other is one:
             return None
         return against(one, other, null if key == "real" and one is not null else None, seed)
 
-    return {
-        "channels": reference.latents.shape[1],
-        "size": [height, width],
-        "bands": {"names": BAND_NAMES, "edges": band_edges(height, width)},
-        **targets,
-        "sets": [{**described(one), "against": {key: compared(one, key) for key in targets}} for one in measured],
-    }
+    return LatentResult(
+        channels=reference.latents.shape[1],
+        size=(height, width),
+        bands=Bands(BAND_NAMES, tuple(band_edges(height, width))),
+        teacher=reference.name,
+        real=targets["real"],
+        sets=[described(one, Against(compared(one, "teacher"), compared(one, "real"))) for one in measured],
+    )
 
 
-def described(one: Latent) -> dict[str, Any]:
-    """What is measured on a set alone."""
+def described(one: LatentSpectra, compared: Against[LatentComparison]) -> LatentRow:
+    """What is measured on a set alone, with its comparisons."""
     slope, slope_hf = one.whole.slopes
-    return {
-        "name": one.source.name,
-        "role": one.source.role,
-        "images": one.source.count,
-        "facts": {} if one.source.facts.seed is None else {"seed": one.source.facts.seed},
-        "frequencies": one.whole.frequencies.tolist(),
-        "power": one.whole.power.tolist(),
-        "power_by_channel": [channel.power.tolist() for channel in one.channels],
-        "hfer": one.whole.hfer,
-        "slope": slope,
-        "slope_hf": slope_hf,
-    }
+    return LatentRow(
+        name=one.source.name,
+        role=one.source.role,
+        images=one.source.count,
+        facts=SetFacts(seed=one.source.facts.seed),
+        frequencies=one.whole.frequencies.tolist(),
+        power=one.whole.power.tolist(),
+        power_by_channel=[channel.power.tolist() for channel in one.channels],
+        hfer=one.whole.hfer,
+        slope=slope,
+        slope_hf=slope_hf,
+        against=compared,
+    )
 
 
-def against(one: Latent, other: Latent, second: Latent | None, seed: int) -> dict[str, Any]:
+def against(one: LatentSpectra, other: LatentSpectra, second: LatentSpectra | None, seed: int) -> LatentComparison:
     """Band gains of all channels pooled, the HF gain of each, and the curve and distance of their mean spectra.
 
     second: another set of the other's source, for the distance's null; without it, halves of the other.
@@ -127,10 +131,10 @@ def against(one: Latent, other: Latent, second: Latent | None, seed: int) -> dic
         return band_gains(*samples, paired=paired, rng=rng)
 
     curve, *_ = gain_curve(one.whole, other.whole)
-    return {
-        "paired": paired,
-        "gain_db": gains(one.whole, other.whole),
-        "hf_gain_db_by_channel": [gains(*pair)["HF"] for pair in zip(one.channels, other.channels, strict=True)],
-        "gain_curve_db": curve.tolist(),
-        **lsd_beside_null(one.whole, other.whole, None if second is None else second.whole, seed),
-    }
+    return LatentComparison(
+        paired=paired,
+        gain_db=gains(one.whole, other.whole),
+        hf_gain_db_by_channel=[gains(*pair)["HF"] for pair in zip(one.channels, other.channels, strict=True)],
+        gain_curve_db=curve.tolist(),
+        **vars(lsd_beside_null(one.whole, other.whole, None if second is None else second.whole, seed)),
+    )

@@ -3,18 +3,21 @@
 Legend: N images of a set, F radial bins.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 
-from ..metrics import features, sliced
+from ..metrics import sliced
+from ..metrics.classifier import Modes
+from ..metrics.features import FeatureDistance, compare_features
+from ..metrics.neighbours import HalvesNull, Neighbours, PlacedNeighbours
+from ..metrics.perceptual import LpipsPaired
+from ..metrics.sliced import LevelDistance
 from ..metrics.spectrum import Spectrum, gain_curve, log_spectral_distance
-from . import suite as distances
-from .one_set import Measured
-from .suite import Ledger, Suite
+from .one_set import MeasuredSet
+from .suite import Ledger, Suite, mean_lpips, modes_of, neighbours, neighbours_null
 
 NULL_SPLITS = 8
 
@@ -26,12 +29,12 @@ class Target:
     Without one, and for the second set itself, nulls come from random halves of the reference.
     """
 
-    measured: Measured
-    second: Measured | None
+    measured: MeasuredSet
+    second: MeasuredSet | None
     seed: int
     ledger: Ledger
 
-    def second_for(self, one: Measured) -> Measured | None:
+    def second_for(self, one: MeasuredSet) -> MeasuredSet | None:
         return None if one is self.second else self.second
 
     @cached_property
@@ -41,38 +44,47 @@ class Target:
         return [level.null for level in sliced.sliced_wasserstein(own, own, second=second)]
 
     @cached_property
-    def of_second(self) -> dict[str, dict[str, Any]]:
+    def of_second(self) -> dict[str, Neighbours]:
         """KID, precision and recall of the second set by extractor; empty where it is of another size."""
         if self.second is None or len(self.second) != len(self.measured):
             return {}
         shared = self.measured.features.keys() & self.second.features.keys()
         pairs = {name: (self.second.features[name], self.measured.features[name]) for name in sorted(shared)}
-        found = {name: distances.neighbours(*pair, self.seed, self.ledger) for name, pair in pairs.items()}
-        return {name: values for name, values in found.items() if values is not None}
+        tried = {name: neighbours(*pair, self.seed, self.ledger) for name, pair in pairs.items()}
+        return {name: near for name, near in tried.items() if near is not None}
 
     @cached_property
-    def of_halves(self) -> dict[str, dict[str, Any]]:
+    def of_halves(self) -> dict[str, HalvesNull]:
         """The same from random halves of the reference."""
         known = sorted(self.measured.features.items())
-        found = {name: distances.neighbours_null(values, self.seed, self.ledger) for name, values in known}
-        return {name: values for name, values in found.items() if values is not None}
+        tried = {name: neighbours_null(values, self.seed, self.ledger) for name, values in known}
+        return {name: near for name, near in tried.items() if near is not None}
 
     def prepare(self) -> None:
         """Whatever is made once, before comparisons run side by side."""
         _ = self.sliced_null, self.of_second, self.of_halves
 
-    def neighbours_null(self, one: Measured, metric: str) -> dict[str, Any] | None:
+    def null_of_neighbours(self, one: MeasuredSet, metric: str) -> Neighbours | HalvesNull | None:
         known = self.of_second if self.second_for(one) is not None else {}
         return known.get(metric) or self.of_halves.get(metric)
 
 
-def lsd(one: Measured, target: Target) -> dict[str, float]:
-    """The log-spectral distance in dB, its signed mean, and its null, which falls as the root of 1 / N + 1 / M."""
+@dataclass(frozen=True)
+class SpectralDistance:
+    """The log-spectral distance in dB, its signed mean, and its null."""
+
+    lsd: float
+    lsd_signed: float
+    lsd_null: float
+
+
+def lsd(one: MeasuredSet, target: Target) -> SpectralDistance:
+    """Of luma; the null falls as the root of 1 / N + 1 / M."""
     second = target.second_for(one)
     return lsd_beside_null(one.luma, target.measured.luma, None if second is None else second.luma, target.seed)
 
 
-def lsd_beside_null(ours: Spectrum, other: Spectrum, second: Spectrum | None, seed: int) -> dict[str, float]:
+def lsd_beside_null(ours: Spectrum, other: Spectrum, second: Spectrum | None, seed: int) -> SpectralDistance:
     """`lsd` of spectra; the null is what `second`, of the other's source, reads, or else the other's random halves."""
 
     def spread(one: Spectrum) -> float:
@@ -80,10 +92,10 @@ def lsd_beside_null(ours: Spectrum, other: Spectrum, second: Spectrum | None, se
 
     _, distance, signed = gain_curve(ours, other)
     if second is None:
-        null, given = halved_lsd(other, np.random.default_rng([seed, 4]))
+        null, its_spread = halved_lsd(other, np.random.default_rng([seed, 4]))
     else:
-        null, given = gain_curve(second, other)[1], spread(second)
-    return {"lsd": distance, "lsd_signed": signed, "lsd_null": null * (spread(ours) / given) ** 0.5}
+        null, its_spread = gain_curve(second, other)[1], spread(second)
+    return SpectralDistance(distance, signed, null * (spread(ours) / its_spread) ** 0.5)
 
 
 def halved_lsd(other: Spectrum, rng: np.random.Generator) -> tuple[float, float]:
@@ -96,38 +108,46 @@ def halved_lsd(other: Spectrum, rng: np.random.Generator) -> tuple[float, float]
     return float(np.mean(values)), 2 / half
 
 
-def sliced_levels(one: Measured, target: Target) -> list[dict[str, float]]:
+def sliced_levels(one: MeasuredSet, target: Target) -> list[LevelDistance]:
     """Sliced Wasserstein distance of each level, the finest first, beside its null at the sizes that are compared."""
     other = target.measured
     if one is target.second:
-        levels = sliced.sliced_wasserstein(one.slices, other.slices)
-        pairs = [(level.value, level.null) for level in levels]
-    else:
-        images, others = (len(m.slices.patches[0]) for m in (one, other))
-        scale = ((1 / images + 1 / others) * others / 2) ** 0.5
-        values = sliced.level_distances(one.slices, other.slices)
-        pairs = [(value, scale * null) for value, null in zip(values, target.sliced_null, strict=True)]
-    return [{"value": value, "null": null, "excess": value - null} for value, null in pairs]
+        return sliced.sliced_wasserstein(one.slices, other.slices)
+    images, others = (len(m.slices.patches[0]) for m in (one, other))
+    scale = ((1 / images + 1 / others) * others / 2) ** 0.5
+    values = sliced.level_distances(one.slices, other.slices)
+    return [LevelDistance(value, scale * null) for value, null in zip(values, target.sliced_null, strict=True)]
 
 
-def over_features(one: Measured, target: Target, suite: Suite, ledger: Ledger) -> dict[str, Any]:
-    """Frechet distances by the name of their features, KID, precision and recall, modes and paired LPIPS."""
+@dataclass(frozen=True)
+class OverFeatures:
+    """What is compared over features: the fields of a `Comparison` of these names."""
+
+    distances: dict[str, FeatureDistance]  # by extractor
+    neighbours: dict[str, PlacedNeighbours]  # by extractor
+    modes: Modes | None
+    lpips_paired: LpipsPaired | None
+
+
+def over_features(one: MeasuredSet, target: Target, suite: Suite, ledger: Ledger) -> OverFeatures:
+    """Frechet distances, KID, precision and recall, modes and paired LPIPS.
+
+    Published numbers are against real images, so that those against other sets are not comparable to them.
+    """
     other, name = target.measured, one.source.name
-    second = target.second_for(one)
-    found: dict[str, Any] = {}
-    near = {}
+    second, real = target.second_for(one), target.measured.source.role == "real"
+    distances, near = {}, {}
     for metric in sorted(one.features.keys() & other.features.keys()):
         pair = one.features[metric], other.features[metric]
         again = None if second is None else second.features.get(metric)
-        found[metric] = ledger.attempt(metric, name, lambda p=pair, a=again: features.compare(*p, target.seed, a))
-        call = distances.neighbours(*pair, target.seed, ledger)
-        if call is not None:
-            near[metric] = {**call, "null": target.neighbours_null(one, metric)}
-    found = {metric: value for metric, value in found.items() if value is not None}
-    for value in (*found.values(), *near.values()):  # published numbers are against real images
-        value["comparable_to_published"] &= other.source.role == "real"
-    found["neighbours"] = near
-    found["modes"] = distances.modes_of(one.source, other.source, suite, target.seed, ledger)
+        distance = ledger.attempt(metric, name, lambda p=pair, a=again: compare_features(*p, target.seed, a))
+        if distance is not None:
+            comparable = distance.comparable_to_published and real
+            distances[metric] = replace(distance, comparable_to_published=comparable)
+        around = neighbours(*pair, target.seed, ledger)
+        if around is not None:
+            placed = vars(around) | {"comparable_to_published": around.comparable_to_published and real}
+            near[metric] = PlacedNeighbours(**placed, null=target.null_of_neighbours(one, metric))
+    found = modes_of(one.source, other.source, suite, target.seed, ledger)
     paired = one.source.paired and other.source.paired and suite.lpips is not None
-    found["lpips_paired"] = distances.lpips_paired(one.source, other.source, suite, ledger) if paired else None
-    return found
+    return OverFeatures(distances, near, found, mean_lpips(one.source, other.source, suite, ledger) if paired else None)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import features, frechet, sliced, structure
-from ..metrics import power_map as maps
+from ..metrics import features, frechet, power_map, sliced, structure
 from ..metrics.features import Features
 from ..metrics.spectrum import Spectrum, as_floats, spectrum_of
 from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
@@ -26,14 +25,14 @@ SLICED_IMAGES = 512  # of a set, whose patches are sorted
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSet:
     """Everything about one set that the comparisons need, measured once."""
 
     source: ImageSet
     luma: Spectrum
     chroma: dict[str, Spectrum]
     structure: structure.Structure
-    lines: np.ndarray  # (N, 2, 4, 5), see maps.grid_lines
+    lines: np.ndarray  # (N, 2, 4, 5), see power_map.grid_lines
     plane: Tensor  # (H, W) mean log power, dB
     wavelet_energy: np.ndarray  # (3, 3) mean log energy, finest level first, columns LH, HL, HH
     wavelet_kurtosis: np.ndarray  # (3, 3) medians
@@ -71,7 +70,7 @@ def rows_of(one: ImageSet, rank: int = 0, world: int = 1) -> Rows:
     planes = []
     for _, batch in one.stream.batches(BATCH, rank, world):
         images = as_floats(batch)
-        planes.append(maps.map_sum(images))
+        planes.append(power_map.map_sum(images))
         for name, values in _rows(images).items():
             parts[name].append(values)
     rows = {name: torch.cat(values) for name, values in parts.items()}
@@ -85,24 +84,24 @@ def _rows(images: Tensor) -> Rows:
             **{channel: spectrum_of(images, channel=channel).rows for channel in (LUMA, *CHROMA)},
             "structure": structure.structure_rows(images),
             "wavelet": {"energy": energy, "kurtosis": kurtosis},
-            "grid": {"lines": torch.from_numpy(maps.grid_lines(images))},
+            "grid": {"lines": torch.from_numpy(power_map.grid_lines(images))},
         }
     )
 
 
 def mean_plane(one: ImageSet, rows: Rows) -> Tensor:
     """Its mean log power over the plane of frequencies, (H, W) in dB, f = 0 at [H // 2, W // 2]."""
-    return maps.MapSum(one.count, one.stream.size[1], rows["plane.total"].sum(0)).mean
+    return power_map.MapSum(one.count, one.stream.size[1], rows["plane.total"].sum(0)).mean
 
 
-def measure_one(one: ImageSet, read: Reading, seed: int) -> Measured:
+def measure_one(one: ImageSet, read: Reading, seed: int) -> MeasuredSet:
     """From what was read, and of at most a few hundred images what needs them together: patches and diversity.
 
     seed: of the directions on which patches are compared.
     """
     group, slices = ungrouped(read.rows), sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed)
     _ = slices.ordered  # here, where sets are measured side by side
-    return Measured(
+    return MeasuredSet(
         source=one,
         luma=Spectrum.of(one.stream.size, group[LUMA]),
         chroma={channel: Spectrum.of(one.stream.size, group[channel]) for channel in CHROMA},

@@ -1,23 +1,21 @@
-"""Measures sets of samples against the teacher and against real images; the result is plain, JSON-ready data.
+"""Measures sets of samples against the teacher and against real images.
 
 Legend: N images of a set, F radial bins. Everything is measured on 8-bit images mapped to [0, 1].
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from dmd_dar.spectrum import BAND_NAMES, band_edges
 
-from ..metrics import frechet, structure
-from ..metrics import power_map as maps
+from ..metrics import structure
+from ..metrics.frechet import DiversityRatio, class_diversity, diversity_ratios, standardise
 from ..metrics.intervals import Interval, Sample, bootstrap_interval, images_for_half_width
-from ..metrics.power_map import sector_means
-from ..metrics.record import jsonable
+from ..metrics.power_map import grid_peaks, sector_means
 from ..metrics.spectrum import (
     band_gains,
     gain_curve,
@@ -31,95 +29,122 @@ from ..metrics.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, ver
 from ..samples.images import UnfitError
 from ..samples.parallel import one_thread, side_by_side
 from ..samples.sets import ImageSet, validate
-from . import suite as distances
 from .nulls import Target, lsd, over_features, sliced_levels
-from .one_set import CHROMA, Measured, Reading, measure_one, read_one
-from .suite import Ledger, Suite
+from .one_set import CHROMA, MeasuredSet, Reading, measure_one, read_one
+from .results import Against, Bands, Comparison, Margins, Measurements, Reference, SetRow, Wavelet, jsonable
+from .suite import Ledger, Suite, against_statistics, clip_result, diversity_result
 
-__all__ = ["CHROMA", "SCHEMA_VERSION", "ImageSet", "jsonable", "measure"]
+__all__ = ["CHROMA", "SCHEMA_VERSION", "Compared", "ImageSet", "jsonable", "measure"]
 
 SCHEMA_VERSION = 3
 MOST_WORKERS = 8  # comparisons at a time: each holds resampled values
 SANE_HALF_WIDTH_DB = 0.25  # half of the margin: a wider interval cannot lie inside it comfortably
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Sets of images, and the two that each is compared with: `reference` (the teacher's samples) and `real` images.
+
+    colour_labels: the classes that have colour; chroma is measured over these only (None: all).
+    """
+
+    sets: Sequence[ImageSet]
+    reference: ImageSet
+    real: ImageSet | None = None
+    colour_labels: set[int] | None = None
+    class_names: dict[int, str] = field(default_factory=dict)
+
+
 def measure(
-    sets: Iterable[ImageSet],
-    reference: ImageSet,
-    real: ImageSet | None,
-    colour_labels: set[int] | None,
-    seed: int,
-    class_names: dict[int, str] | None = None,
+    compared: Compared,
+    seed: int = 0,
     suite: Suite | None = None,
     ledger: Ledger | None = None,
     read: dict[str, Reading] | None = None,
-) -> dict[str, Any]:
-    """Compares every set with `reference` (the teacher's samples) and with `real` images, in every metric of eval/.
+) -> Measurements:
+    """Every set against the reference and the real images, in every metric of eval/.
 
-    colour_labels: the classes that have colour; chroma is measured over these only (None: all). seed: of the bootstrap.
-    suite: what reads features, fd_wavelet alone by default. read: by set, where they were read before. Sets that do not
-    fit are left out and told in `ledger`; UnfitError where `reference` or `real` does not fit.
-    Returns JSON-able data of SCHEMA_VERSION.
+    seed: of the bootstrap. suite: what reads features, fd_wavelet alone by default. read: by set, where they were read
+    before. Sets that do not fit are left out and told in `ledger`; UnfitError where `reference` or `real` does not fit.
     """
     suite, ledger = suite or Suite(), Ledger() if ledger is None else ledger
-    names = class_names or {}
-    everything = fitting(sets, reference, real, ledger)
+    everything = fitting(compared.sets, compared.reference, compared.real, ledger)
     workers = min(MOST_WORKERS, torch.get_num_threads()) if suite.small else 1
     with one_thread(suite.small):
         readings = [(one, (read or {}).get(one.name) or read_one(one, suite, ledger)) for one in everything]
         calls = [partial(measure_one, *pair, seed) for pair in readings]
         measured = list(side_by_side(calls, workers, 1))
-        rows = _rows(measured, reference, real, colour_labels, seed, names, suite, ledger, workers)
-    head = {"teacher": reference.name, "real": real and real.name, "class_names": names}
-    parts = {**head, **_scales(reference), "skipped": ledger.skipped, "sets": rows}
-    return jsonable({"schema_version": SCHEMA_VERSION, "seed": seed, **parts})
+        rows = Comparisons(compared, measured, suite, seed, ledger).rows(workers)
+    size = compared.reference.stream.size
+    return Measurements(
+        schema_version=SCHEMA_VERSION,
+        seed=seed,
+        teacher=compared.reference.name,
+        real=compared.real and compared.real.name,
+        class_names=compared.class_names,
+        image_size=size,
+        bands=Bands(BAND_NAMES, tuple(band_edges(*size))),
+        margins=Margins(GAIN_MARGIN_DB, KURTOSIS_RANGE, FLAT_NOISE_DB),
+        skipped=list(ledger.skipped),
+        sets=rows,
+    )
 
 
-def _rows(
-    measured: list[Measured],
-    reference: ImageSet,
-    real: ImageSet | None,
-    colour_labels: set[int] | None,
-    seed: int,
-    names: dict[int, str],
-    suite: Suite,
-    ledger: Ledger,
-    workers: int,
-) -> list[dict[str, Any]]:
-    """Every set by itself and against the two, `workers` comparisons at a time."""
-    by_name = {one.source.name: one for one in measured}
-    null = next((one for one in measured if one.source.role == "null"), None)
-    targets = {"teacher": Target(by_name[reference.name], None, seed, ledger)}
-    if real is not None:
-        targets["real"] = Target(by_name[real.name], null, seed, ledger)
-    for target in targets.values():
-        target.prepare()
-    rows = []
-    for one in measured:
-        row: dict[str, Any] = {**describe(one, seed), **distances.alone(one.source, suite, names, seed, ledger)}
-        again = None if null is None or one is null else null.features.get("fid")
-        row["fid_npz"] = distances.against_statistics(one.features.get("fid"), suite, ledger, again)
-        rows.append(row | {"against": {"teacher": None, "real": None}})
-    pairs = [(row, one, key) for row, one in zip(rows, measured, strict=True) for key in targets]
-    pairs = [(row, one, key) for row, one, key in pairs if one is not targets[key].measured]
-    notes = [Ledger() for _ in pairs]
-    calls = [
-        partial(compare, one, targets[key], colour_labels, suite, note)
-        for (_, one, key), note in zip(pairs, notes, strict=True)
-    ]
-    for (row, _, key), note, found in zip(pairs, notes, side_by_side(calls, workers, 1), strict=True):
-        row["against"][key] = found
-        ledger.take(note)
-    return rows
+@dataclass(frozen=True)
+class Comparisons:
+    """Every measured set by itself and against the two, for a report."""
 
+    compared: Compared
+    measured: list[MeasuredSet]
+    suite: Suite
+    seed: int
+    ledger: Ledger
 
-def _scales(one: ImageSet) -> dict[str, Any]:
-    """Image size, bands and margins: what a reader of the numbers needs to place them."""
-    return {
-        "image_size": one.stream.size,
-        "bands": {"names": BAND_NAMES, "edges": band_edges(*one.stream.size)},
-        "margins": {"gain_db": GAIN_MARGIN_DB, "kurtosis": KURTOSIS_RANGE, "flat_noise_db": FLAT_NOISE_DB},
-    }
+    @cached_property
+    def null(self) -> MeasuredSet | None:
+        """The second set of real images, where there is one."""
+        return next((one for one in self.measured if one.source.role == "null"), None)
+
+    @cached_property
+    def targets(self) -> dict[Reference, Target]:
+        """What the sets are compared with."""
+        by_name = {one.source.name: one for one in self.measured}
+        targets: dict[Reference, Target] = {
+            "teacher": Target(by_name[self.compared.reference.name], None, self.seed, self.ledger)
+        }
+        if self.compared.real is not None:
+            targets["real"] = Target(by_name[self.compared.real.name], self.null, self.seed, self.ledger)
+        return targets
+
+    def rows(self, workers: int) -> list[SetRow]:
+        """The rows in the order of the sets, `workers` comparisons at a time."""
+        for target in self.targets.values():
+            target.prepare()
+        rows = [self.alone(one) for one in self.measured]
+        pairs = [(i, key) for i in range(len(rows)) for key in self.targets]
+        pairs = [(i, key) for i, key in pairs if self.measured[i] is not self.targets[key].measured]
+        notes = [Ledger() for _ in pairs]
+        calls = [
+            partial(compare_sets, self.measured[i], self.targets[key], self.compared.colour_labels, self.suite, note)
+            for (i, key), note in zip(pairs, notes, strict=True)
+        ]
+        comparisons: list[dict[Reference, Comparison]] = [{} for _ in rows]
+        for (i, key), note, comparison in zip(pairs, notes, side_by_side(calls, workers, 1), strict=True):
+            comparisons[i][key] = comparison
+            self.ledger.take(note)
+        return [replace(row, against=Against(**held)) for row, held in zip(rows, comparisons, strict=True)]
+
+    def alone(self, one: MeasuredSet) -> SetRow:
+        """What is measured on a set by itself."""
+        names, again = self.compared.class_names, None
+        if self.null is not None and one is not self.null:
+            again = self.null.features.get("fid")
+        return replace(
+            describe(one, self.seed),
+            clip=clip_result(one.source, self.suite, names, self.ledger),
+            lpips_diversity=diversity_result(one.source, self.suite, self.seed, self.ledger),
+            fid_npz=against_statistics(one.features.get("fid"), self.suite, self.ledger, again),
+        )
 
 
 def fitting(sets: Iterable[ImageSet], reference: ImageSet, real: ImageSet | None, ledger: Ledger) -> list[ImageSet]:
@@ -152,83 +177,105 @@ def _called_alike(name: str, which: str) -> str:
     return f"{which} are called {name!r}; rename one of their folders"
 
 
-def describe(one: Measured, seed: int) -> dict[str, Any]:
-    """What is measured on a set alone."""
+def describe(one: MeasuredSet, seed: int) -> SetRow:
+    """What is measured on a set alone without weights."""
     slope, slope_hf = one.luma.slopes
-    lines = maps.grid_peaks(labelled(one.lines, one.source.classes), rng=np.random.default_rng(seed))
-    return {
-        "name": one.source.name,
-        "role": one.source.role,
-        "paired": one.source.paired,
-        "images": len(one),
-        "facts": one.source.facts.as_json(),
-        "frequencies": one.luma.frequencies.tolist(),
-        "power": one.luma.power.tolist(),
-        "hfer": one.luma.hfer,
-        "slope": slope,
-        "slope_hf": slope_hf,
-        "hf_kurtosis": float(np.median(one.structure.kurtosis)),
-        "gradient_kurtosis": float(np.median(one.structure.gradient_kurtosis)),
-        "parent_child_corr": float(np.median(one.structure.parent_child)),
-        "wavelet": {"log_energy": one.wavelet_energy.tolist(), "kurtosis": one.wavelet_kurtosis.tolist()},
-        "map_sectors_db": sector_means(one.plane),
-        "grid_lines": _told(lines),
-    }
+    lines = grid_peaks(labelled(one.lines, one.source.classes), rng=np.random.default_rng(seed))
+    return SetRow(
+        name=one.source.name,
+        role=one.source.role,
+        paired=one.source.paired,
+        images=len(one),
+        facts=one.source.facts,
+        frequencies=one.luma.frequencies.tolist(),
+        power=one.luma.power.tolist(),
+        hfer=one.luma.hfer,
+        slope=slope,
+        slope_hf=slope_hf,
+        hf_kurtosis=float(np.median(one.structure.kurtosis)),
+        gradient_kurtosis=float(np.median(one.structure.gradient_kurtosis)),
+        parent_child_corr=float(np.median(one.structure.parent_child)),
+        wavelet=Wavelet(one.wavelet_energy.tolist(), one.wavelet_kurtosis.tolist()),
+        map_sectors_db=sector_means(one.plane),
+        grid_lines=lines,
+        fid_npz=None,
+        against=Against(),
+    )
 
 
-def _told(lines: list[maps.GridLine]) -> list[dict[str, Any]]:
-    return [asdict(line) for line in lines]
+@dataclass(frozen=True)
+class Samples:
+    """Per-image values of two sets with what the bootstrap needs: their classes, whether they are paired, its draws.
+
+    Every interval of a comparison takes its draws from `rng` in turn, so that their order is part of the numbers.
+    """
+
+    one: MeasuredSet
+    other: MeasuredSet
+    rng: np.random.Generator
+
+    @property
+    def paired(self) -> bool:
+        return self.one.source.paired and self.other.source.paired
+
+    @property
+    def both_known(self) -> bool:
+        """Whether the classes of both sets are."""
+        return self.one.source.classes is not None and self.other.source.classes is not None
+
+    def of(self, values_of: Callable[[MeasuredSet], np.ndarray]) -> tuple[Sample, Sample]:
+        """What `values_of` takes from both, with classes where both have them."""
+        classes = self.one.source.classes, self.other.source.classes
+        return labelled_pair((values_of(self.one), values_of(self.other)), classes, self.paired)
+
+    def interval(self, statistic: Callable[..., Interval], values_of: Callable[[MeasuredSet], np.ndarray]) -> Interval:
+        """`statistic` of both with its interval."""
+        return statistic(*self.of(values_of), paired=self.paired, rng=self.rng)
 
 
-def compare(
-    one: Measured, target: Target, colour_labels: set[int] | None, suite: Suite, ledger: Ledger
-) -> dict[str, Any]:
+def compare_sets(
+    one: MeasuredSet, target: Target, colour_labels: set[int] | None, suite: Suite, ledger: Ledger
+) -> Comparison:
     """All metrics of `one` against the target's set."""
-    other, rng = target.measured, np.random.default_rng(target.seed)
-    paired = one.source.paired and other.source.paired
-    classes = one.source.classes, other.source.classes
-    both_known = all(known is not None for known in classes)
-
-    def samples(read: Any) -> tuple[Sample, Sample]:
-        """What `read` takes from both, with classes where both have them."""
-        return labelled_pair((read(one), read(other)), classes, paired)
-
-    energies = samples(lambda m: m.luma.energies)
-    gains = band_gains(*energies, paired=paired, rng=rng)
-    by_class = hf_gain_by_class(*energies) if both_known else {}
+    other = target.measured
+    samples = Samples(one, other, np.random.default_rng(target.seed))
+    paired, interval = samples.paired, samples.interval
+    energies = samples.of(lambda m: m.luma.energies)
+    gains = band_gains(*energies, paired=paired, rng=samples.rng)
+    by_class = hf_gain_by_class(*energies) if samples.both_known else {}
     curve, *_ = gain_curve(one.luma, other.luma)
-    kurtosis = structure.kurtosis_ratio(*samples(lambda m: m.structure.kurtosis), paired=paired, rng=rng)
-    flat_noise = structure.flat_noise_db(*samples(lambda m: m.structure.flat), paired=paired, rng=rng)
-    gradient = structure.kurtosis_ratio(*samples(lambda m: m.structure.gradient_kurtosis), paired=paired, rng=rng)
-    agreement = structure.parent_child_difference(*samples(lambda m: m.structure.parent_child), paired=paired, rng=rng)
-    found = {
-        "reference": other.source.name,
-        "paired": paired,
-        "reference_images": len(other),
-        "class_share_gap": class_share_gap(energies[0].labels, energies[1].labels) if both_known else None,
-        "verdict": verdict(gains["HF"], kurtosis, flat_noise),
-        "gain_db": gains,
-        "gain_db_median": median_gains(*energies) if paired else None,
-        "images_for_quarter_db": images_for_half_width(gains["HF"], len(one), SANE_HALF_WIDTH_DB),
-        "hf_gain_by_class": by_class,
-        "hf_gain_class_median": float(np.median(list(by_class.values()))) if by_class else None,
-        "gain_curve_db": curve.tolist(),
-        **lsd(one, target),
-        "hfer_difference": _hfer_difference(*samples(lambda m: m.luma.hfer_per_image), paired=paired, rng=rng),
-        "slope_difference": one.luma.slopes[0] - other.luma.slopes[0],
-        "slope_hf_difference": one.luma.slopes[1] - other.luma.slopes[1],
-        "hf_kurtosis_ratio": kurtosis,
-        "gradient_kurtosis_ratio": gradient,
-        "parent_child_difference": agreement,
-        "flat_noise_db": flat_noise,
-        "wavelet_kurtosis_ratio": structure.tail_ratio(one.wavelet_kurtosis, other.wavelet_kurtosis).tolist(),
-        "grid_lines": _told(maps.grid_peaks(*samples(lambda m: m.lines), paired=paired, rng=rng)),
-        "map_sectors_db": sector_means(one.plane - other.plane),
-        "sliced_wasserstein": sliced_levels(one, target),
-        "diversity_ratio": _diversity(one, other, both_known),
-        "chroma": _chroma(samples, colour_labels if both_known else None, paired, rng),
-    }
-    return {**found, **over_features(one, target, suite, ledger)}
+    kurtosis = interval(structure.kurtosis_ratio, lambda m: m.structure.kurtosis)
+    flat_noise = interval(structure.flat_noise_db, lambda m: m.structure.flat)
+    gradient = interval(structure.kurtosis_ratio, lambda m: m.structure.gradient_kurtosis)
+    agreement = interval(structure.parent_child_difference, lambda m: m.structure.parent_child)
+    return Comparison(
+        reference=other.source.name,
+        paired=paired,
+        reference_images=len(other),
+        class_share_gap=class_share_gap(energies[0].labels, energies[1].labels) if samples.both_known else None,
+        verdict=verdict(gains["HF"], kurtosis, flat_noise),
+        gain_db=gains,
+        gain_db_median=median_gains(*energies) if paired else None,
+        images_for_quarter_db=images_for_half_width(gains["HF"], len(one), SANE_HALF_WIDTH_DB),
+        hf_gain_by_class=by_class,
+        hf_gain_class_median=float(np.median(list(by_class.values()))) if by_class else None,
+        gain_curve_db=curve.tolist(),
+        **vars(lsd(one, target)),
+        hfer_difference=interval(_hfer_difference, lambda m: m.luma.hfer_per_image),
+        slope_difference=one.luma.slopes[0] - other.luma.slopes[0],
+        slope_hf_difference=one.luma.slopes[1] - other.luma.slopes[1],
+        hf_kurtosis_ratio=kurtosis,
+        gradient_kurtosis_ratio=gradient,
+        parent_child_difference=agreement,
+        flat_noise_db=flat_noise,
+        wavelet_kurtosis_ratio=structure.tail_ratio(one.wavelet_kurtosis, other.wavelet_kurtosis).tolist(),
+        grid_lines=grid_peaks(*samples.of(lambda m: m.lines), paired=paired, rng=samples.rng),
+        map_sectors_db=sector_means(one.plane - other.plane),
+        sliced_wasserstein=sliced_levels(one, target),
+        diversity_ratio=_diversity(samples),
+        chroma=_chroma(samples, colour_labels if samples.both_known else None),
+        **vars(over_features(one, target, suite, ledger)),
+    )
 
 
 def _hfer_difference(ours: Sample, theirs: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
@@ -241,27 +288,27 @@ def class_share_gap(labels: np.ndarray, other: np.ndarray) -> float:
     return max(abs(float((labels == label).mean() - (other == label).mean())) for label in np.union1d(labels, other))
 
 
-def _diversity(one: Measured, other: Measured, both_known: bool) -> dict[str, Any]:
+def _diversity(samples: Samples) -> dict[str, DiversityRatio]:
     """Diversity in pixels and in wavelet features, as ratios to the other set's; by class where classes are known."""
-    pairs = {"pixels": [m.spread if both_known else m.spread_of_all for m in (one, other)]}
-    if both_known and all("fd_wavelet" in m.features for m in (one, other)):
-        base = other.features["fd_wavelet"].values
+    both, known = (samples.one, samples.other), samples.both_known
+    pairs = {"pixels": [m.spread if known else m.spread_of_all for m in both]}
+    if known and all("fd_wavelet" in m.features for m in both):
+        base = samples.other.features["fd_wavelet"].values
         pairs["wavelet"] = [
-            frechet.class_diversity(frechet.standardise(m.features["fd_wavelet"].values, base), m.source.labels)
-            for m in (one, other)
+            class_diversity(standardise(m.features["fd_wavelet"].values, base), m.source.labels) for m in both
         ]
-    return {name: frechet.diversity_ratios(*pair) for name, pair in pairs.items()}
+    return {name: diversity_ratios(*pair) for name, pair in pairs.items()}
 
 
-def _chroma(samples: Any, colour_labels: set[int] | None, paired: bool, rng: np.random.Generator) -> Any:
+def _chroma(samples: Samples, colour_labels: set[int] | None) -> dict[str, dict[str, Interval]] | None:
     """Band gains of Cb and Cr over the classes that have colour; None when there are none."""
     gains = {}
     for channel in CHROMA:
-        pair = samples(lambda m, c=channel: m.chroma[c].energies)
+        pair = samples.of(lambda m, c=channel: m.chroma[c].energies)
         if colour_labels is not None:
             chosen = [np.isin(sample.labels, list(colour_labels)) for sample in pair]
             if not all(rows.any() for rows in chosen):
                 return None
-            pair = [Sample(s.values[rows], s.labels[rows]) for s, rows in zip(pair, chosen, strict=True)]
-        gains[channel] = band_gains(*pair, paired=paired, rng=rng)
+            pair = tuple(Sample(s.values[rows], s.labels[rows]) for s, rows in zip(pair, chosen, strict=True))
+        gains[channel] = band_gains(*pair, paired=samples.paired, rng=samples.rng)
     return gains

@@ -18,6 +18,7 @@ from ..metrics.power_map import Directions, GridLine
 from ..metrics.record import FLAT, OPTIONAL, jsonable
 from ..metrics.sliced import LevelDistance
 from ..metrics.verdict import Verdict
+from ..samples.facts import SetFacts
 from ..samples.sets import Role
 
 __all__ = [
@@ -158,7 +159,7 @@ class SetRow:
     role: Role
     paired: bool
     images: int
-    facts: dict[str, Any]
+    facts: SetFacts
     frequencies: list[float]  # (F,) cycles per pixel
     power: list[float]  # (F,) radial power of luma
     hfer: float
@@ -196,7 +197,7 @@ class LatentRow:
     name: str
     role: Role
     images: int
-    facts: dict[str, Any]
+    facts: SetFacts
     frequencies: list[float]  # (F,) cycles per latent cell
     power: list[float]
     power_by_channel: list[list[float]]

@@ -14,15 +14,24 @@ from torch import Tensor
 from dmd_dar.errors import UserError
 
 from ..metrics import dino, features, inception, perceptual
-from ..metrics.classifier import Classifier, fit_classifier, modes
-from ..metrics.features import Extractor, Features, scaled
+from ..metrics.classifier import Classifier, Modes, fit_classifier, modes
+from ..metrics.features import Extractor, FeatureDistance, Features, compare_features, scaled
 from ..metrics.moments import Gaussian, load_reference
-from ..metrics.neighbours import compare_neighbours, halved, kid, precision_recall
+from ..metrics.neighbours import (
+    HalvesNull,
+    Neighbours,
+    compare_neighbours,
+    halved,
+    kid,
+    neighbours_of,
+    precision_recall,
+)
+from ..metrics.perceptual import LpipsDiversity, LpipsPaired
 from ..metrics.weight_files import ALEXNET, INCEPTION, Weights, clip_weights, dinov2_weights, find, missing_message
 from ..samples.images import UnfitError
 from ..samples.parallel import Processes, one_thread
 from ..samples.sets import ImageSet
-from .results import Skipped
+from .results import ClipResult, Skipped
 
 T = TypeVar("T")
 Metric = Literal["auto", "offline", "fid", "patch_fid", "fd_dinov2", "clip", "lpips"]
@@ -60,12 +69,16 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where weights come from: paths of the user's own, or the places that `weight_files` looks in."""
+    """Where weights come from: paths of the user's own, or the places that `weight_files` looks in.
+
+    statistics: an npz with mu and sigma of FID's features of other images.
+    """
 
     inception: str | None = None
     clip: str | None = None  # local-dir:FOLDER or hf-hub:OWNER/NAME
     allow_download: bool = False
     device: torch.device | str = "cpu"
+    statistics: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,12 +109,12 @@ def wanted(metrics: Iterable[Metric], sources: Sources, ledger: Ledger) -> list[
         "clip": clip_weights(),
         "lpips": ALEXNET,
     }
-    given = {"fid": sources.inception, "patch_fid": sources.inception, "clip": sources.clip}
-    found = [name for name, weights in files.items() if given.get(name) or find(weights)]
+    own = {"fid": sources.inception, "patch_fid": sources.inception, "clip": sources.clip}
+    available = [name for name, weights in files.items() if own.get(name) or find(weights)]
     for name in files:
-        if name not in found:
+        if name not in available:
             ledger.add(name, "", missing_message(files[name]), requested=False)
-    return found
+    return available
 
 
 def prepare(
@@ -110,11 +123,10 @@ def prepare(
     seed: int,
     ledger: Ledger,
     sources: Sources,
-    prompt: str,
-    statistics: str,
+    prompt: str = "",
 ) -> Suite:
     """Everything that can be fitted or loaded. `fit`: uint8 images (N, 3, H, W), best none of those that are compared,
-    and their labels (N,) or None. `statistics`: an npz with mu and sigma of FID's features."""
+    and their labels (N,) or None. `prompt`: see `Suite`."""
     images, labels = fit
     names, requested = wanted(metrics, sources, ledger), "auto" not in metrics
     with one_thread():
@@ -132,6 +144,7 @@ def prepare(
     loaded = {name: ledger.attempt(name, "", loaders[name], requested) for name in names}
     networks = [loaded.get(name) for name in ("fid", "patch_fid", "fd_dinov2")]
     offline = [features.wavelet(), pca, classifier and classifier.extractor()]
+    statistics = sources.statistics
     gaussian = ledger.attempt("fid", statistics, lambda: load_reference(statistics)) if statistics else None
     if gaussian is not None and loaded.get("fid") is None:
         ledger.add("fid", statistics, "FID itself was not measured; ask for it, metrics=[fid]")
@@ -157,7 +170,7 @@ def _fitted(
 
 def features_of(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes | None = None) -> dict[str, Features]:
     """By extractor, those that can be had; shared out among the processes."""
-    found, processes = {}, processes or Processes()
+    features_by_name, processes = {}, processes or Processes()
     for extractor in suite.extractors:
 
         def read(extractor: Extractor = extractor) -> Features:
@@ -169,11 +182,11 @@ def features_of(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processe
 
         values = ledger.attempt(extractor.name, one.name, read)
         if values is not None:
-            found[extractor.name] = values
-    return found
+            features_by_name[extractor.name] = values
+    return features_by_name
 
 
-def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> Neighbours | None:
     """KID, precision and recall without their null; KID alone between sets of unequal size."""
     subset = KID_SUBSET if ours.extractor.comparable_to_published else KID_SUBSET_OFFLINE
     if len(ours.values) == len(theirs.values):
@@ -182,43 +195,43 @@ def neighbours(ours: Features, theirs: Features, seed: int, ledger: Ledger) -> d
     both, names = (scaled(ours, theirs), scaled(theirs, theirs)), (ours.name, theirs.name)
     ledger.attempt("precision and recall", ours.name, lambda: precision_recall(*both, names=names))
     size = min(subset, *(len(rows) // 2 for rows in both))
-    found = ledger.attempt("KID", ours.name, lambda: kid(*both, seed=seed, subset_size=size, names=names))
-    if found is None:
-        return None
-    return {
-        "features": ours.extractor.name,
-        **{"kid": found.value, "kid_std": found.std, "kid_subset_size": size, "kid_subsets": found.subsets},
-        **{"precision": None, "recall": None, "images": len(ours.values)},
-        "comparable_to_published": ours.comparable,
-        "upsampled": ours.upsampled,
-    }
+    distance = ledger.attempt("KID", ours.name, lambda: kid(*both, seed=seed, subset_size=size, names=names))
+    return None if distance is None else neighbours_of(ours, distance, None)
 
 
-def neighbours_null(reference: Features, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+def neighbours_null(reference: Features, seed: int, ledger: Ledger) -> HalvesNull | None:
     """KID, precision and recall of a reference against itself."""
     subset = KID_SUBSET if reference.extractor.comparable_to_published else KID_SUBSET_OFFLINE
     return ledger.attempt("the null of KID", reference.name, lambda: halved(reference, seed, subset))
 
 
-def alone(one: ImageSet, suite: Suite, class_names: dict[int, str], seed: int, ledger: Ledger) -> dict[str, Any]:
-    """Metrics with weights of a set by itself: CLIP score and LPIPS diversity."""
-    found: dict[str, Any] = {}
-    if suite.clip is not None:
-        found["clip"] = ledger.attempt("clip", one.name, lambda: _clip(one, suite, class_names))
-    if suite.lpips is not None:
-        found["lpips_diversity"] = ledger.attempt("lpips", one.name, lambda: _diversity(one, suite, seed))
-    return {name: value for name, value in found.items() if value is not None}
+def clip_result(one: ImageSet, suite: Suite, class_names: dict[int, str], ledger: Ledger) -> ClipResult | None:
+    """CLIP score of a set against its prompts; None where the suite has no CLIP."""
+    if suite.clip is None:
+        return None
+    return ledger.attempt("clip", one.name, lambda: _clip(one, suite, class_names))
 
 
-def _clip(one: ImageSet, suite: Suite, class_names: dict[int, str]) -> dict[str, Any]:
+def diversity_result(one: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> LpipsDiversity | None:
+    """LPIPS diversity of a set; None where the suite has no LPIPS."""
+    if suite.lpips is None:
+        return None
+    return ledger.attempt("lpips", one.name, lambda: _diversity(one, suite, seed))
+
+
+def _clip(one: ImageSet, suite: Suite, class_names: dict[int, str]) -> ClipResult:
     images = one.first(MOST_PERCEPTUAL)
     template = suite.prompt or (ITSELF if one.prompted else OF_CLASS)
     prompts = _prompts(one, template, one.names if one.prompted else one.names or class_names)[: len(images)]
     score = perceptual.clip_score(suite.clip, images, prompts)
     error = float(score.per_image.std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else None
-    published = score.facts.get("model") == perceptual.HUB + perceptual.CLIP_REPO
-    told = {"value": score.value, "standard_error": error, "prompt": template, **score.facts}
-    return {**told, "comparable_to_published": published}
+    return ClipResult(
+        value=score.value,
+        standard_error=error,
+        prompt=template,
+        facts=score.facts,
+        comparable_to_published=score.facts.get("model") == perceptual.HUB + perceptual.CLIP_REPO,
+    )
 
 
 def _prompts(one: ImageSet, template: str, names: dict[int, str]) -> list[str]:
@@ -232,7 +245,7 @@ def _prompts(one: ImageSet, template: str, names: dict[int, str]) -> list[str]:
     return [template.replace(ITSELF, names.get(label, "")) for label in labels]
 
 
-def _diversity(one: ImageSet, suite: Suite, seed: int) -> dict[str, Any]:
+def _diversity(one: ImageSet, suite: Suite, seed: int) -> LpipsDiversity:
     images = one.first(MOST_PERCEPTUAL)
     labels = _classes(one, "LPIPS diversity")[: len(images)]
     return perceptual.lpips_diversity(suite.lpips, images, labels, seed)
@@ -244,34 +257,29 @@ def _classes(one: ImageSet, what: str) -> Tensor:
     return one.labels
 
 
-def lpips_paired(one: ImageSet, other: ImageSet, suite: Suite, ledger: Ledger) -> dict[str, Any] | None:
+def mean_lpips(one: ImageSet, other: ImageSet, suite: Suite, ledger: Ledger) -> LpipsPaired | None:
     """Mean LPIPS between images of equal noise and class."""
 
-    def measure() -> dict[str, Any]:
-        found = perceptual.lpips_paired(suite.lpips, one.first(MOST_PERCEPTUAL), other.first(MOST_PERCEPTUAL))
-        return {name: value for name, value in found.items() if name != "per_image"}
+    def call() -> LpipsPaired:
+        return perceptual.lpips_paired(suite.lpips, one.first(MOST_PERCEPTUAL), other.first(MOST_PERCEPTUAL))
 
-    return ledger.attempt("lpips", one.name, measure)
+    return ledger.attempt("lpips", one.name, call)
 
 
-def modes_of(one: ImageSet, other: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> dict[str, Any] | None:
+def modes_of(one: ImageSet, other: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> Modes | None:
     """The classes that a set holds beside those of another, as the classifier sees them."""
     if suite.classifier is None:
         return None
     ours, theirs = (x.first(MOST_CLASSIFIED) for x in (one, other))
     labels = None if one.labels is None else one.labels[: len(ours)].cpu()
-
-    def measure() -> dict[str, Any]:
-        return {"images": len(ours), **modes(suite.classifier, ours, theirs, labels, seed)}
-
-    return ledger.attempt("modes", one.name, measure)
+    return ledger.attempt("modes", one.name, lambda: modes(suite.classifier, ours, theirs, labels, seed))
 
 
 def against_statistics(
     ours: Features | None, suite: Suite, ledger: Ledger, second: Features | None = None
-) -> dict[str, Any] | None:
+) -> FeatureDistance | None:
     """FID against the npz; its null is what `second`, a set of real images, reads there."""
     if ours is None or suite.statistics is None:
         return None
     known = suite.statistics
-    return ledger.attempt("fid against the npz", ours.name, lambda: features.compare(ours, known, second=second))
+    return ledger.attempt("fid against the npz", ours.name, lambda: compare_features(ours, known, second=second))

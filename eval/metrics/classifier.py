@@ -130,26 +130,22 @@ def shares(predicted: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
 
 def modes(
     classifier: Classifier, images: Tensor, reference: Tensor, labels: Tensor | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """Which classes a set of uint8 images holds, beside the classes that the reference holds; JSON-able.
-
-    total_variation: half the sum of the absolute differences of shares; its null is that of random halves of the
-    reference, rescaled to these sizes by sqrt(1/N + 1/M). least_share_ratio: the rarest class against its share in
-    the reference, 0 for a mode that is dropped. agreement: share of images taken for their own label.
-    """
+) -> Modes:
+    """Of uint8 images (N, 3, H, W) beside those of a reference; labels (N,); `seed` draws the halves of the null."""
     ours, theirs = classifier.predict(images), classifier.predict(reference)
     mine, real = shares(ours, classifier.classes), shares(theirs, classifier.classes)
     ratios = mine[real > 0] / real[real > 0]
-    return {
-        "shares": dict(zip(classifier.classes, mine.tolist(), strict=True)),
-        "reference_shares": dict(zip(classifier.classes, real.tolist(), strict=True)),
-        "total_variation": float(np.abs(mine - real).sum() / 2),
-        "null": _null(theirs, classifier.classes, len(ours), np.random.default_rng(seed)),
-        "least_share_ratio": float(ratios.min()),
-        "agreement": None if labels is None else float((ours == labels.numpy()).mean()),
-        "comparable_to_published": False,
-        **classifier.facts,
-    }
+    return Modes(
+        images=len(images),
+        shares=dict(zip(classifier.classes, mine.tolist(), strict=True)),
+        reference_shares=dict(zip(classifier.classes, real.tolist(), strict=True)),
+        total_variation=float(np.abs(mine - real).sum() / 2),
+        null=_null(theirs, classifier.classes, len(ours), np.random.default_rng(seed)),
+        least_share_ratio=float(ratios.min()),
+        agreement=None if labels is None else float((ours == labels.numpy()).mean()),
+        comparable_to_published=False,
+        facts=classifier.facts,
+    )
 
 
 def _null(predicted: np.ndarray, classes: tuple[int, ...], size: int, rng: np.random.Generator) -> float:

@@ -121,51 +121,43 @@ def extract_moments(
     return merged(Moments.of(f, where) for where, f in _batches(stream, extractor, batch_size, rank, world))
 
 
-def compare(
+def compare_features(
     ours: Features, reference: Features | Gaussian, seed: int = 0, second: Features | None = None
-) -> dict[str, Any]:
-    """Frechet distance of two sets with its null, and what a reader needs to place it, JSON-able.
+) -> FeatureDistance:
+    """Frechet distance of two sets with its null, and what a reader needs to place it.
 
     second: another set of the reference's source, for the null; without it, halves of the reference, drawn by `seed`.
     A reference that is known by its Gaussian alone has a null from `second` only, else None.
     """
     if isinstance(reference, Gaussian):
-        count, measured = reference.count, _against(ours, reference, second)
+        count, (value, null) = reference.count, _against(ours, reference, second)
+        null_images = None if second is None else len(second.values)
     else:
-        rng = np.random.default_rng(seed)
-        count, measured = len(reference.values), _against_features(ours, reference, second, rng)
-    return {
-        "metric": ours.extractor.name,
-        **measured,
-        "excess": None if measured["null"] is None else measured["value"] - measured["null"],
-        "images": len(ours.values),
-        "reference_images": count,
-        "dimensions": ours.values.shape[1],
-        "comparable_to_published": ours.comparable,
-        "upsampled": ours.upsampled,
-        **ours.extractor.facts,
-    }
+        count, target = len(reference.values), scaled(reference, reference)
+        value = feature_distance(scaled(ours, reference), target, (ours.name, reference.name))
+        again = None if second is None else scaled(second, reference)
+        null, null_images = null_distance(target, len(ours.values), np.random.default_rng(seed), again)
+    return FeatureDistance(
+        metric=ours.extractor.name,
+        value=value,
+        null=null,
+        null_images=null_images,
+        images=len(ours.values),
+        reference_images=count,
+        dimensions=ours.values.shape[1],
+        comparable_to_published=ours.comparable,
+        upsampled=ours.upsampled,
+        facts=ours.extractor.facts,
+    )
 
 
-def _against(ours: Features, reference: Gaussian, second: Features | None) -> dict[str, Any]:
+def _against(ours: Features, reference: Gaussian, second: Features | None) -> tuple[float, float | None]:
+    """The distance from a Gaussian, and that of `second`."""
     if ours.extractor.standardised:
         name = ours.extractor.name
         raise UnfitError(f"{name}: measured in units of the reference's spread; give the reference's images")
     value = feature_distance(ours.values, reference, (ours.name, "reference"))
-    if second is None:
-        return {"value": value, "null": None, "null_images": None}
-    null = feature_distance(second.values, reference, (second.name, "reference"))
-    return {"value": value, "null": null, "null_images": len(second.values)}
-
-
-def _against_features(
-    ours: Features, reference: Features, second: Features | None, rng: np.random.Generator
-) -> dict[str, Any]:
-    target = scaled(reference, reference)
-    value = feature_distance(scaled(ours, reference), target, (ours.name, reference.name))
-    again = None if second is None else scaled(second, reference)
-    null, images = null_distance(target, len(ours.values), rng, again)
-    return {"value": value, "null": null, "null_images": images}
+    return value, None if second is None else feature_distance(second.values, reference, (second.name, "reference"))
 
 
 def scaled(features: Features, reference: Features) -> Tensor:

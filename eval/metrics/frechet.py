@@ -8,7 +8,6 @@ Legend: N images, D features, A = centred features / sqrt(N - 1), so that S = A^
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -214,9 +213,9 @@ def diversity_ratio(ours: dict[int, float], teachers: dict[int, float]) -> dict[
     return {label: ours[label] / teachers[label] for label in ours if teachers.get(label, 0.0) > 0}
 
 
-def diversity_ratios(ours: dict[int, float], teachers: dict[int, float]) -> dict[str, Any]:
-    """`diversity_ratio` by_class, the least and the median of the classes; these are NaN where there is none."""
+def diversity_ratios(ours: dict[int, float], teachers: dict[int, float]) -> DiversityRatio:
+    """`diversity_ratio` by class, the least and the median of the classes; these are NaN where there is none."""
     by_class = diversity_ratio(ours, teachers)
     values = list(by_class.values())
     median = float(np.median(values)) if values else math.nan
-    return {"by_class": by_class, "least": min(values, default=math.nan), "median": median}
+    return DiversityRatio(by_class, min(values, default=math.nan), median)

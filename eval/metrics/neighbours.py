@@ -4,7 +4,6 @@ Legend: N and M rows, D features, k the number of neighbours, T the rows of a ti
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -173,10 +172,8 @@ def precision_recall(
     return PrecisionRecall(precision, recall, k, len(ours))
 
 
-def halved(
-    reference: Features, seed: int = 0, subset_size: int = KID_SUBSET, subsets: int = KID_SUBSETS
-) -> dict[str, Any]:
-    """A null of `compare_neighbours` from the reference alone, JSON-able.
+def halved(reference: Features, seed: int = 0, subset_size: int = KID_SUBSET, subsets: int = KID_SUBSETS) -> HalvesNull:
+    """A null of `compare_neighbours` from the reference alone.
 
     KID over `subsets` pairs of disjoint random subsets of the size that `compare_neighbours` takes, whose mean is 0;
     precision and recall of random halves of the reference, which hold for `images`, half as many.
@@ -187,14 +184,11 @@ def halved(
     values = [unbiased_mmd(target[order[:size]], target[order[size : 2 * size]]) for order in orders]
     order, half = torch.from_numpy(rng.permutation(len(target))), len(target) // 2
     near = precision_recall(target[order[:half]], target[order[half : 2 * half]], names=(reference.name,) * 2)
-    found = {"kid": float(np.mean(values)), "kid_std": float(np.std(values))}
-    return {**found, "precision": near.precision, "recall": near.recall, "images": half}
+    return HalvesNull(float(np.mean(values)), float(np.std(values)), near.precision, near.recall, half)
 
 
-def compare_neighbours(
-    ours: Features, reference: Features, seed: int = 0, subset_size: int = KID_SUBSET
-) -> dict[str, Any]:
-    """KID, precision and recall of two sets of equal N in the units of their extractor, JSON-able.
+def compare_neighbours(ours: Features, reference: Features, seed: int = 0, subset_size: int = KID_SUBSET) -> Neighbours:
+    """KID, precision and recall of two sets of equal N in the units of their extractor.
 
     KID's subsets hold `subset_size` images, or half of a smaller set.
     """
@@ -202,16 +196,21 @@ def compare_neighbours(
     values = scaled(ours, reference)
     near = precision_recall(values, target, names=names)
     distance = kid(values, target, seed=seed, subset_size=min(subset_size, len(target) // 2), names=names)
-    return {
-        "features": ours.extractor.name,
-        "kid": distance.value,
-        "kid_std": distance.std,
-        "kid_subset_size": distance.subset_size,
-        "kid_subsets": distance.subsets,
-        "precision": near.precision,
-        "recall": near.recall,
-        "neighbours": near.neighbours,
-        "images": near.images,
-        "comparable_to_published": ours.comparable,
-        "upsampled": ours.upsampled,
-    }
+    return neighbours_of(ours, distance, near)
+
+
+def neighbours_of(ours: Features, distance: Kid, near: PrecisionRecall | None) -> Neighbours:
+    """The two together; `near` is None for sets of unequal N."""
+    return Neighbours(
+        features=ours.extractor.name,
+        kid=distance.value,
+        kid_std=distance.std,
+        kid_subset_size=distance.subset_size,
+        kid_subsets=distance.subsets,
+        precision=None if near is None else near.precision,
+        recall=None if near is None else near.recall,
+        neighbours=None if near is None else near.neighbours,
+        images=len(ours.values),
+        comparable_to_published=ours.comparable,
+        upsampled=ours.upsampled,
+    )

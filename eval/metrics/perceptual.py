@@ -198,16 +198,21 @@ def load_lpips(
     return Lpips(network, device, {"net": net, "weights": trunks[net].file, "sha256": found.sha256})
 
 
-def lpips_paired(metric: Lpips, images: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Mean distance of uint8 images (N, 3, H, W) from others that share their noise and condition; JSON-able."""
-    values = _between(metric, images, reference, np.arange(len(images)), np.arange(len(reference)))
-    return {"value": float(values.mean()), "per_image": values.tolist(), **_facts(metric, images)}
+def paired_distances(metric: Lpips, images: Tensor, reference: Tensor) -> np.ndarray:
+    """(N,) distances of uint8 images (N, 3, H, W) from others that share their noise and condition."""
+    return _between(metric, images, reference, np.arange(len(images)), np.arange(len(reference)))
+
+
+def lpips_paired(metric: Lpips, images: Tensor, reference: Tensor) -> LpipsPaired:
+    """The mean of `paired_distances`."""
+    value = float(paired_distances(metric, images, reference).mean())
+    return LpipsPaired(value=value, images=len(images), upsampled=_enlarged(images), facts=metric.facts)
 
 
 def lpips_diversity(
     metric: Lpips, images: Tensor, labels: Tensor, seed: int = 0, pairs_per_class: int = PAIRS_PER_CLASS
-) -> dict[str, Any]:
-    """Mean distance over the pairs of each class, at most `pairs_per_class` of them drawn by `seed`; JSON-able.
+) -> LpipsDiversity:
+    """Mean distance over the pairs of each class, at most `pairs_per_class` of them drawn by `seed`.
 
     `value` is the mean over classes. UnfitError where no class has two images.
     """
@@ -222,12 +227,14 @@ def lpips_diversity(
             pairs += len(both)
     if not by_class:
         raise UnfitError("LPIPS diversity: no class has two images; give more images of a condition")
-    return {
-        "value": float(np.mean(list(by_class.values()))),
-        "by_class": by_class,
-        "pairs": pairs,
-        **_facts(metric, images),
-    }
+    return LpipsDiversity(
+        value=float(np.mean(list(by_class.values()))),
+        by_class=by_class,
+        pairs=pairs,
+        images=len(images),
+        upsampled=_enlarged(images),
+        facts=metric.facts,
+    )
 
 
 def _between(metric: Lpips, first: Tensor, second: Tensor, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -241,5 +248,5 @@ def _between(metric: Lpips, first: Tensor, second: Tensor, rows: np.ndarray, oth
     return torch.cat(parts).double().numpy()
 
 
-def _facts(metric: Lpips, images: Tensor) -> dict[str, Any]:
-    return {"images": len(images), "upsampled": min(images.shape[2:]) < SMALLEST, **metric.facts}
+def _enlarged(images: Tensor) -> bool:
+    return min(images.shape[2:]) < SMALLEST

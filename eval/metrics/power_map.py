@@ -87,22 +87,16 @@ class Directions:
     diagonal: float | None
 
 
-def sector_means(plane: Tensor) -> dict[str, dict[str, float | None]]:
-    """Mean of a map (H, W) over each band and direction; None where no frequency falls into a sector.
-
-    x holds the frequencies within 22.5 degrees of the horizontal axis (upright edges and columns), y those of the
-    vertical one. Corners beyond 1/2 are left out.
-    """
+def sector_means(plane: Tensor) -> dict[str, Directions]:
+    """Mean of a map (H, W) over each band, by name, and direction. Corners beyond 1/2 are left out."""
     height, width = plane.shape
     rows = torch.fft.fftshift(torch.fft.fftfreq(height, dtype=torch.float64))[:, None]
     columns = torch.fft.fftshift(torch.fft.fftfreq(width, dtype=torch.float64))[None, :]
     angle = torch.atan2(rows.abs(), columns.abs())  # 0 on the horizontal axis, pi / 2 on the vertical one
-    inside = {"x": angle <= HALF_ANGLE, "y": angle >= torch.pi / 2 - HALF_ANGLE}
-    inside["diagonal"] = ~(inside["x"] | inside["y"])
+    x, y = angle <= HALF_ANGLE, angle >= torch.pi / 2 - HALF_ANGLE
+    inside = (x, y, ~(x | y))  # in the order of DIRECTIONS
     band = whole_plane(modes(height, width).band, width)
-    return {
-        f"B{b}": {name: _mean(plane[(band == b) & inside[name]]) for name in DIRECTIONS} for b in range(len(BAND_EDGES))
-    }
+    return {f"B{b}": Directions(*(_mean(plane[(band == b) & part]) for part in inside)) for b in range(len(BAND_EDGES))}
 
 
 def _mean(values: Tensor) -> float | None:

@@ -168,7 +168,7 @@ def against_teacher(ours: SampledSet, yardstick: Yardstick, name: str) -> Agains
         lsd_signed=signed,
         fd_wavelet=frechet.fd_wavelet(ours.features, teacher.features, yardstick.null, (name, "teacher")),
         hf_kurtosis_ratio=float(kurtosis),
-        diversity_ratio=frechet.diversity_ratios(ours.diversity, teacher.diversity)["least"],
+        diversity_ratio=frechet.diversity_ratios(ours.diversity, teacher.diversity).least,
     )
 
 

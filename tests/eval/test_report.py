@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from eval.measure import pair
 from eval.measure import suite as distances
-from eval.measure.pair import ImageSet, measure
+from eval.measure.pair import Compared, ImageSet, jsonable
 from eval.measure.suite import Ledger, Sources, Suite, prepare
 from eval.metrics import features, perceptual
-from eval.metrics.power_map import sector_means
+from eval.metrics.power_map import Directions, sector_means
 from eval.page.columns import terminal_table
 from eval.page.csv import as_csv, numbers
 from eval.samples import sets as sets_module
@@ -25,6 +26,11 @@ from eval.samples.parallel import torch_threads
 from eval.samples.sets import read_set
 
 HOSTILE = "<script>alert('x')</script>"
+
+
+def measure(compared: Compared, *how, **named) -> dict:
+    """What report.json holds of it."""
+    return jsonable(pair.measure(compared, *how, **named))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +50,13 @@ def sets(crops, blur, eight_bit):
 @pytest.fixture(scope="module")
 def suite(crops):
     images, labels = crops(32, 10, 7)
-    return prepare(("offline",), (images, labels), 0, Ledger(), Sources(), "{}", "")
+    return prepare(("offline",), (images, labels), 0, Ledger(), Sources(), "{}")
 
 
 @pytest.fixture(scope="module")
 def result(sets, suite):
     others = [sets["residual"], sets["hostile"]]
-    return measure(others, sets["teacher"], sets["real"], {0, 3, 4}, 0, {6: HOSTILE}, suite)
+    return measure(Compared(others, sets["teacher"], sets["real"], {0, 3, 4}, {6: HOSTILE}), 0, suite)
 
 
 def row(result: dict, name: str) -> dict:
@@ -65,7 +71,7 @@ def test_comparisons_side_by_side_find_what_one_after_the_other_finds(sets, suit
     for threads in (1, 2):
         ledger = Ledger()
         with torch_threads(threads):
-            result = measure(others, sets["teacher"], sets["real"], {0, 3, 4}, 0, {}, suite, ledger)
+            result = measure(Compared(others, sets["teacher"], sets["real"], {0, 3, 4}), 0, suite, ledger)
         found.append((result, ledger.skipped))
     assert found[0] == found[1] and "fewer" in {skipped.name for skipped in found[0][1]}
 
@@ -88,14 +94,14 @@ def test_result_is_strict_json_and_signed_rightly(result):
 
 
 def test_result_does_not_depend_on_the_other_sets(sets, result, suite):
-    alone = measure([sets["hostile"]], sets["teacher"], sets["real"], {0, 3, 4}, 0, suite=suite)
+    alone = measure(Compared([sets["hostile"]], sets["teacher"], sets["real"], {0, 3, 4}), 0, suite)
     assert row(alone, HOSTILE) == row(result, HOSTILE)
 
 
 def test_a_second_real_set_is_the_null_of_the_others_and_not_of_itself(crops, sets):
     images, labels = crops(32, 16, 2)
     second = ImageSet("second", images, labels, "null", False)
-    measured = measure([second], sets["teacher"], sets["real"], set(), 0)
+    measured = measure(Compared([second], sets["teacher"], sets["real"], set()))
     own = row(measured, "second")["against"]["real"]["fd_wavelet"]
     assert row(measured, "teacher")["against"]["real"]["fd_wavelet"]["null"] == pytest.approx(own["value"])
     assert own["null"] != pytest.approx(own["value"], rel=1e-3)
@@ -118,14 +124,14 @@ def test_every_distance_stands_beside_its_null(result):
 def test_the_null_of_a_spectrum_is_what_a_second_set_reads(crops, sets):
     images, labels = crops(32, 16, 5)
     second = ImageSet("second", images, labels, "null", False)
-    measured = measure([second], sets["teacher"], sets["real"], set(), 0)
+    measured = measure(Compared([second], sets["teacher"], sets["real"], set()))
     halves, own = row(measured, "second")["against"]["teacher"], row(measured, "second")["against"]["real"]
     assert row(measured, "teacher")["against"]["real"]["lsd_null"] == pytest.approx(own["lsd"])
     assert halves["lsd_null"] == pytest.approx(halves["lsd"], rel=0.6)  # both are the noise of two real sets
 
 
 def test_grey_classes_stay_out_of_chroma(sets):
-    none = measure([], sets["teacher"], sets["real"], set(), 0)
+    none = measure(Compared([], sets["teacher"], sets["real"], set()))
     assert row(none, "teacher")["against"]["real"]["chroma"] is None
 
 
@@ -150,7 +156,7 @@ def test_a_lattice_is_found_on_its_line_and_side(crops):
     lattice = images.clone().int()
     lattice[..., ::4] += 12  # columns of period 4
     spoiled = ImageSet("lattice", lattice.clamp(0, 255).to(torch.uint8), labels, "student", True)
-    measured = measure([spoiled], ImageSet("teacher", images, labels, "teacher", True), None, None, 0)
+    measured = measure(Compared([spoiled], ImageSet("teacher", images, labels, "teacher", True)))
     lines = row(measured, "lattice")["against"]["teacher"]["grid_lines"]
     words = {(line["axis"], line["period"]): line["word"] for line in lines}
     assert words["x", 4] == "peak" and words["y", 4] == "none" and words["y", 2] == "none"
@@ -162,9 +168,9 @@ def test_sectors_divide_the_plane():
     size = 32
     f = torch.fft.fftshift(torch.fft.fftfreq(size, dtype=torch.float64))
     means = sector_means(f.abs()[None, :].expand(size, size))  # the horizontal frequency itself
-    assert means["B0"] == {"x": None, "y": None, "diagonal": None}
-    assert means["B3"]["x"] > 0.25 > means["B3"]["diagonal"] > means["B3"]["y"] >= 0
-    assert means["B3"]["y"] < 0.5 * math.sin(math.pi / 8)
+    assert means["B0"] == Directions(None, None, None)
+    assert means["B3"].x > 0.25 > means["B3"].diagonal > means["B3"].y >= 0
+    assert means["B3"].y < 0.5 * math.sin(math.pi / 8)
 
 
 def test_every_number_is_in_the_csv(result):
@@ -180,10 +186,10 @@ def test_every_number_is_in_the_csv(result):
 
 
 def test_batches_do_not_change_the_result(sets, monkeypatch):
-    pair = sets["residual"], sets["teacher"]
-    whole = measure(pair[:1], pair[1], None, None, 0)
+    both = sets["residual"], sets["teacher"]
+    whole = measure(Compared(both[:1], both[1]))
     monkeypatch.setattr(sets_module, "BATCH", 17)
-    split = measure(pair[:1], pair[1], None, None, 0)
+    split = measure(Compared(both[:1], both[1]))
     ours, theirs = (row(r, "residual")["against"]["teacher"] for r in (split, whole))
     assert ours["gain_db"]["HF"]["value"] == pytest.approx(theirs["gain_db"]["HF"]["value"], abs=1e-9)
     assert ours["flat_noise_db"]["value"] == pytest.approx(theirs["flat_noise_db"]["value"], abs=1e-9)
@@ -196,15 +202,15 @@ def test_a_folder_that_does_not_fit_in_memory_reads_the_same(tmp_path, sets, mon
     monkeypatch.setattr(sets_module, "IN_MEMORY", 0)
     streamed = read_set(str(tmp_path))
     assert isinstance(held.images, torch.Tensor) and not isinstance(streamed.images, torch.Tensor)
-    ours, theirs = (measure([one], sets["teacher"], None, None, 0) for one in (held, streamed))
+    ours, theirs = (measure(Compared([one], sets["teacher"])) for one in (held, streamed))
     ours, theirs = (row(r, tmp_path.name) for r in (ours, theirs))
     assert ours == theirs
     assert ours["against"]["teacher"]["hf_gain_by_class"] == {}  # classes are not known
     gain = ours["against"]["teacher"]["gain_db"]["HF"]
     assert gain["value"] == pytest.approx(
-        row(measure([sets["residual"]], sets["teacher"], None, None, 0), "residual")["against"]["teacher"]["gain_db"][
-            "HF"
-        ]["value"]
+        row(measure(Compared([sets["residual"]], sets["teacher"])), "residual")["against"]["teacher"]["gain_db"]["HF"][
+            "value"
+        ]
     )
 
 
@@ -232,7 +238,7 @@ def test_a_metric_that_fails_leaves_the_others(sets):
     ledger = Ledger()
     bad = Suite((features.wavelet(), features.Extractor("fd_broken", broken)))
     small = ImageSet("small", sets["residual"].images[:40], sets["residual"].labels[:40], "student", False)
-    measured = measure([small], sets["teacher"], sets["real"], set(), 0, suite=bad, ledger=ledger)
+    measured = measure(Compared([small], sets["teacher"], sets["real"], set()), 0, bad, ledger)
     assert row(measured, "small")["against"]["teacher"]["fd_wavelet"]["value"] > 0
     told = {(one.metric, one.name): one.reason for one in ledger.skipped}
     assert "not finite" in told["fd_broken", "small"] and "not finite" in told["fd_broken", "teacher"]
@@ -249,7 +255,7 @@ def test_weights_that_are_missing_are_told(sets, tmp_path, monkeypatch, metrics,
     monkeypatch.setattr(distances, "find", lambda weights: None)
     monkeypatch.setattr("eval.metrics.weight_files.find", lambda weights: None)
     ledger = Ledger()
-    suite = prepare(metrics, (sets["real"].images, None), 0, ledger, Sources(), "{}", "")
+    suite = prepare(metrics, (sets["real"].images, None), 0, ledger, Sources(), "{}")
     told = {one.metric: one for one in ledger.skipped if one.metric != "fd_classifier"}
     assert {"fid", "lpips", "clip"} <= told.keys()
     assert all(one.requested is requested and "DMD_DAR_WEIGHTS_DIR" in one.reason for one in told.values())
@@ -271,8 +277,8 @@ def test_metrics_with_weights_stand_beside_the_others(sets, tmp_path, monkeypatc
     np.savez(tmp_path / "known.npz", mu=np.full(3, 0.5), sigma=0.01 * np.eye(3))
     ledger, known = Ledger(), str(tmp_path / "known.npz")
     fit = sets["real"].images, None
-    asked = prepare(("fid", "lpips", "clip"), fit, 0, ledger, Sources(), "a photo of {}", known)
-    measured = measure([sets["residual"]], sets["teacher"], sets["real"], set(), 0, NAMES, asked, ledger)
+    asked = prepare(("fid", "lpips", "clip"), fit, 0, ledger, Sources(statistics=known), "a photo of {}")
+    measured = measure(Compared([sets["residual"]], sets["teacher"], sets["real"], set(), NAMES), 0, asked, ledger)
     assert {one.metric for one in ledger.skipped if one.requested} == {"precision and recall"} and not asked.small
     one = row(measured, "residual")
     assert one["against"]["real"]["fid"]["comparable_to_published"]
@@ -301,7 +307,7 @@ def test_statistics_without_fid_or_pickled_are_told(tmp_path, sets):
     np.savez(tmp_path / "bad.npz", mu=np.array([{}], dtype=object), sigma=np.eye(3))
     for name, reason in (("good", "FID itself was not measured"), ("bad", "pickles are refused")):
         ledger = Ledger()
-        prepare(("offline",), (sets["real"].images, None), 0, ledger, Sources(), "{}", str(tmp_path / f"{name}.npz"))
+        prepare(("offline",), (sets["real"].images, None), 0, ledger, Sources(statistics=str(tmp_path / f"{name}.npz")))
         assert any(reason in one.reason for one in ledger.skipped)
 
 
@@ -330,7 +336,7 @@ def test_sets_that_do_not_fit_are_left_out_and_told(sets, change, message):
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     fields = {"name": "odd", "images": images, "labels": torch.zeros(8), "role": "student", "paired": False} | change
     ledger = Ledger()
-    measured = measure([ImageSet(**fields), sets["residual"]], sets["teacher"], None, set(), 0, ledger=ledger)
+    measured = measure(Compared([ImageSet(**fields), sets["residual"]], sets["teacher"], None, set()), ledger=ledger)
     assert [one["name"] for one in measured["sets"]] == ["teacher", "residual"]
     assert [one.reason[: len(message)] for one in ledger.skipped] == [message]
     assert measured["skipped"][0]["metric"] == "every metric" and measured["skipped"][0]["requested"]
@@ -339,4 +345,4 @@ def test_sets_that_do_not_fit_are_left_out_and_told(sets, change, message):
 def test_a_reference_that_does_not_fit_stops_the_report(sets):
     tiny = ImageSet("tiny", torch.zeros(8, 3, 16, 16, dtype=torch.uint8), None, "teacher", False)
     with pytest.raises(UnfitError, match="tiny: images of 16x16 px; spectra need 32 px"):
-        measure([], tiny, None, None, 0)
+        measure(Compared([], tiny))

@@ -21,7 +21,7 @@ from dmd_dar.models.teachers import TeacherConfig
 from dmd_dar.routing.layout import RoutingConfig
 from eval import report
 from eval import teacher as teachers
-from eval.measure.pair import ImageSet, measure
+from eval.measure.pair import Compared, ImageSet, jsonable, measure
 from eval.measure.suite import Ledger
 from eval.metrics.spectrum import hf_gain_db, spectrum_of
 from eval.report import ReportConfig
@@ -116,7 +116,7 @@ def test_real_and_reference_of_one_name_are_told_apart(tmp_path, crops, monkeypa
 def test_two_sets_of_one_name_that_nothing_tells_apart_are_refused(crops):
     one = ImageSet("x", crops(32, 2, 0)[0], None, "teacher", False)
     with pytest.raises(UnfitError, match="the reference and the real images are called 'x'; rename one"):
-        measure([], one, ImageSet("x", crops(32, 2, 1)[0], None, "real", False), None, 0)
+        measure(Compared([], one, ImageSet("x", crops(32, 2, 1)[0], None, "real", False)))
 
 
 def test_a_report_of_fewer_images_than_classes_is_concluded(crops):
@@ -129,7 +129,7 @@ def test_a_report_of_fewer_images_than_classes_is_concluded(crops):
 
     reference = made("teacher", "teacher", 1)
     sets = [made("undistilled, Euler", "undistilled", 3), made("residual", "student", 2)]
-    result = measure(sets, reference, None, None, 0)
+    result = jsonable(measure(Compared(sets, reference)))
     read = [arms.Arm("residual", Path("residual"), CFG, {})]
     report.conclude(result, report.Inputs(reference, None, sets, read, (images, None), "", None, {}))
     assert result["checks"][0]["least_class_diversity"] is None

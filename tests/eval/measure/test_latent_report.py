@@ -122,13 +122,13 @@ def test_a_channel_that_loses_detail_is_found_in_latent_space(side):
     other = noise.clone()
     other[:, 1] *= 0.5  # -6.02 dB in one channel of three of equal power
     found = latent_spectra([made("teacher", noise), made("x", other)], made("teacher", noise), None, 0, Ledger())
-    gains = row(found["sets"], "x")["against"]["teacher"]
-    by_channel = [gain.value for gain in gains["hf_gain_db_by_channel"]]
+    gains = next(one for one in found.sets if one.name == "x").against.teacher
+    by_channel = [gain.value for gain in gains.hf_gain_db_by_channel]
     assert by_channel == pytest.approx([0, 20 * np.log10(0.5), 0], abs=1e-5)
-    assert gains["gain_db"]["HF"].value == pytest.approx(10 * np.log10(2.25 / 3), abs=0.05 * 32 / side)
-    assert [np.isnan(gains["gain_db"][band].value) for band in ("B0", "B1", "B2")] == [True, side == 16, False]
-    assert found["bands"]["edges"] == sorted(found["bands"]["edges"])
-    assert row(found["sets"], "teacher")["against"] == {"teacher": None, "real": None}
+    assert gains.gain_db["HF"].value == pytest.approx(10 * np.log10(2.25 / 3), abs=0.05 * 32 / side)
+    assert [np.isnan(gains.gain_db[band].value) for band in ("B0", "B1", "B2")] == [True, side == 16, False]
+    assert list(found.bands.edges) == sorted(found.bands.edges)
+    assert found.sets[0].name == "teacher" and not list(found.sets[0].against.measured())
 
 
 def test_small_latents_are_told_and_models_of_pixels_have_none():

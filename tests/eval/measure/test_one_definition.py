@@ -11,12 +11,11 @@ from dmd_dar import spectrum
 from dmd_dar.data.images import to_model_range
 from dmd_dar.train.watch.health import samples_of, signals
 from eval import sensitivity, teacher
-from eval.measure import pair as measure
 from eval.measure.latent import latent_spectra
+from eval.measure.pair import Compared, jsonable, measure
 from eval.measure.suite import Ledger
 from eval.metrics import features, structure
-from eval.metrics import power_map as maps
-from eval.metrics.power_map import sector_means
+from eval.metrics.power_map import sector_means, whole_plane
 from eval.metrics.spectrum import band_gain_db
 from eval.samples.sets import ImageSet
 from eval.study import endpoint as seeds
@@ -57,7 +56,7 @@ def as_set(name: str, images: Tensor, labels: Tensor) -> ImageSet:
 def reported(sets: dict[str, Tensor], theirs: Tensor, labels: Tensor) -> dict[str, dict]:
     """What a report says of sets of images against the teacher's."""
     students = [as_set(name, images, labels) for name, images in sets.items()]
-    result = measure.measure(students, as_set("teacher", theirs, labels), None, None, 0)
+    result = jsonable(measure(Compared(students, as_set("teacher", theirs, labels))))
     return {row["name"]: row["against"]["teacher"] for row in result["sets"]}
 
 
@@ -72,7 +71,7 @@ def reports(photographs) -> dict[int, dict[str, dict]]:
 def compared(images: Tensor, theirs: Tensor, labels: Tensor) -> dict:
     """What the comparison of runs says of them."""
     ours, teacher = (SampledSet.of(as_set("x", one, labels)) for one in (images, theirs))
-    return measure.jsonable(against_teacher(ours, Yardstick(teacher, 0.0), "student"))
+    return jsonable(against_teacher(ours, Yardstick(teacher, 0.0), "student"))
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -148,7 +147,7 @@ def test_a_verdict_from_images_has_the_intervals_of_a_report(photographs):
     theirs, labels = photographs[32]
     images = SPOILED["blurred"](theirs)
     sets = [dataclasses.replace(as_set("student", images, labels), paired=False)]
-    result = measure.measure(sets, ImageSet("teacher", theirs, None, "teacher", False), None, None, 0)
+    result = jsonable(measure(Compared(sets, ImageSet("teacher", theirs, None, "teacher", False))))
     row = next(row for row in result["sets"] if row["name"] == "student")["against"]["teacher"]
     gain = band_gain_db(images, theirs, labels=labels)["HF"]
     assert gain == pytest.approx([row["gain_db"]["HF"][end] for end in ("value", "low", "high")], abs=1e-9)
@@ -185,9 +184,9 @@ def test_a_map_and_the_spectrum_divide_the_plane_into_the_same_bands(size):
     """Modes that lie on an edge, (28, 21) of 140 for one, belong to the same band in both."""
     grid = spectrum.modes(*size)
     for band in range(5):
-        inside = maps.whole_plane((grid.band == band).double(), size[1])
+        inside = whole_plane((grid.band == band).double(), size[1])
         for name, means in sector_means(inside).items():
-            shares = [share for share in means.values() if share is not None]
+            shares = [share for share in vars(means).values() if share is not None]
             assert shares == [float(name == f"B{band}")] * len(shares), (name, band)
 
 
@@ -212,7 +211,7 @@ def test_a_latent_distance_has_the_null_of_the_second_real_set():
         return ImageSet(name, pixels, None, role, False, latents=latents(scale))  # type: ignore[arg-type]
 
     real, null, reference = one("real", "real", 1.0), one("again", "null", 2.0), one("teacher", "teacher", 1.0)
-    found = latent_spectra([real, null, reference], reference, real, 0, Ledger())
+    found = jsonable(latent_spectra([real, null, reference], reference, real, 0, Ledger()))
     rows = {row["name"]: row["against"]["real"] for row in found["sets"]}
     assert rows["teacher"]["lsd_null"] == pytest.approx(rows["again"]["lsd"])  # about 6 dB: what the second set reads
     assert rows["teacher"]["lsd_null"] == pytest.approx(20 * math.log10(2), abs=1.5) and rows["again"]["lsd_null"] < 3

@@ -7,7 +7,7 @@ import torch
 from eval.measure import suite as distances
 from eval.metrics import frechet
 from eval.metrics.classifier import fit_classifier, modes
-from eval.metrics.features import Extractor, Features, compare, extract, extract_moments, fit_pca, wavelet
+from eval.metrics.features import Extractor, Features, compare_features, extract, extract_moments, fit_pca, wavelet
 from eval.metrics.frechet import feature_distance, standardise
 from eval.metrics.moments import Gaussian, merged
 from eval.samples.images import UnfitError, open_images
@@ -28,13 +28,13 @@ def test_blur_is_seen_by_wavelets_and_not_by_pixels(real, blur, eight_bit):
     blurred = eight_bit(blur(again.double() / 255, 0.5))
     pca = fit_pca(images)
     for extractor, seen in ((wavelet(), True), (pca, False)):
-        result = compare(of(extractor, blurred), of(extractor, images), second=of(extractor, again))
-        assert (result["value"] > 3 * result["null"]) == seen
-        assert result["value"] < 1.3 * result["null"] or seen
-        assert not result["comparable_to_published"] and not result["upsampled"]
-        assert (result["images"], result["reference_images"], result["null_images"]) == (448, 448, 448)
-        assert result["excess"] == pytest.approx(result["value"] - result["null"])
-    assert result["components"] == 32 and result["fitted_on"] == 224
+        result = compare_features(of(extractor, blurred), of(extractor, images), second=of(extractor, again))
+        assert (result.value > 3 * result.null) == seen
+        assert result.value < 1.3 * result.null or seen
+        assert not result.comparable_to_published and not result.upsampled
+        assert (result.images, result.reference_images, result.null_images) == (448, 448, 448)
+        assert result.excess == pytest.approx(result.value - result.null)
+    assert result.facts["components"] == 32 and result.facts["fitted_on"] == 224
 
 
 def test_a_dropped_mode_is_seen_by_pixels(crops, real):
@@ -43,10 +43,10 @@ def test_a_dropped_mode_is_seen_by_pixels(crops, real):
     reference, others = of(pca, images), [crops(32, 64, seed)[0] for seed in range(1, 7)]
 
     def values(keep):
-        return np.array([compare(of(pca, other[keep]), reference)["value"] for other in others])
+        return np.array([compare_features(of(pca, other[keep]), reference).value for other in others])
 
     null = values(labels >= 0)
-    halves = compare(of(pca, others[0]), reference)["null"]
+    halves = compare_features(of(pca, others[0]), reference).null
     assert halves == pytest.approx(null.mean(), rel=0.4)
     z = [(values(labels != label).mean() - null.mean()) / null.std(ddof=1) for label in range(7)]
     assert min(z) > 3 and max(z) > 8
@@ -70,10 +70,10 @@ def test_the_number_is_that_of_the_wavelet_distance(real):
     (images, _), (again, _), _ = real
     a, b = (frechet.wavelet_features(x.float() / 255) for x in (again, images))
     direct = frechet.fd_wavelet(a, b, 0.0, ("a", "b")).value
-    result = compare(of(wavelet(), again), of(wavelet(), images))
-    assert result["value"] == pytest.approx(direct, rel=1e-12)
-    assert result["null"] == pytest.approx(frechet.fd_null(b, len(a), np.random.default_rng(0)), rel=1e-12)
-    assert result["null"] == pytest.approx(direct, rel=0.5)
+    result = compare_features(of(wavelet(), again), of(wavelet(), images))
+    assert result.value == pytest.approx(direct, rel=1e-12)
+    assert result.null == pytest.approx(frechet.fd_null(b, len(a), np.random.default_rng(0)), rel=1e-12)
+    assert result.null == pytest.approx(direct, rel=0.5)
 
 
 def test_neither_batches_nor_processes_change_a_number(real):
@@ -96,8 +96,8 @@ def test_statistics_of_a_file_have_the_null_of_the_second_real_set(real):
     suite = distances.Suite(statistics=Gaussian(*frechet.statistics(of(pca, images).values), 448))
     told = distances.against_statistics(of(pca, again), suite, ledger, of(pca, third))
     expected = distances.against_statistics(of(pca, third), suite, ledger)
-    assert told["null"] == expected["value"] and expected["null"] is None
-    assert told["excess"] == told["value"] - told["null"]
+    assert told.null == expected.value and expected.null is None
+    assert told.excess == told.value - told.null
 
 
 def test_a_gaussian_reference_takes_its_null_from_a_second_set(real):
@@ -106,12 +106,12 @@ def test_a_gaussian_reference_takes_its_null_from_a_second_set(real):
     mean, covariance = frechet.statistics(of(pca, images).values)
     reference = Gaussian(mean, covariance, 448)
     ours, second = of(pca, again), of(pca, third)
-    alone, beside = compare(ours, reference), compare(ours, reference, second=second)
-    assert alone["null"] is None and alone["excess"] is None and alone["reference_images"] == 448
-    features = compare(ours, of(pca, images), second=second)
-    assert beside["value"] == pytest.approx(features["value"]) and beside["null"] == pytest.approx(features["null"])
+    alone, beside = compare_features(ours, reference), compare_features(ours, reference, second=second)
+    assert alone.null is None and alone.excess is None and alone.reference_images == 448
+    features = compare_features(ours, of(pca, images), second=second)
+    assert beside.value == pytest.approx(features.value) and beside.null == pytest.approx(features.null)
     with pytest.raises(UnfitError, match="fd_wavelet: measured in units of the reference's spread"):
-        compare(of(wavelet(), again), reference)
+        compare_features(of(wavelet(), again), reference)
 
 
 def test_faults_name_the_metric_the_set_and_the_batch(real):
@@ -127,10 +127,10 @@ def test_faults_name_the_metric_the_set_and_the_batch(real):
     with pytest.raises(UnfitError, match="no images for process 2 of 9"):
         extract(open_images(images[:1], "student"), wavelet(), rank=2, world=9)
     with pytest.raises(UnfitError, match="set: features of fd_pca, but fd_wavelet in set"):
-        compare(of(fit_pca(images), images), of(wavelet(), images))
+        compare_features(of(fit_pca(images), images), of(wavelet(), images))
     enlarged = Extractor("fid", lambda x: x.flatten(1).float(), comparable_to_published=True, native_size=299)
-    told = compare(of(enlarged, images[:8]), of(enlarged, images[8:16]))
-    assert told["upsampled"] and not told["comparable_to_published"]
+    told = compare_features(of(enlarged, images[:8]), of(enlarged, images[8:16]))
+    assert told.upsampled and not told.comparable_to_published
 
 
 @pytest.fixture(scope="module")
@@ -150,22 +150,22 @@ def test_the_classifier_knows_unseen_images(real, classifier):
 def test_modes_that_are_dropped_are_named(real, classifier):
     (images, _), (again, labels), _ = real
     whole, dropped = (modes(classifier, again[keep], images, labels[keep]) for keep in (labels >= 0, labels != 2))
-    assert whole["total_variation"] < whole["null"] < 0.08 and whole["least_share_ratio"] > 0.6
-    assert dropped["total_variation"] > 2 * dropped["null"] and dropped["least_share_ratio"] < 0.3
-    assert min(dropped["shares"], key=dropped["shares"].get) == 2
-    assert sum(whole["shares"].values()) == pytest.approx(1) and whole["agreement"] > 0.75
-    assert not whole["comparable_to_published"] and whole["accuracy"] == classifier.accuracy
+    assert whole.total_variation < whole.null < 0.08 and whole.least_share_ratio > 0.6
+    assert dropped.total_variation > 2 * dropped.null and dropped.least_share_ratio < 0.3
+    assert min(dropped.shares, key=dropped.shares.get) == 2
+    assert sum(whole.shares.values()) == pytest.approx(1) and whole.agreement > 0.75
+    assert not whole.comparable_to_published and whole.facts["accuracy"] == classifier.accuracy
 
 
 def test_classifier_features_see_every_dropped_mode(real, classifier):
     (images, _), (again, labels), (third, _) = real
     extractor = classifier.extractor()
     reference = of(extractor, images)
-    nulls = [compare(of(extractor, other), reference) for other in (again, third)]
-    null = max(result["value"] for result in nulls)
-    dropped = [compare(of(extractor, third[labels != label]), reference)["value"] for label in range(7)]
-    assert nulls[0]["dimensions"] == 32 and not nulls[0]["comparable_to_published"]
-    assert nulls[0]["null"] == pytest.approx(null, rel=1.0) and min(dropped) > 2 * null
+    nulls = [compare_features(of(extractor, other), reference) for other in (again, third)]
+    null = max(result.value for result in nulls)
+    dropped = [compare_features(of(extractor, third[labels != label]), reference).value for label in range(7)]
+    assert nulls[0].dimensions == 32 and not nulls[0].comparable_to_published
+    assert nulls[0].null == pytest.approx(null, rel=1.0) and min(dropped) > 2 * null
 
 
 def test_a_classifier_of_too_few_images_says_so(real):
@@ -186,4 +186,7 @@ def test_a_unit_that_the_reference_leaves_dead_does_not_rule_the_distance(real):
     assert feature_distance(*pair, ("a", "b")) == expected
     assert torch.equal(pair[1][:, :3], ((reference - reference.mean(0)) / reference.std(0))[:, :3])
     classifier = fit_classifier(*real[0], steps=1).extractor()
-    assert compare(*(Features("x", values, classifier, False) for values in (shifted, reference)))["value"] == expected
+    assert (
+        compare_features(*(Features("x", values, classifier, False) for values in (shifted, reference))).value
+        == expected
+    )

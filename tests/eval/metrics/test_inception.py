@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dmd_dar.errors import DamagedFileError, MissingWeightsError
 from eval.metrics import dino, inception
 from eval.metrics import weight_files as weights
-from eval.metrics.features import compare, extract
+from eval.metrics.features import compare_features, extract
 from eval.metrics.inception import centre_crop, clean_resize, fid, fid_inception, patch_fid
 from eval.samples.images import UnfitError, open_images
 
@@ -171,10 +171,10 @@ def test_fid_from_a_folder_of_weights(declared, state):
     found = extract(open_images(images, "set"), extractor, batch_size=1)
     expected = fid_inception(state)((images.float() - 128) / 128)
     assert torch.allclose(found.values, expected, rtol=1e-4, atol=1e-4)
-    result = compare(found, found, second=found)
-    assert result["value"] == pytest.approx(0, abs=1e-3) and result["null_images"] == 2
-    assert result["comparable_to_published"] and not result["upsampled"] and result["dimensions"] == 2048
-    assert result["sha256"] == weights.file_hash(declared) and "bicubic" in result["resize"]
+    result = compare_features(found, found, second=found)
+    assert result.value == pytest.approx(0, abs=1e-3) and result.null_images == 2
+    assert result.comparable_to_published and not result.upsampled and result.dimensions == 2048
+    assert result.facts["sha256"] == weights.file_hash(declared) and "bicubic" in result.facts["resize"]
     assert extract(open_images(noise(1, 16, 16), "small"), extractor).upsampled
 
 

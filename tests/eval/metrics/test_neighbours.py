@@ -120,20 +120,20 @@ def test_the_comparison_is_in_the_units_of_the_reference():
 
     rows = draw(80, 4) + 1.0, draw(80, 4, seed=1), draw(80, 4, seed=2)
     (one, null), (other, _) = result(standardised, 1.0), result(standardised, unit)
-    assert other["kid"] == pytest.approx(one["kid"]) and other["precision"] == one["precision"]
-    assert result(plain, unit)[0]["kid"] != pytest.approx(one["kid"], rel=0.5)
-    assert one["kid"] > 5 * abs(null["kid"]) and one["precision"] < null["precision"]
-    assert (one["kid_subset_size"], one["images"], one["features"]) == (40, 80, "fd")
-    assert result(plain, 1.0)[0]["recall"] == precision_recall(rows[0], rows[1]).recall
+    assert other.kid == pytest.approx(one.kid) and other.precision == one.precision
+    assert result(plain, unit)[0].kid != pytest.approx(one.kid, rel=0.5)
+    assert one.kid > 5 * abs(null.kid) and one.precision < null.precision
+    assert (one.kid_subset_size, one.images, one.features) == (40, 80, "fd")
+    assert result(plain, 1.0)[0].recall == precision_recall(rows[0], rows[1]).recall
 
 
 def test_a_reference_has_a_null_of_its_own():
     """KID of disjoint subsets of one set is 0 on average, of the size and number that a comparison takes."""
     reference = Features("teacher", draw(120, 6), Extractor("fd", lambda x: x, standardised=True), False)
     nulls = [neighbours.halved(reference, seed, subset_size=40, subsets=30) for seed in range(12)]
-    values = np.array([null["kid"] for null in nulls])
-    assert abs(values.mean()) < 3 * nulls[0]["kid_std"] / 30**0.5 and nulls[0]["kid_std"] > 0
-    assert nulls[0] == neighbours.halved(reference, 0, subset_size=40, subsets=30) and nulls[0]["images"] == 60
-    assert 0.4 < nulls[0]["precision"] <= 1 and 0.4 < nulls[0]["recall"] <= 1
+    values = np.array([null.kid for null in nulls])
+    assert abs(values.mean()) < 3 * nulls[0].kid_std / 30**0.5 and nulls[0].kid_std > 0
+    assert nulls[0] == neighbours.halved(reference, 0, subset_size=40, subsets=30) and nulls[0].images == 60
+    assert 0.4 < nulls[0].precision <= 1 and 0.4 < nulls[0].recall <= 1
     shifted = Features("student", reference.values + 0.5, reference.extractor, False)
-    assert compare_neighbours(shifted, reference, subset_size=40)["kid"] > 5 * values.std()
+    assert compare_neighbours(shifted, reference, subset_size=40).kid > 5 * values.std()

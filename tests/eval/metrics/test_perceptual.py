@@ -15,7 +15,7 @@ from eval.measure import suite as distances
 from eval.measure.suite import Ledger, Suite
 from eval.metrics import perceptual
 from eval.metrics import weight_files as weights
-from eval.metrics.perceptual import clip_score, load_clip, load_lpips, lpips_diversity, lpips_paired
+from eval.metrics.perceptual import clip_score, load_clip, load_lpips, lpips_diversity, lpips_paired, paired_distances
 from eval.samples.images import UnfitError
 from eval.samples.sets import ImageSet
 
@@ -71,13 +71,12 @@ def test_the_score_is_the_cosine_with_the_folder_s_preprocessing(folder, monkeyp
 def test_only_the_usual_weights_give_a_published_score(folder):
     one = ImageSet("a", noise(3, 3, 32, 32), torch.tensor([0, 1, 0]), "student", True)
     suite = Suite((), clip=load_clip(f"local-dir:{folder}"), prompt="a photo of {}")
-    (found,) = distances.alone(one, suite, {0: "a cat", 1: "two cats"}, 0, Ledger()).values()
-    assert not found["comparable_to_published"] and found["prompt"] == "a photo of {}"
+    found = distances.clip_result(one, suite, {0: "a cat", 1: "two cats"}, Ledger())
+    assert not found.comparable_to_published and found.prompt == "a photo of {}"
     usual = dataclasses.replace(suite.clip, facts={**suite.clip.facts, "model": perceptual.HUB + perceptual.CLIP_REPO})
-    (found,) = distances.alone(
-        one, dataclasses.replace(suite, clip=usual), {0: "a cat", 1: "two cats"}, 0, Ledger()
-    ).values()
-    assert found["comparable_to_published"]
+    suite = dataclasses.replace(suite, clip=usual)
+    found = distances.clip_result(one, suite, {0: "a cat", 1: "two cats"}, Ledger())
+    assert found.comparable_to_published
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_every_image_is_scored_with_what_it_was_made_from(monkeypatch, own, prom
     monkeypatch.setattr(perceptual, "clip_score", scored)
     one = ImageSet("a", noise(3, 3, 32, 32), torch.tensor([0, 1, 0]), "student", True, names=own, prompted=prompted)
     ledger = Ledger()
-    distances.alone(one, Suite((), clip="clip", prompt=template), {0: "a cat", 1: "two cats"}, 0, ledger)
+    distances.clip_result(one, Suite((), clip="clip", prompt=template), {0: "a cat", 1: "two cats"}, ledger)
     assert seen == read or (not seen and read in ledger.skipped[0].reason)
 
 
@@ -177,9 +176,10 @@ def test_paired_distance_keeps_the_pairs(metric, monkeypatch):
     single = [
         metric.distance(a[None] / 127.5 - 1, b[None] / 127.5 - 1).item() for a, b in zip(images, others, strict=True)
     ]
-    assert result["per_image"] == pytest.approx(single, rel=1e-4) and result["value"] == pytest.approx(np.mean(single))
-    assert not result["upsampled"] and result["images"] == 3 and result["net"] == "alex"
-    assert lpips_paired(metric, images[..., ::2, ::2], others[..., ::2, ::2])["upsampled"]
+    assert paired_distances(metric, images, others) == pytest.approx(single, rel=1e-4)
+    assert result.value == pytest.approx(np.mean(single))
+    assert not result.upsampled and result.images == 3 and result.facts["net"] == "alex"
+    assert lpips_paired(metric, images[..., ::2, ::2], others[..., ::2, ::2]).upsampled
     with pytest.raises(UnfitError, match="equally many"):
         lpips_paired(metric, images, others[:2])
 
@@ -192,10 +192,10 @@ def test_diversity_is_the_mean_over_pairs_of_a_class(metric):
     x = images / 127.5 - 1
     zero = metric.distance(x[:1], x[1:2]).item()
     one = 2 * metric.distance(x[3:4], x[5:6]).item() / 3
-    assert result["by_class"] == pytest.approx({0: zero, 1: one}, rel=1e-4) and result["pairs"] == 4
-    assert result["value"] == pytest.approx((zero + one) / 2, rel=1e-4)
+    assert result.by_class == pytest.approx({0: zero, 1: one}, rel=1e-4) and result.pairs == 4
+    assert result.value == pytest.approx((zero + one) / 2, rel=1e-4)
     few = [lpips_diversity(metric, images, labels, seed=seed, pairs_per_class=1) for seed in (0, 0, 3)]
-    assert few[0] == few[1] and few[0]["pairs"] == 2
+    assert few[0] == few[1] and few[0].pairs == 2
     with pytest.raises(UnfitError, match="no class has two images"):
         lpips_diversity(metric, images[:3:2], labels[:3:2])
 

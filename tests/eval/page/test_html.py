@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.measure.pair import ImageSet, measure
+from eval.measure.pair import Compared, ImageSet, measure
 from eval.metrics.record import jsonable
 from eval.page import grids, sections, style
 from eval.page.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
@@ -70,7 +70,7 @@ def sets(crops, blur, eight_bit) -> list[Set]:
 
 @pytest.fixture(scope="module")
 def folder(sets, tmp_path_factory):
-    result = measure(sets[2:], sets[1], sets[0], {0, 3, 4}, 0, {6: HOSTILE})
+    result = jsonable(measure(Compared(sets[2:], sets[1], sets[0], {0, 3, 4}, {6: HOSTILE})))
     result["forest"] = forest()
     result["conclusions"] = [HOSTILE]
     result["skipped"] = [{"metric": "fid", "name": HOSTILE, "reason": HOSTILE, "requested": True}]
