@@ -24,6 +24,8 @@ def built(kind: Any, value: Any, bound: dict[Any, Any] | None = None) -> Any:
         return origin(built(parts[0], item, bound) for item in value)
     if origin is dict:
         return {key: built(parts[1], item, bound) for key, item in value.items()}
+    if hasattr(kind, "as_json"):
+        return value  # as the file has it: SetFacts says itself what its object is
     if is_dataclass(origin or kind):
         return record(origin or kind, value, dict(zip(getattr(origin, "__parameters__", ()), parts, strict=True)))
     return nan if kind is float and value is None else value
