@@ -316,6 +316,8 @@ def gathered(state: Any) -> Any:
     """Nested containers of tensors with the sharded ones whole, on the CPU: in the main process; empty in others.
 
     An exchange if any is sharded: call it in every process.
+    Not torch.distributed.checkpoint.state_dict: that keys an optimiser's state by the names of one model's parameters
+    and makes an optimiser step to find its form, while checkpoints number the parameters and must be read back exactly.
     """
     if isinstance(state, dict):
         return {name: gathered(value) for name, value in state.items()}
