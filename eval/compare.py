@@ -5,7 +5,6 @@ fixed: D = |gain_HF(residual)| - |gain_HF(DAR)| in dB, above 0 in favour of DAR.
 for each run.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.keys import key
+from dmd_dar.messages import LOGGER
 
 from .measure.provenance import command_line, provenance
 from .metrics.intervals import LARGEST_EXACT
@@ -75,7 +75,7 @@ def compare(cfg: CompareConfig) -> None:
     require_teacher([run for runs in groups.values() for run in runs], teacher.weights)
     bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
     if processes.main:
-        print(f"sampling {cfg.n} images of the teacher and of {sum(map(len, groups.values()))} runs", file=sys.stderr)
+        LOGGER.info(f"sampling {cfg.n} images of the teacher and of {sum(map(len, groups.values()))} runs")
     reference = teacher.sample_set(bench, cfg.solver_steps)
     study = sample_and_measure(groups, reference, bench)
     if study is not None:

@@ -9,7 +9,6 @@ Legend: N images of a set.
 import csv
 import io
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data import photos, textures
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
+from dmd_dar.messages import LOGGER
 
 from .measure.provenance import command_line, provenance
 from .metrics import features, sliced, spoil, structure
@@ -215,7 +215,7 @@ def sensitivity(cfg: SensitivityConfig) -> Sensitivity:
         values = metrics(measure(spoiler(fresh, draws).images, extractors), theirs)
         z = {metric: nulls[metric].z(value) for metric, value in values.items()}
         spoiled[name] = Spoiled(values, z, paired_verdict(spoiler, reference, draws))
-        print(f"{name}: {spoiled[name].verdict.word}", file=sys.stderr)
+        LOGGER.info(f"{name}: {spoiled[name].verdict.word}")
     return Sensitivity(SCHEMA_VERSION, cfg, nulls, spoiled)
 
 

@@ -3,7 +3,6 @@
 Legend: N images of each network.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmd_dar.messages import LOGGER
 from dmd_dar.models.denoiser import network_time
 
 from ..measure.one_set import class_spread
@@ -130,7 +130,7 @@ def sample_seed(students: dict[str, Student], yardstick: Yardstick, bench: Bench
     costs = costs_of({arm: one.generator for arm, one in students.items()}, bench) if main else {}
     for arm, student in students.items():
         if main:
-            print(f"{arm}: {student.run.folder}", file=sys.stderr)
+            LOGGER.info(f"{arm}: {student.run.folder}")
         images = student.sampled(bench, arm)
         reset = student.without_routers().sampled(bench, "routers reset") if arm == "dar" else None
         if main:
