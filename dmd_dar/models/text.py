@@ -18,11 +18,12 @@ from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.diffusers_denoiser import read_json
 from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, resolve, variant_of
 
+SANA = "SanaPipeline"
 # The pipelines whose prompts are known, and the most tokens that they read where nothing else is asked for.
 PIPELINES = {
     "PixArtAlphaPipeline": 120,
     "PixArtSigmaPipeline": 300,
-    "SanaPipeline": 300,
+    SANA: 300,
     "StableDiffusion3Pipeline": 256,
     "FluxPipeline": 512,
 }
@@ -48,7 +49,7 @@ class TextEncoder:
 
         A prompt of too many tokens is cut, and diffusers warns. The empty prompt is what the pipeline guides away from.
         """
-        if self.name == "SanaPipeline":
+        if self.name == SANA:
             return self._sana(prompts)
         if self.name == "FluxPipeline":
             embedding, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.tokens)
@@ -75,7 +76,7 @@ def sana_instruction() -> list[str]:
     """What SanaPipeline puts before a prompt unless it is told otherwise."""
     import diffusers
 
-    return inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return inspect.signature(getattr(diffusers, SANA).__call__).parameters["complex_human_instruction"].default
 
 
 def load_text_encoder(
@@ -110,7 +111,7 @@ def load_text_encoder(
         # zeros take the third one's place; only the transformer's configuration says how wide they are
         shape = read_json(folder / "transformer" / "config.json")
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**shape))
-    more = sana_instruction() if name == "SanaPipeline" else []
+    more = sana_instruction() if name == SANA else []
     return TextEncoder(pipeline, name, tokens or PIPELINES[name], files_hash(files, name, *more))
 
 

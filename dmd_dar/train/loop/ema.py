@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -20,10 +20,11 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, updates: int) -> None:
         """Move toward `module`, whose optimiser has made `updates` steps."""
-        theirs = list(module.parameters())
+        theirs: list[Tensor] = [*module.parameters()]
         for decay, mine in self.modules.items():
             weight = 1 - min(float(decay), (1 + updates) / (10 + updates))
-            torch._foreach_lerp_(list(mine.parameters()), theirs, weight)
+            averaged: list[Tensor] = [*mine.parameters()]
+            torch._foreach_lerp_(averaged, theirs, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         """The weights by decay."""
