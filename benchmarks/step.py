@@ -15,14 +15,13 @@ import torch
 from benchmarks.memory import alone
 from benchmarks.record import ratio, save, spread
 from dmd_dar import config, flow
+from dmd_dar.distillation.networks import Memory, build_networks
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
-from dmd_dar.methods.rollout import rung_condition
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.footprint import nbytes, tensors
-from dmd_dar.models.rungs import rung_parameters
+from dmd_dar.models.shared_lora import Weights
 from dmd_dar.models.sit import build_sit
-from dmd_dar.models.students import Memory, Weights, build_networks
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.ops import chosen
 from dmd_dar.routing.router import RouterBank
@@ -80,13 +79,12 @@ def distillation(
         renoise=flow.TimeLaw(low=0.02, high=0.98),
         num_classes=1000,
         shape=(4, size, size),
-        fake_condition=rung_condition(RUNGS, 1000),
     )
     losses = {"fake_score": method.fake_score_loss, "student": method.student_loss}
     phases = []
     for name, loss in losses.items():
         network = getattr(networks, name)
-        others = (network.router_parameters(), 1e-4), (rung_parameters(network), 1e-4)
+        others = (network.router_parameters(), 1e-4), (network.rung_parameters(), 1e-4)
         optimiser = Optimiser(OptimiserConfig(lr=1e-5), network.backbone_parameters(), *others)
         phases.append(Phase(name, network, optimiser, loss, Ema(network, 0.99) if name == "student" else None))
     cycle = [phases[0]] * bench.updates + [phases[1]]

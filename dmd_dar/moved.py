@@ -12,6 +12,7 @@ from types import ModuleType
 MOVED: dict[str, str] = {
     "dmd_dar.distill": "dmd_dar.distillation.job",
     "dmd_dar.distill_config": "dmd_dar.distillation.config",
+    "dmd_dar.models.students": "dmd_dar.distillation.networks",
     "dmd_dar.train.advice": "dmd_dar.train.watch.advice",
     "dmd_dar.train.checkpoint": "dmd_dar.train.disk.checkpoint",
     "dmd_dar.train.disk.model_card": "dmd_dar.train.disk.readme",

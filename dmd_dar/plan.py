@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar import config
-from dmd_dar.distillation.config import DistillConfig, networks_of
+from dmd_dar.distillation.config import DistillConfig
+from dmd_dar.distillation.networks import Networks, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
 from dmd_dar.models.frozen import block_layers
 from dmd_dar.models.shared_lora import Plain
 from dmd_dar.models.sit import build_sit
-from dmd_dar.models.students import Networks
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 
 CARDS = (24, 40, 80, 141)  # GB of memory
@@ -141,7 +141,7 @@ def _traced(network: nn.Module, batch: int, bf16: bool) -> Footprint:
     t, cond = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
 
     def call() -> Tensor:
-        return network(x, t, cond)
+        return network(x, t, cond, 0)
 
     return trace(call, tensors(network), bf16)
 

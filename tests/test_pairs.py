@@ -19,7 +19,7 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import TimeLaw
 from dmd_dar.losses import LossWeight
-from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.dmd import DMD, Regression
 from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.pairs import PairsConfig, RegressionConfig, make_pairs, make_trajectories, open_pairs, trajectories_for
 from tests.models.tiny_pipelines import public_file
@@ -218,8 +218,7 @@ def test_training_on_the_folder_is_training_on_the_trajectories(teacher, tmp_pat
             num_classes=7,
             shape=recipe.shape,
             matching_weight=0.0,
-            regression_weight=LossWeight(1.0),
-            trajectories=trajectories_for(regression, recipe, velocity, CPU),
+            regression=Regression(trajectories_for(regression, recipe, velocity, CPU), LossWeight(1.0)),
         )
         draws = [Draws(0, "student", step, sample_range(0, 6)) for step in range(4)]
         losses.append([method.student_loss(step)[0].item() for step in draws])

@@ -8,9 +8,11 @@ import torch
 
 from dmd_dar import config, plan
 from dmd_dar.distillation import job as distill
+from dmd_dar.distillation.identity import Inputs
+from dmd_dar.distillation.method import build_method
+from dmd_dar.distillation.networks import networks_of
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.models.footprint import nbytes, tensors
-from dmd_dar.models.rungs import rung_parameters
 from dmd_dar.models.sit import SiT
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.train.loop.ema import Ema
@@ -59,9 +61,8 @@ def saved_bytes(loss, weights: set[int]) -> int:
 def measured(cfg: distill.DistillConfig) -> int:
     """Bytes of parameters, gradients and optimiser state of all networks, and of the tensors saved in one step."""
     teacher, runtime = load_teacher(cfg.teacher), Runtime(cfg.launch)
-    networks = distill.networks_of(cfg, teacher.network)
-    recipe = distill.recipe_of(cfg, teacher.network, teacher.digest)
-    method = distill.build_method(cfg, recipe, teacher.prediction, networks, runtime)
+    networks = networks_of(cfg, teacher.network)
+    method = build_method(cfg, Inputs(teacher), networks, runtime)
     every = [networks.teacher, networks.student, networks.fake_score, Ema(networks.student, *cfg.student.decays).module]
     held = {x.untyped_storage().data_ptr(): x for network in every for x in tensors(network)}
     saved, gradients, state = [], [], 0
@@ -70,7 +71,7 @@ def measured(cfg: distill.DistillConfig) -> int:
             cfg.student,
             network.backbone_parameters(),
             (network.router_parameters(), 1e-3),
-            (rung_parameters(network), 1e-3),
+            (network.rung_parameters(), 1e-3),
         )
         draws = Draws(0, "student", 0, sample_range(0, BATCH))
         saved.append(saved_bytes(lambda loss=loss, draws=draws: loss(draws)[0], set(held)))

@@ -1,17 +1,14 @@
-"""The keys of a distillation, what of them contradicts itself, and the networks that they describe."""
+"""The keys of a distillation, and what of them contradicts itself."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
-
-import torch
 
 from dmd_dar import flow
 from dmd_dar.data.config import DataConfig
 from dmd_dar.keys import key
 from dmd_dar.losses import LossWeight
 from dmd_dar.models.discriminator import Pool
-from dmd_dar.models.shared_lora import LoraConfig, Plain
-from dmd_dar.models.students import Memory, Networks, Weights, build_networks
+from dmd_dar.models.shared_lora import LoraConfig, Weights
 from dmd_dar.models.teachers import TeacherConfig
 from dmd_dar.pairs import RegressionConfig
 from dmd_dar.routing.layout import RoutingConfig
@@ -158,12 +155,3 @@ class DistillConfig:
     @property
     def needs_data(self) -> bool:
         return self.student_input == "data" or self.gan.used
-
-
-def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:
-    """The three networks in the form that the configuration says; `teacher` may be stored otherwise afterwards."""
-    frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
-    memory = Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
-    rungs = len(cfg.rungs) if cfg.fake_score.per_rung else 1
-    routing = cfg.student.routing
-    return build_networks(teacher, routing.form(), routing.allow_change, memory, rungs, cfg.seed)

@@ -1,6 +1,6 @@
 """Distribution matching distillation of a few-step student, as functions of one optimiser step's draws.
 
-Shapes: images (B, C, S, S); cond (B,) labels; t (B,).
+Shapes: images (B, C, S, S); cond (B,) labels; t (B,); rung the index of the step's, one for the whole batch.
 """
 
 from collections.abc import Callable
@@ -18,18 +18,64 @@ from dmd_dar.methods.gan import GAN, Batch
 from dmd_dar.methods.trajectories import Pairs
 
 Metrics = dict[str, Tensor]
+Loss = Callable[[Tensor], Tensor]  # x0_student -> scalar
+FakeScore = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (x_t, t, cond, rung that made the samples) -> v
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Decoupled matching (arXiv:2511.22677): the teacher's guidance acts at a t of a law of its own.
+
+    mu_f - mu_r = (mu_f - mu_r^cond) - (g - 1) (mu_r^cond - mu_r^uncond). The first part is matching against the
+    unguided teacher; the second, mu_r^cond - mu_r, is `loss`. Each part is over its own teacher's distance.
+    """
+
+    unguided: Velocity  # the teacher without guidance
+    time: flow.TimeLaw = flow.TimeLaw(low=0.02, high=0.98)
+
+    def loss(self, teacher: Velocity, x0_student: Tensor, cond: Tensor, draws: Draws) -> Loss:
+        """The second part as a function of x0_student, and of nothing else that gets a gradient."""
+        x_t, t, _ = rollout.renoise(x0_student.detach(), self.time, "guidance", draws)
+        x0_guided, x0_unguided = (x0_of(velocity, x_t, t, cond) for velocity in (teacher, self.unguided))
+        names = ("student", "teacher", "unguided teacher")
+        return lambda x: losses.dmd_loss(x, x0_guided, x0_unguided, names)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """The student, from a teacher trajectory's own state at the step's rung, should reach its end (DMD Eq. 9)."""
+
+    trajectories: Pairs
+    weight: LossWeight
+    distance: Callable[[Tensor, Tensor], Tensor] = losses.regression_loss
+
+    def loss(self, student: Velocity, rungs: tuple[float, ...], rung: int, draws: Draws) -> tuple[Tensor, Loss]:
+        """(x0_student from the stored states, its distance from their ends as a function of it)."""
+        states, ends, cond = self.trajectories.at(rung, draws.integers("pair", self.trajectories.count))
+        return rollout.predict_x0(student, states, rungs[rung], cond), lambda x: self.distance(x, ends)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the student's loss, a function of x0_student at which its gradient is taken."""
+
+    name: str
+    weight: float
+    x0_student: Tensor
+    loss: Loss
 
 
 @dataclass(frozen=True)
 class DMD:
     """The three networks as velocities and what joins them. The teacher is already guided; the fake score is not.
 
-    A phase's draws decide labels, noise, rung and t, so both arms of a comparison see the same ones.
+    A phase's draws decide labels, noise, rung and t, so both arms of a comparison see the same ones. The optional
+    parts are None where they are off.
     """
 
     student: Velocity
     teacher: Velocity
-    fake_score: Velocity
+    fake_score: FakeScore
     rungs: tuple[float, ...]
     renoise: flow.TimeLaw  # of the t at which student and teacher are compared
     num_classes: int
@@ -37,43 +83,43 @@ class DMD:
     sampler: rollout.Sampler = "stochastic"
     data: Batch | None = None  # if given, the student's input is noised data, not its own rollout
     matching_weight: float = 1.0
-    unguided_teacher: Velocity | None = None  # if given, matching is decoupled
-    guidance_time: flow.TimeLaw = flow.TimeLaw(low=0.02, high=0.98)  # of the t of decoupled matching's guidance
-    regression_weight: LossWeight = LossWeight()
-    distance: Callable[[Tensor, Tensor], Tensor] = losses.regression_loss
-    trajectories: Pairs | None = None
-    gan: GAN | None = None
     x0_space: bool = False  # of the fake score's loss
-    fake_condition: rollout.Condition = rollout.same_condition  # with what the fake score is asked
+    guidance: Guidance | None = None
+    regression: Regression | None = None
+    gan: GAN | None = None
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
-        """Distribution matching + regression + GAN, jointly, at one rung for the whole batch (arXiv:2311.18828 Eq. 9).
-
-        Each term's gradient is taken at its x0 first, and the student's is that, carried back.
-        """
-        loss, metrics = torch.zeros((), device=draws.samples.device), {}
-        gan_weight = self.gan.weight.at(draws.step) if self.gan is not None else 0.0
-        regression_weight = self.regression_weight.at(draws.step) if self.trajectories is not None else 0.0
-        terms: list[tuple[str, float, Tensor, Callable[[Tensor], Tensor]]] = []
-        if self.matching_weight or gan_weight:
-            x0_student, cond = self.generate(draws)
-            if self.matching_weight:
-                matching, metrics = self.matching(x0_student, cond, draws)
-                terms.append(("dm", self.matching_weight, x0_student, matching))
-            if self.gan is not None and gan_weight:
-                terms.append(("gan", gan_weight, x0_student, self.gan.student_term(cond, draws)))
-        if self.trajectories is not None and regression_weight:
-            terms.append(("regression", regression_weight, *self.regression(draws, self.trajectories)))
-        for name, weight, x0, term in terms:
-            value, (gradient,) = losses.value_and_gradients(term, x0)
-            loss = loss + weight * losses.carry_gradients(value, [x0], [gradient])
-            size = losses.per_sample_mean((weight * gradient.numel() * losses.promote(gradient)).square()).sqrt().mean()
-            metrics = {**metrics, name: value, f"{name}_gradient": size}
-        return loss, metrics
-
-    def generate(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """(x0_student, cond): one call with gradient at the step's rung, which no gradient leads to."""
+        """Distribution matching + regression + GAN, jointly, at one rung (arXiv:2311.18828 Eq. 9)."""
         rung = rollout.rung_of(draws, self.rungs)
+        gan_weight = self.gan.weight.at(draws.step) if self.gan is not None else 0.0
+        terms, metrics = [], {}
+        if self.matching_weight or gan_weight:
+            x0_student, cond = self.generate(rung, draws)  # (B, C, S, S), gradient through the last call only
+            if self.matching_weight:
+                loss, metrics = self.matching(x0_student, cond, rung, draws)
+                terms.append(Term("dm", self.matching_weight, x0_student, loss))
+            if self.gan is not None and gan_weight:
+                terms.append(Term("gan", gan_weight, x0_student, self.gan.student_term(cond, rung, draws)))
+        if self.regression is not None and (weight := self.regression.weight.at(draws.step)):
+            terms.append(Term("regression", weight, *self.regression.loss(self.student, self.rungs, rung, draws)))
+        return joint(terms, metrics, draws.samples.device)
+
+    def matching(self, x0_student: Tensor, cond: Tensor, rung: int, draws: Draws) -> tuple[Loss, Metrics]:
+        """The matching term as a loss of x0_student (arXiv:2311.18828 Eq. 7), and how far the two scores differ."""
+        teacher = self.teacher if self.guidance is None else self.guidance.unguided
+        x_t, t, _ = rollout.renoise(x0_student.detach(), self.renoise, "score", draws)
+        x0_teacher = x0_of(teacher, x_t, t, cond)
+        x0_fake = x0_of(self.fake_score, x_t, t, cond, rung)
+        gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
+        metrics = {"fake_to_teacher_rms": gap}
+        if self.guidance is None:
+            return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake), metrics
+        guidance = self.guidance.loss(self.teacher, x0_student, cond, draws)
+        names = ("student", "unguided teacher", "fake score")
+        return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake, names) + guidance(x), metrics
+
+    def generate(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(x0_student, cond): one call with gradient at the step's rung, which no gradient leads to."""
         if self.data is None:
             x_t, cond = self.simulate(rung, draws)
         else:
@@ -87,67 +133,44 @@ class DMD:
         cond, noise = draws.integers("label", self.num_classes), draws.normal("noise", *self.shape)
         return rollout.state_at(self.student, cond, self.rungs, rung, draws, noise, self.sampler), cond
 
-    def matching(self, x0_student: Tensor, cond: Tensor, draws: Draws) -> tuple[Callable[[Tensor], Tensor], Metrics]:
-        """The matching term as a loss of x0_student, and metrics.
-
-        Decoupled (arXiv:2511.22677): mu_f - mu_r = (mu_f - mu_r^cond) - (g - 1) (mu_r^cond - mu_r^uncond). The second
-        part, mu_r^cond - mu_r, is taken at a t of its own law; each part is over its own teacher's distance.
-        """
-        plain = self.teacher if self.unguided_teacher is None else self.unguided_teacher
-        networks = (plain, self.asked(draws))
-        x0_teacher, x0_fake = self.estimates("score", self.renoise, networks, x0_student, cond, draws)
-        gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
-        metrics = {"fake_to_teacher_rms": gap}
-        if self.unguided_teacher is None:
-            return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake), metrics
-        networks = (self.teacher, self.unguided_teacher)
-        guided, unguided = self.estimates("guidance", self.guidance_time, networks, x0_student, cond, draws)
-        score, guidance = ("student", "unguided teacher", "fake score"), ("student", "teacher", "unguided teacher")
-
-        def both(x: Tensor) -> Tensor:
-            return losses.dmd_loss(x, x0_teacher, x0_fake, score) + losses.dmd_loss(x, guided, unguided, guidance)
-
-        return both, metrics
-
-    @torch.no_grad()
-    def estimates(
-        self,
-        name: str,
-        law: flow.TimeLaw,
-        velocities: tuple[Velocity, ...],
-        x0_student: Tensor,
-        cond: Tensor,
-        draws: Draws,
-    ) -> list[Tensor]:
-        """Each velocity's x0 at the student's samples, noised to a t of the law."""
-        x_t, t, _ = rollout.renoise(x0_student.detach(), law, name, draws)
-        return [flow.velocity_to_x0(velocity(x_t, t, cond), x_t, t) for velocity in velocities]
-
-    def asked(self, draws: Draws) -> Velocity:
-        """The fake score as a velocity of samples of this step."""
-        return lambda x_t, t, cond: self.fake_score(x_t, t, self.fake_condition(cond, draws))
-
-    def regression(self, draws: Draws, trajectories: Pairs) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The student, from the teacher trajectory's own state at the step's rung, should reach its end (Eq. 9)."""
-        rung = rollout.rung_of(draws, self.rungs)
-        states, ends, cond = trajectories.at(rung, draws.integers("pair", trajectories.count))
-        return rollout.predict_x0(self.student, states, self.rungs[rung], cond), lambda x0: self.distance(x0, ends)
-
     def fake_score_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Flow matching on the student's own samples, which get no gradient (arXiv:2311.18828 Eq. 6)."""
+        rung = rollout.rung_of(draws, self.rungs)
         with torch.no_grad():
-            x0_student, cond = self.generate(draws)
+            x0_student, cond = self.generate(rung, draws)
         x_t, t, eps = rollout.renoise(x0_student, self.renoise, "score", draws)
         weight = t.square() if self.x0_space else 1.0
-        loss = losses.flow_matching_loss(self.asked(draws)(x_t, t, cond), x0_student, eps, weight)
+        loss = losses.flow_matching_loss(self.fake_score(x_t, t, cond, rung), x0_student, eps, weight)
         if self.gan is None or not self.gan.feature_weight:
             return loss, {}
-        gan = self.gan.feature_loss(x0_student, cond, draws)
+        gan = self.gan.feature_loss(x0_student, cond, rung, draws)
         return loss + self.gan.feature_weight * gan, {"flow": loss, "gan": gan}
 
     def discriminator_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """The heads', on real data and the student's own samples; neither they nor the features get a gradient."""
         assert self.gan is not None
+        rung = rollout.rung_of(draws, self.rungs)
         with torch.no_grad():
-            x0_student, cond = self.generate(draws)
-        return self.gan.heads_loss(x0_student, cond, draws)
+            x0_student, cond = self.generate(rung, draws)
+        return self.gan.heads_loss(x0_student, cond, rung, draws)
+
+
+@torch.no_grad()
+def x0_of(velocity: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
+    """The estimate of x0 (B, C, S, S) from x_t by one call of a velocity, without gradient."""
+    return flow.velocity_to_x0(velocity(x_t, t, cond, *rung), x_t, t)
+
+
+def joint(terms: list[Term], metrics: Metrics, device: torch.device) -> tuple[Tensor, Metrics]:
+    """The weighted sum of the terms, and `metrics` with each term's value and the size of its gradient at x0_student.
+
+    Each term's gradient is taken at its x0_student first, and the student's is that, carried back.
+    """
+    loss = torch.zeros((), device=device)
+    for term in terms:
+        value, (gradient,) = losses.value_and_gradients(term.loss, term.x0_student)
+        loss = loss + term.weight * losses.carry_gradients(value, [term.x0_student], [gradient])
+        moved = (term.weight * gradient.numel() * losses.promote(gradient)).square()
+        size = losses.per_sample_mean(moved).sqrt().mean()
+        metrics = {**metrics, term.name: value, f"{term.name}_gradient": size}
+    return loss, metrics

@@ -3,7 +3,6 @@
 Shapes: x_t (B, ...); cond (B,); rungs descend from 1 (pure noise), see flow.check_rungs.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -13,9 +12,6 @@ from dmd_dar import flow
 from dmd_dar.draws import Draws
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity
-from dmd_dar.models.rungs import condition_of
-
-Condition = Callable[[Tensor, Draws], Tensor]  # (a sample's (B,), draws) -> with what a network is asked, (B,)
 
 
 def predict_x0(velocity: Velocity, x_t: Tensor, t: float, cond: Tensor) -> Tensor:
@@ -34,16 +30,6 @@ def renoise(x0: Tensor, law: flow.TimeLaw, name: str, draws: Draws) -> tuple[Ten
 def rung_of(draws: Draws, rungs: tuple[float, ...]) -> int:
     """The index of the rung of a training step, one for the whole batch."""
     return draws.shared_integer("rung", len(rungs))
-
-
-def same_condition(cond: Tensor, draws: Draws) -> Tensor:
-    """A network is asked with a sample's own condition."""
-    return cond
-
-
-def rung_condition(rungs: tuple[float, ...], num_classes: int) -> Condition:
-    """A network is told the step's rung, too (models/rungs.py)."""
-    return lambda cond, draws: condition_of(cond, rung_of(draws, rungs), num_classes)
 
 
 def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | None) -> Tensor:

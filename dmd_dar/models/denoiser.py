@@ -5,16 +5,22 @@ Time direction, sign, time unit, schedule and learned sigma of public checkpoint
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dmd_dar import flow
-from dmd_dar.guidance import Velocity
 
-Network = Callable[..., Tensor]  # (x (B, C, ...), its own time (B,), labels (B,)) -> (B, at least C, ...)
+# (x (B, C, ...), its own time (B,), cond (B,), for some the index of a rung) -> (B, at least C, ...)
+Network = Callable[..., Tensor]
 EDGE = 1e-3  # how near to an end of t an x0, eps or v network on the linear flow is asked
+
+
+class NetworkVelocity(Protocol):
+    """A network as a velocity, a guidance.Velocity; `rung` is the index of a rung, for one that is told it."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def _known(meaning: Meaning, t: Tensor) -> Tensor:
     return t.double().clamp(*((EDGE, 1 - EDGE) if meaning.schedule is None else meaning.schedule.bounds))
 
 
-def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Velocity:
+def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> NetworkVelocity:
     """The velocity v = eps - x0 at t (t = 1 noise) of a network of that meaning."""
     meaning = meaning_of(meaning)
     if meaning.predicts == "flow" and meaning.schedule is None:
@@ -76,30 +82,30 @@ def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Vel
     return _through_x0(network, meaning)
 
 
-def _on_linear_flow(network: Network, meaning: Meaning) -> Velocity:
-    def forward_time(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return network(x_t, network_time(meaning, t), cond)[:, : x_t.shape[1]]
+def _on_linear_flow(network: Network, meaning: Meaning) -> NetworkVelocity:
+    def forward_time(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
+        return network(x_t, network_time(meaning, t), cond, *rung)[:, : x_t.shape[1]]
 
-    def reversed_time(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return -forward_time(x_t, t, cond)
+    def reversed_time(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
+        return -forward_time(x_t, t, cond, *rung)
 
     return reversed_time if meaning.reversed else forward_time
 
 
-def _through_x0(network: Network, meaning: Meaning) -> Velocity:
+def _through_x0(network: Network, meaning: Meaning) -> NetworkVelocity:
     """A change of time and scale, then x0 as the hub, in float64.
 
     A t outside of what the network knows is asked at the nearest t that it knows, on an input of unchanged variance.
     """
 
-    def velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def velocity(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
         known, x = _known(meaning, t), x_t.double()
         alpha, sigma = 1 - known, known
         if meaning.schedule is not None:
             x = x / flow.expand_t(torch.hypot(1 - t.double(), t.double()), x)
             norm = torch.hypot(alpha, sigma)
             alpha, sigma = alpha / norm, sigma / norm
-        y = network(x.to(x_t.dtype), network_time(meaning, t).to(t.dtype), cond)[:, : x_t.shape[1]]
+        y = network(x.to(x_t.dtype), network_time(meaning, t).to(t.dtype), cond, *rung)[:, : x_t.shape[1]]
         x0 = flow.prediction_to_x0(meaning.predicts, y, x, alpha, sigma)
         eps = flow.x0_to_prediction("eps", x0, x, alpha, sigma)
         return flow.x0_and_eps_to_velocity(x0, eps, x_t.double(), t).to(x_t.dtype)

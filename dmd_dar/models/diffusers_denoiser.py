@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
 from dmd_dar.models.hub import DIFFUSERS, variant_of
 from dmd_dar.models.prompts import Prompts
+from dmd_dar.models.rungs import HookedRungs
 from dmd_dar.routing.attach import attach, load_routed
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.history import Observer
@@ -46,6 +48,7 @@ class DiffusersDenoiser(nn.Module):
         super().__init__()
         self.transformer, self.prompts, self.fixed = transformer, prompts, fixed or FixedInputs()
         self.family = PROMPTED.get(type(transformer).__name__)
+        self.rungs: HookedRungs | None = None
         for module in transformer.modules():
             if type(module).__name__ == "LabelEmbedding":
                 module.dropout_prob = 0.0  # in train mode, each block would drop other labels, by torch's own generator
@@ -68,7 +71,11 @@ class DiffusersDenoiser(nn.Module):
         """Its routers; None for a plain network."""
         return getattr(self.transformer, "dar", None)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, observe: Observer | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor, rung: int | None = None, observe: Observer | None = None
+    ) -> Tensor:
+        if self.rungs is not None:
+            self.rungs.rung = rung
         with self._observed(observe):
             if self.family is None or self.prompts is None:
                 return self.transformer(x, timestep=t, class_labels=cond, return_dict=False)[0]
@@ -87,6 +94,15 @@ class DiffusersDenoiser(nn.Module):
         finally:
             self.dar.observe = before
 
+    def tell_rungs_apart(self, count: int, device: torch.device | None = None) -> None:
+        """From now on a call must name one of `count` rungs, which at first makes no difference; see `Rungs`.
+
+        Raises UserError where the transformer has no time embedding of a known name.
+        """
+        named = [(name.rpartition(".")[2], module) for name, module in self.transformer.named_modules()]
+        embedders = [module for name, module in named if name in ("t_embedder", "timestep_embedder")]
+        self.rungs = HookedRungs(embedders, count, device)
+
     def checkpoint_activations(self) -> None:
         """From now on, keep the blocks' inputs for the backward pass, and compute the rest again."""
         self.transformer.enable_gradient_checkpointing()
@@ -94,6 +110,10 @@ class DiffusersDenoiser(nn.Module):
     def router_parameters(self) -> list[nn.Parameter]:
         """The parameters that DAR adds; empty for a plain network."""
         return [] if self.dar is None else list(self.dar.parameters())
+
+    def rung_parameters(self) -> list[nn.Parameter]:
+        """The vectors of rungs; empty for a network that is not told the rung."""
+        return [] if self.rungs is None else list(self.rungs.parameters())
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """All trainable parameters of the transformer that are not routers."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dmd_dar.guidance import Velocity
+from dmd_dar.models.denoiser import NetworkVelocity
 
 Pool = Literal["mean", "tokens"]
 
@@ -46,14 +46,14 @@ def chosen_layers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     return chosen
 
 
-def features_of(network: nn.Module, velocity: Velocity, layers: tuple[int, ...]) -> Callable[..., list[Tensor]]:
-    """(x_t, t, cond) -> the outputs (B, T, d) of these blocks while `velocity`, which asks `network`, is evaluated.
+def features_of(network: nn.Module, velocity: NetworkVelocity, layers: tuple[int, ...]) -> Callable[..., list[Tensor]]:
+    """(x_t, t, cond, rung) -> these blocks' outputs (B, T, d) while `velocity`, which asks `network`, is evaluated.
 
     In a routed network an output is the mixture that the next block reads.
     """
     readers = block_readers(network)
 
-    def features(x_t: Tensor, t: Tensor, cond: Tensor) -> list[Tensor]:
+    def features(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> list[Tensor]:
         seen: dict[int, Tensor] = {}
 
         def keep(layer: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -61,7 +61,7 @@ def features_of(network: nn.Module, velocity: Velocity, layers: tuple[int, ...])
 
         hooks = [readers[layer - 1].register_forward_pre_hook(partial(keep, layer)) for layer in layers]
         try:
-            velocity(x_t, t, cond)
+            velocity(x_t, t, cond, *rung)
         finally:
             for hook in hooks:
                 hook.remove()

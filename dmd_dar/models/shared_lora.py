@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from dmd_dar.models.frozen import release
 from dmd_dar.models.sit import SiT, SiTConfig
 
 Plain = SiT | DiffusersDenoiser
+Weights = Literal["full", "shared_lora"]  # what student and fake score have of their own: all, or adapters
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class LoraDenoiser(nn.Module):
     def config(self) -> SiTConfig | Shape:
         return self.network.config
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.network(x, t, labels)
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, rung: int | None = None) -> Tensor:
+        return self.network(x, t, cond, rung)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -120,6 +121,9 @@ class LoraDenoiser(nn.Module):
 
     def router_parameters(self) -> list[nn.Parameter]:
         return self.network.router_parameters()
+
+    def rung_parameters(self) -> list[nn.Parameter]:
+        return self.network.rung_parameters()
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """The adapters."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmd_dar.keys import key
+from dmd_dar.models.rungs import Rungs
 from dmd_dar.routing.history import History, Observer
 from dmd_dar.routing.layout import ChunkSize, Query, RoutingConfig, Scale, Summary
 from dmd_dar.routing.router import RouterBank
@@ -167,6 +168,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(d, config.patch, self.out_channels)
         routed = config.routing.query != "residual"
         self.dar = RouterBank(config.routing, 2 * config.depth, d) if routed else None
+        self.rungs: Rungs | None = None
         self.checkpointing = False
         self._initialise()
 
@@ -187,15 +189,23 @@ class SiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, observe: Observer | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor, rung: int | None = None, observe: Observer | None = None
+    ) -> Tensor:
         v_0 = self.x_embedder(x) + self.pos_embed  # (B, T, d)
         t_embedding = self.t_embedder(t)
+        if self.rungs is not None:
+            t_embedding = self.rungs.tables[0](t_embedding, rung)
         c = t_embedding + self.y_embedder(labels)
         if self.dar is None:
             h = self._residual(v_0, c)
         else:
             h = self._routed(History(self.dar, v_0, t_embedding, observe), c)
         return self._unpatchify(self.final_layer(h, c))
+
+    def tell_rungs_apart(self, count: int, device: torch.device | None = None) -> None:
+        """From now on a call must name one of `count` rungs, which at first makes no difference; see `Rungs`."""
+        self.rungs = Rungs([self.t_embedder], count, device)
 
     def checkpoint_activations(self) -> None:
         """From now on, keep the residual stream and the sources for the backward pass, and compute the rest again."""
@@ -251,6 +261,10 @@ class SiT(nn.Module):
     def router_parameters(self) -> list[nn.Parameter]:
         """The parameters that DAR adds; empty for a residual network."""
         return [] if self.dar is None else list(self.dar.parameters())
+
+    def rung_parameters(self) -> list[nn.Parameter]:
+        """The vectors of rungs; empty for a network that is not told the rung."""
+        return [] if self.rungs is None else list(self.rungs.parameters())
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """All trainable parameters that are neither routers nor vectors of rungs."""

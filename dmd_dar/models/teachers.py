@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dmd_dar.data.config import DataConfig
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity, guided
@@ -190,6 +191,30 @@ def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | No
             f" ({teacher.codec_digest[:12]}): restore it, or name the right one"
         )
     return codec.to(device)
+
+
+def open_teacher(
+    config: TeacherConfig, data: DataConfig, device: torch.device | str = "cpu"
+) -> tuple[Teacher, Codec | None]:
+    """The frozen teacher and the codec of its latents, None for pixels.
+
+    Raises UserError naming the key where it cannot be loaded, where the codec does not fit it, or where it makes images
+    of another size than those of `data`. Its classes may be others than theirs: `data` stays closed.
+    """
+    try:
+        teacher = load_teacher(config, device)
+        codec = codec_of(teacher, device)
+    except UserError as error:
+        raise UserError(f"teacher.path = {config.path}: {' '.join(str(error).split())}") from error
+    channels, size = teacher.network.config.in_channels, teacher.network.config.input_size
+    made = f"teacher.path = {config.path}: it makes {channels} channels of {size} x {size}"
+    if codec is None and channels != 3:
+        raise UserError(f"{made}, not RGB: set teacher.codec to the VAE of its latents, a folder or a hub id")
+    if codec is None and data.name != "latents" and size != data.size:
+        raise UserError(f"{made}, not data.size {data.size}; set data.size, or name another teacher")
+    if codec is not None and channels != codec.channels:
+        raise UserError(f"{made}, but latents of teacher.codec {teacher.codec} have {codec.channels} channels")
+    return teacher, codec
 
 
 def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 
 from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
-from dmd_dar.distillation.job import open_teacher
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.generate import few_step_generator, ode_generator
@@ -20,7 +19,7 @@ from dmd_dar.models import teachers
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import ModelCard, Saved, holds_network, read_card
-from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher
+from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher, open_teacher
 from dmd_dar.train.disk import log
 
 from ..samples.facts import NetworkFacts, SetFacts
@@ -133,7 +132,7 @@ class Teacher:
     def of(arm: Arm, device: torch.device) -> "Teacher":
         """A ConfigError where it is not the one that the arm was distilled from."""
         cfg = arm.cfg
-        teacher, codec = open_teacher(cfg, device)
+        teacher, codec = open_teacher(cfg.teacher, cfg.data, device)
         require_teacher([arm], teacher.digest)
         velocity = teachers.guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
         more = cfg.rungs, cfg.guidance_scale, teacher, codec

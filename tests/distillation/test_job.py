@@ -13,12 +13,15 @@ from dmd_dar import config, sample
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.photos import NAMES
 from dmd_dar.data.sources import open_data
+from dmd_dar.distillation import identity, method
 from dmd_dar.distillation import job as distill
+from dmd_dar.distillation.networks import networks_of
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.models.discriminator import block_readers
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import with_routing
+from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.disk import log
@@ -166,8 +169,8 @@ def test_all_losses_resume_bit_for_bit_and_every_average_is_saved(teacher, tmp_p
 @pytest.mark.parametrize("recipe", ["dar", "residual"])
 def test_heads_do_not_depend_on_the_arm(teacher, tmp_path, recipe):
     cfg = config.load(distill.DistillConfig, arguments(teacher, tmp_path, "gan.weight=1", recipe=recipe))
-    networks = distill.networks_of(cfg, load_network(teacher)[0])
-    heads = distill.build_gan(cfg, "flow", networks, lambda draws: None, torch.device("cpu")).heads
+    networks = networks_of(cfg, load_network(teacher)[0])
+    heads = method.build_gan(cfg, "flow", networks, lambda draws: None, torch.device("cpu")).heads
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         assert torch.equal(heads.heads[0][1].weight, torch.nn.Linear(16, 256).weight)
@@ -221,14 +224,12 @@ def test_router_rate_reaches_the_routers_alone(teacher, tmp_path):
 def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
     """A no_grad call inside autocast must not leave the later call's weights cast without a graph."""
     cfg = config.load(distill.DistillConfig, arguments(teacher, Path("unused"), "regression.weight=0"))
-    network, card = load_network(teacher)
-    networks = distill.networks_of(cfg, network)
-    runtime = Runtime(LaunchConfig(cpu=bool(ON_CPU)))
-    recipe = distill.recipe_of(cfg, network, "digest")
-    method = distill.build_method(cfg, recipe, card.prediction, networks, runtime)
+    opened = load_teacher(TeacherConfig(str(teacher)))
+    networks = networks_of(cfg, opened.network)
+    dmd = method.build_method(cfg, identity.Inputs(opened), networks, Runtime(LaunchConfig(cpu=bool(ON_CPU))))
     step = next(s for s in range(50) if Draws(0, "student", s, sample_range(0, 1)).shared_integer("rung", 4) == 3)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, metrics = method.student_loss(Draws(0, "student", step, sample_range(0, 4)))
+        loss, metrics = dmd.student_loss(Draws(0, "student", step, sample_range(0, 4)))
     assert loss.dtype == torch.float32 and metrics["dm"].dtype == torch.float32
     loss.backward()
     without = [name for name, p in networks.student.named_parameters() if p.requires_grad and p.grad is None]
@@ -237,7 +238,7 @@ def test_bf16_autocast_reaches_every_parameter_with_a_gradient(teacher):
 
 def test_images_are_opened_once_and_not_for_a_run_without_them(teacher, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(distill, "open_data", lambda *given: opened.append(given) or open_data(*given))
+    monkeypatch.setattr(identity, "open_data", lambda *given: opened.append(given) or open_data(*given))
     monkeypatch.setattr(distill, "preflight", lambda *given: None)
     monkeypatch.setattr(distill, "run_cycle", lambda *given, **more: None)
     for out, count in (("without", 0), ("with", 1)):
@@ -248,7 +249,7 @@ def test_images_are_opened_once_and_not_for_a_run_without_them(teacher, tmp_path
 
 
 def test_blocks_that_are_not_known_are_no_fault_of_the_layers(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distill, "block_readers", lambda network: block_readers(nn.Linear(1, 1)))
+    monkeypatch.setattr(method, "block_readers", lambda network: block_readers(nn.Linear(1, 1)))
     with pytest.raises(SystemExit):
         distill.main(arguments(teacher, tmp_path / "run", "gan.weight=0.1", "regression.weight=0"))
     assert "gan.features = fake_score: the blocks of a Linear are not known here" in capsys.readouterr().err

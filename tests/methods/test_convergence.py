@@ -58,9 +58,9 @@ def field_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
     return torch.fft.irfft2(gain * torch.fft.rfft2(x_t), s=(SIDE, SIDE))
 
 
-def features_of(t: Tensor, cond: Tensor) -> Tensor:
-    """Of the time (B,) and of the rung that the condition of one class names (B,) -> (B, FEATURES)."""
-    rate, rung = math.pi * torch.tensor([1.0, 2.0, 4.0]), nn.functional.one_hot(cond // 2, RUNGS)
+def features_of(t: Tensor, rung: int) -> Tensor:
+    """Of the time (B,) and of a rung -> (B, FEATURES)."""
+    rate, rung = math.pi * torch.tensor([1.0, 2.0, 4.0]), nn.functional.one_hot(torch.full((len(t),), rung), RUNGS)
     return torch.cat([t[:, None], (t[:, None] * rate).sin(), (t[:, None] * rate).cos(), rung], dim=1)
 
 
@@ -71,8 +71,8 @@ class Corrected(nn.Module):
         super().__init__()
         self.teacher, self.correction = teacher, correction
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return self.teacher(x_t, t, cond) + self.correction(x_t, features_of(t.float(), cond))
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, rung: int = 0) -> Tensor:
+        return self.teacher(x_t, t, cond) + self.correction(x_t, features_of(t.float(), rung))
 
 
 class Perceptron(nn.Module):
@@ -131,12 +131,11 @@ def distilled(
     method = DMD(
         student=student,
         teacher=teacher,
-        fake_score=fake_score,
+        fake_score=fake_score if per_rung else lambda x_t, t, cond, rung: fake_score(x_t, t, cond),
         rungs=rungs,
         renoise=flow.TimeLaw(low=0.02, high=0.98, shift=shift),
         num_classes=1,
         shape=shape,
-        fake_condition=rollout.rung_condition(rungs, 1) if per_rung else rollout.same_condition,
     )
     ema, runtime = Ema(student, 0.98), Runtime(LaunchConfig(cpu=True))
     config = OptimiserConfig(lr=lr, betas=(0.0, 0.99), decay_start=updates // 2, decay_steps=updates // 2 + 1)

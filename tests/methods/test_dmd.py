@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from dmd_dar import flow, losses
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.losses import LossWeight
-from dmd_dar.methods.dmd import DMD
-from dmd_dar.methods.rollout import rung_condition, rung_of
+from dmd_dar.methods.dmd import DMD, Regression
+from dmd_dar.methods.rollout import rung_of
 from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.sit import with_routing
@@ -23,7 +23,7 @@ RUNGS = (1.0, 0.9, 0.75, 0.5)
 def gaussian_velocity(mean: Tensor, std: float):
     """E[eps - x0 | x_t] for data N(mean, std^2)."""
 
-    def velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def velocity(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
         t = flow.expand_t(t, x_t)
         variance = (1 - t) ** 2 * std**2 + t**2
         residual = x_t - (1 - t) * mean
@@ -105,13 +105,13 @@ def test_gradient_flows_through_the_last_call_only(networks):
     student = networks[0]
     with_gradient = []
 
-    def recording(x_t, t, cond):
+    def recording(x_t, t, cond, *rung):
         with_gradient.append((t[0].item(), torch.is_grad_enabled(), x_t.requires_grad))
         return velocity_of(student)(x_t, t, cond)
 
     method = method_of(recording, velocity_of(networks[1]), velocity_of(networks[2]))
     step = next(s for s in range(50) if draws_for(s).shared_integer("rung", 4) == 3)
-    method.generate(draws_for(step))
+    method.generate(3, draws_for(step))
     assert [round(t, 4) for t, _, _ in with_gradient] == list(RUNGS)
     assert [grad for _, grad, _ in with_gradient] == [False, False, False, True]
     assert not any(needs for _, _, needs in with_gradient)
@@ -128,7 +128,7 @@ def test_every_rung_is_trained_about_equally():
 def test_a_batch_in_parts_has_the_same_mean_loss(networks, which):
     teacher = velocity_of(networks[1])
     paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
-    method = method_of(*(velocity_of(n) for n in networks), regression_weight=LossWeight(0.25), trajectories=paths)
+    method = method_of(*(velocity_of(n) for n in networks), regression=Regression(paths, LossWeight(0.25)))
     loss = getattr(method, which)
     whole = loss(draws_for(2))[0]
     parts = [loss(draws_for(2, start, start + 2))[0] for start in range(0, 8, 2)]
@@ -138,11 +138,10 @@ def test_a_batch_in_parts_has_the_same_mean_loss(networks, which):
 def test_joint_loss_is_the_weighted_sum(networks):
     teacher = velocity_of(networks[1])
     paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
-    method = method_of(*(velocity_of(n) for n in networks), trajectories=paths, regression_weight=LossWeight(0.3))
+    method = method_of(*(velocity_of(n) for n in networks), regression=Regression(paths, LossWeight(0.3)))
     loss, metrics = method.student_loss(draws_for(1))
-    alone, _ = dataclasses.replace(method, matching_weight=0.0, regression_weight=LossWeight(1.0)).student_loss(
-        draws_for(1)
-    )
+    regression = Regression(paths, LossWeight(1.0))
+    alone, _ = dataclasses.replace(method, matching_weight=0.0, regression=regression).student_loss(draws_for(1))
     torch.testing.assert_close(metrics["regression"], alone)
     torch.testing.assert_close(loss, metrics["dm"] + 0.3 * alone)
 
@@ -152,7 +151,7 @@ def test_regression_pulls_the_trajectory_state_to_its_end(networks):
     cond, noise = torch.zeros(1, dtype=torch.int64), torch.randn(1, *SHAPE)
     paths = solve_trajectories(velocity_of(teacher), cond, RUNGS, 4, noise)
     method = method_of(
-        velocity_of(student), None, None, matching_weight=0.0, regression_weight=LossWeight(1.0), trajectories=paths
+        velocity_of(student), None, None, matching_weight=0.0, regression=Regression(paths, LossWeight(1.0))
     )
     draws = draws_for(0, stop=1)
     rung = draws.shared_integer("rung", 4)
@@ -165,7 +164,7 @@ def test_fake_score_loss_is_flow_matching_at_the_drawn_level(networks):
     student, teacher, fake_score = networks
     method = method_of(*(velocity_of(n) for n in networks))
     draws = draws_for(5, phase="fake_score")
-    x0, cond = method.generate(draws)
+    x0, cond = method.generate(rung_of(draws, RUNGS), draws)
     t, eps = draws.uniform("score_t"), draws.normal("score_eps", *SHAPE)
     t = (0.02 + 0.96 * t).float()
     x_t = flow.interpolate(x0.detach(), eps, t)
@@ -174,26 +173,18 @@ def test_fake_score_loss_is_flow_matching_at_the_drawn_level(networks):
 
 
 def test_the_fake_score_alone_is_asked_with_the_rung(networks):
-    conds = {"teacher": [], "fake_score": []}
+    rungs = {"teacher": [], "fake_score": []}
 
     def recording(name, velocity):
-        return lambda x_t, t, cond: (conds[name].append(cond), velocity(x_t, t, cond))[1]
+        return lambda x_t, t, cond, *rung: (rungs[name].append(rung), velocity(x_t, t, cond))[1]
 
     velocities = [velocity_of(n) for n in networks]
-    plain = lambda x_t, t, cond: velocities[2](x_t, t, cond % 8)  # noqa: E731
-    method = method_of(
-        velocities[0],
-        recording("teacher", velocities[1]),
-        recording("fake_score", plain),
-        fake_condition=rung_condition(RUNGS, 7),
-    )
+    method = method_of(velocities[0], recording("teacher", velocities[1]), recording("fake_score", velocities[2]))
     for step in range(6):
         draws = draws_for(step)
-        labels, rung = draws.integers("label", 7), rung_of(draws, RUNGS)
         loss, _ = method.student_loss(draws)
-        assert torch.equal(conds["teacher"][-1], labels)
-        assert torch.equal(conds["fake_score"][-1], labels + 8 * rung)
+        assert rungs["teacher"][-1] == () and rungs["fake_score"][-1] == (rung_of(draws, RUNGS),)
         assert torch.equal(loss, method_of(*velocities).student_loss(draws)[0])
         fake = draws_for(step, phase="fake_score")
         method.fake_score_loss(fake)
-        assert torch.equal(conds["fake_score"][-1], fake.integers("label", 7) + 8 * rung_of(fake, RUNGS))
+        assert rungs["fake_score"][-1] == (rung_of(fake, RUNGS),)

@@ -12,7 +12,7 @@ from dmd_dar import flow, losses
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.guidance import guided
 from dmd_dar.losses import LossWeight
-from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.dmd import DMD, Guidance, Regression
 from dmd_dar.methods.generate import few_step_generator
 from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import Meaning, velocity_of
@@ -35,7 +35,7 @@ def draws_for(step: int = 0, start: int = 0, stop: int = 6) -> Draws:
 def gaussian(mean: float, std: float, by_label: float = 0.0):
     """E[eps - x0 | x_t] for data N(mean + by_label cond, std^2)."""
 
-    def velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def velocity(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
         t, centre = flow.expand_t(t, x_t), flow.expand_t(mean + by_label * cond.to(x_t.dtype), x_t)
         variance = (1 - t) ** 2 * std**2 + t**2
         residual = x_t - (1 - t) * centre
@@ -103,7 +103,7 @@ def test_a_sample_s_gradient_does_not_depend_on_its_batch():
 def predicting(predicts: flow.Predicted, schedule: flow.Schedule | None, mean: float, std: float):
     """A network that answers exactly, for data N(mean, std^2), by what it predicts, on its own process."""
 
-    def network(x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
+    def network(x: Tensor, time: Tensor, cond: Tensor, *rung: int) -> Tensor:
         sigma = time if schedule is None else schedule.level(time)
         alpha = 1 - sigma
         if schedule is not None:
@@ -131,7 +131,7 @@ def test_decoupled_matching_splits_the_guided_difference():
     g, student, draws = 3.0, Samples(), draws_for(1)
     plain, fake = gaussian(1.0, 0.5, 0.3), gaussian(-0.5, 1.5)
     teacher = guided(plain, g, 3)
-    found = gradient_of(method_of(student, teacher, fake, unguided_teacher=plain), student, draws)
+    found = gradient_of(method_of(student, teacher, fake, guidance=Guidance(plain)), student, draws)
     cond, x = draws.integers("label", 3), student.x0.detach()
     (x_t, t), (x_s, s) = (level(name, draws, x) for name in ("score", "guidance"))
     mu_cond, mu_f = estimate(plain, x_t, t, cond), estimate(fake, x_t, t, cond)
@@ -150,7 +150,7 @@ def test_decoupled_matching_names_the_unguided_teacher():
         return gaussian(1.0, 0.5)(x_t, t, cond) * (math.nan if len(calls) == 2 else 1)
 
     student = Samples()
-    method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), unguided_teacher=plain)
+    method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), guidance=Guidance(plain))
     with pytest.raises(FloatingPointError, match=r"\['unguided teacher'\]"):
         method.student_loss(draws_for(1))
 
@@ -174,7 +174,7 @@ def test_backward_simulation_makes_one_forward_for_each_rung_and_is_what_samplin
         seen.append((t[0].item(), torch.is_grad_enabled()))
         return velocity(x_t, t, cond)
 
-    x0, cond = method_of(student, None, None, rungs=RUNGS, sampler=sampler).generate(draws)
+    x0, cond = method_of(student, None, None, rungs=RUNGS, sampler=sampler).generate(rung, draws)
     assert [t for t, _ in seen] == pytest.approx(RUNGS[: rung + 1])
     assert [grad for _, grad in seen] == [False] * rung + [True]
     generator = few_step_generator(velocity, RUNGS[: rung + 1], sampler)
@@ -193,7 +193,7 @@ def test_on_data_the_student_is_asked_once_at_the_noised_data():
 
     step = next(s for s in range(50) if draws_for(s).shared_integer("rung", 4) == 2)
     draws = draws_for(step)
-    _, cond = method_of(student, None, None, rungs=RUNGS, data=data).generate(draws)
+    _, cond = method_of(student, None, None, rungs=RUNGS, data=data).generate(2, draws)
     ((x_t, t, asked),) = seen
     assert torch.equal(t, torch.full((6,), 0.75)) and torch.equal(asked, cond) and (cond == 2).all()
     torch.testing.assert_close(x_t, 0.25 * draws.normal("image", *SHAPE) + 0.75 * draws.normal("noise", *SHAPE))
@@ -203,7 +203,7 @@ def test_the_size_of_each_term_s_gradient_is_told():
     student = Samples()
     paths = solve_trajectories(gaussian(0.0, 1.0), torch.zeros(4).long(), (1.0,), 2, torch.randn(4, *SHAPE).double())
     method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), matching_weight=2.0)
-    method = dataclasses.replace(method, trajectories=paths, regression_weight=LossWeight(0.5))
+    method = dataclasses.replace(method, regression=Regression(paths, LossWeight(0.5)))
     metrics = method.student_loss(draws_for())[1]
     cond, x = draws_for().integers("label", 3), student.x0.detach()
     x_t, t = level("score", draws_for(), x)
@@ -221,7 +221,7 @@ def test_a_weight_of_zero_leaves_its_term_out_from_that_step_on():
         solve_trajectories(gaussian(0.0, 1.0), torch.zeros(4).long(), (1.0,), 2, torch.randn(4, *SHAPE)),
     )
     ramp = LossWeight(1.0, 0.0, ramp_start=2, ramp_steps=2)
-    method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), trajectories=paths, regression_weight=ramp)
+    method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), regression=Regression(paths, ramp))
     found = [method.student_loss(draws_for(step))[1] for step in range(5)]
     sizes = [
         metrics.get("regression_gradient", torch.zeros(())) / metrics.get("regression", 1).sqrt()

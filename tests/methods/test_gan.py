@@ -11,7 +11,7 @@ from dmd_dar.draws import Draws
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.gan import GAN
-from dmd_dar.methods.rollout import rung_condition, rung_of
+from dmd_dar.methods.rollout import rung_of
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.discriminator import Heads, features_of
 from dmd_dar.models.sit import with_routing
@@ -81,7 +81,7 @@ def test_each_side_of_the_game_trains_its_own_network_alone(game):
 def test_the_student_s_gradient_is_that_of_softplus_through_the_features(game):
     method, modules = game
     draws, gan = draws_for(4), method.gan
-    x0, cond = method.generate(draws)
+    x0, cond = method.generate(rung_of(draws, RUNGS), draws)
     t, eps = LAW.quantile(draws.uniform("gan_t")).float(), draws.normal("gan_eps", *SHAPE)
     logits = gan.heads(gan.features(flow.interpolate(x0, eps, t), t, cond))
     parameters = [p for p in modules["student"].parameters() if p.requires_grad]
@@ -95,7 +95,7 @@ def test_the_student_s_gradient_is_that_of_softplus_through_the_features(game):
 
 def test_r1_perturbs_the_noised_real_data_and_nothing_else(method):
     draws = draws_for(2, phase="discriminator")
-    x0_student, cond = (x.detach() for x in method.generate(draws))
+    x0_student, cond = (x.detach() for x in method.generate(rung_of(draws, RUNGS), draws))
     x_t, t, conds = method.gan.inputs(x0_student, cond, draws)
     noised, fake, perturbed = x_t.chunk(3)
     x0_real, cond_real = real(dataclasses.replace(draws, phase="discriminator_real"))
@@ -140,7 +140,7 @@ def test_the_game_pulls_the_student_s_samples_to_the_data():
         return torch.ones(len(draws.samples), 1, 2, 2), torch.zeros_like(draws.samples)
 
     gan = GAN(
-        features=lambda x_t, t, cond: [x_t.flatten(1).mean(1, keepdim=True)],
+        features=lambda x_t, t, cond, rung: [x_t.flatten(1).mean(1, keepdim=True)],
         heads=lambda features: heads(features[0]),
         real=at,
         time=LAW,
@@ -168,13 +168,13 @@ def test_the_game_pulls_the_student_s_samples_to_the_data():
 
 
 def test_every_sample_of_the_game_is_read_at_the_rung_of_the_step(game):
-    method, conds = game[0], []
+    method, rungs = game[0], []
 
-    def features(x_t, t, cond):
-        conds.append(cond)
+    def features(x_t, t, cond, rung):
+        rungs.append((cond, rung))
         return [x_t.flatten(1)[:, None, :16]] * 2
 
-    gan = dataclasses.replace(method.gan, features=features, condition=rung_condition(RUNGS, 7))
+    gan = dataclasses.replace(method.gan, features=features)
     method = dataclasses.replace(method, gan=gan)
     for step in range(4):
         for loss, phase in ((method.student_loss, "student"), (method.discriminator_loss, "discriminator")):
@@ -184,4 +184,4 @@ def test_every_sample_of_the_game_is_read_at_the_rung_of_the_step(game):
                 d.integers("label", 7) for d in (draws, dataclasses.replace(draws, phase=f"{phase}_real"))
             )
             expected = labels if phase == "student" else torch.cat([theirs, labels, theirs])
-            assert torch.equal(conds[-1], expected + 8 * rung_of(draws, RUNGS))
+            assert torch.equal(rungs[-1][0], expected) and rungs[-1][1] == rung_of(draws, RUNGS)

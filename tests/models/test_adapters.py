@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import dmd_dar
 from dmd_dar import config
+from dmd_dar.distillation.networks import Memory, build_networks
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.models.adapters import load_adapter, write_adapter
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.saved import ModelCard, network_hash, save_network
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, merged
-from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher, origin_of
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.sample import SampleConfig, sample

@@ -23,7 +23,6 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.discriminator import block_readers, features_of, width_of
 from dmd_dar.models.families import packed, unpacked
-from dmd_dar.models.rungs import rung_parameters, tell_rungs_apart
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from dmd_dar.plan import plan_of
 from dmd_dar.routing.layout import RoutingConfig
@@ -196,8 +195,8 @@ def test_a_run_is_planned_without_computing(root, name):
     cfg = config.load(DistillConfig, given)
     plan, network = plan_of(cfg), load(root / name, **OPEN.get(name, {})).network
     count = sum(p.numel() for p in network.parameters())
-    tell_rungs_apart(network, len(cfg.rungs))
-    vectors = sum(p.numel() for p in rung_parameters(network))
+    network.tell_rungs_apart(len(cfg.rungs))
+    vectors = sum(p.numel() for p in network.rung_parameters())
     assert plan.parameters["teacher"] == count < plan.trained["student"] and vectors > 0
     assert plan.trained["fake_score"] == count + vectors
     assert plan.activations > plan.history > 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dmd_dar
 from dmd_dar import config
+from dmd_dar.distillation.networks import Memory, build_networks
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.flow import Schedule
 from dmd_dar.methods import generate
@@ -22,7 +23,6 @@ from dmd_dar.models.adapters import write_adapter
 from dmd_dar.models.families import packed, unpacked
 from dmd_dar.models.saved import ModelCard, network_hash, save_network
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, merged
-from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher, origin_of
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3

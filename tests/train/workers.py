@@ -12,19 +12,17 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from dmd_dar import flow
+from dmd_dar.distillation.networks import Memory, build_networks
 from dmd_dar.draws import Draws
 from dmd_dar.losses import LossWeight
-from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.dmd import DMD, Regression
 from dmd_dar.methods.gan import GAN
-from dmd_dar.methods.rollout import rung_condition
 from dmd_dar.methods.trajectories import Trajectories
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, routed_copy
 from dmd_dar.models.discriminator import Heads, features_of, width_of
-from dmd_dar.models.rungs import rung_parameters, tell_rungs_apart
 from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.models.sit import SiTConfig, with_routing
-from dmd_dar.models.students import Memory, build_networks
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.log import RunLog
@@ -74,7 +72,7 @@ def cycle_of(
     teacher, student, fake_score = networks = made(dtype)
     teacher.requires_grad_(False)
     ema, rungs = Ema(student, 0.9), (1.0, 0.6)
-    tell_rungs_apart(getattr(fake_score, "network", fake_score), len(rungs))
+    getattr(fake_score, "network", fake_score).tell_rungs_apart(len(rungs))
     fake_score.to(dtype)
     if checkpointing:
         student.checkpoint_activations()  # type: ignore[operator]
@@ -86,7 +84,6 @@ def cycle_of(
         return lambda x, t, cond: v(x.to(dtype), t.to(dtype), cond)
 
     torch.manual_seed(1)
-    asked = rung_condition(rungs, fake_score.config.num_classes)  # type: ignore[union-attr]
     heads, law = Heads(width_of(fake_score), 2, hidden=4).to(dtype), flow.TimeLaw()
     for p in heads.parameters():
         nn.init.normal_(p, std=0.3)
@@ -97,7 +94,6 @@ def cycle_of(
         time=law,
         weight=LossWeight(0.5),
         feature_weight=0.5,
-        condition=asked,
         r1_weight=0.1,
     )
     pairs = Trajectories(torch.randn(4, 2, 2, 8, 8), torch.randn(4, 2, 8, 8), torch.arange(4) % 3)
@@ -107,15 +103,13 @@ def cycle_of(
         renoise=law,
         num_classes=3,
         shape=(2, 8, 8),
-        regression_weight=LossWeight(0.5),
-        trajectories=pairs,
+        regression=Regression(pairs, LossWeight(0.5)),
         gan=gan,
-        fake_condition=asked,
     )
     config = OptimiserConfig(lr=1e-3, weight_decay=0.1, clip=0.5)
     optimiser = Optimiser(config, student.backbone_parameters(), (student.router_parameters(), 1e-2))
     phase = Phase("student", student, optimiser, method.student_loss, ema)
-    optimiser = Optimiser(config, fake_score.backbone_parameters(), (rung_parameters(fake_score), 1e-2))
+    optimiser = Optimiser(config, fake_score.backbone_parameters(), (fake_score.rung_parameters(), 1e-2))
     fakes = [Phase("fake_score", fake_score, optimiser, method.fake_score_loss)] * k
     judge = Phase("discriminator", heads, Optimiser(config, heads.parameters()), method.discriminator_loss)
     return (*fakes, judge, phase)

@@ -2,11 +2,13 @@
 
     RUN/failure/rank0.json  rank0.safetensors  rank0.txt
 
-Legend: a *call* is one call of a network's velocity, with x_t (B, C, S, S), t (B,), cond (B,) and its output v.
+Legend: a *call* is one call of a network's velocity, with x_t (B, C, S, S), t (B,), cond (B,), its output v and,
+of the fake score, rung (1,).
 """
 
 import json
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DivergedError, UserError
-from dmd_dar.guidance import Velocity
+from dmd_dar.models.denoiser import NetworkVelocity
 from dmd_dar.train.processes.runtime import local
 
 FOLDER = "failure"
@@ -40,13 +42,14 @@ class Calls:
         self.last: dict[str, dict[str, Tensor]] = {}  # the newest last
         self.running = ""  # the network that is being called
 
-    def watch(self, name: str, velocity: Velocity) -> Velocity:
+    def watch(self, name: str, velocity: Callable[..., Tensor]) -> NetworkVelocity:
         """The same velocity; its last call is remembered under `name`."""
 
-        def watched(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        def watched(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
             self.last.pop(name, None)
             self.running, self.last[name] = name, {"x_t": x_t.detach(), "t": t.detach(), "cond": cond}
-            v = velocity(x_t, t, cond)
+            self.last[name] |= {"rung": torch.tensor(rung)} if rung else {}
+            v = velocity(x_t, t, cond, *rung)
             self.running, self.last[name][OUTPUT] = "", v.detach()
             return v
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dmd_dar.distillation.networks import Memory, Networks, build_networks
 from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.frozen import block_layers, release, store
 from dmd_dar.models.shared_lora import Lora, LoraConfig, merged
 from dmd_dar.models.sit import build_sit, with_routing
-from dmd_dar.models.students import Memory, Networks, build_networks
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import tiny_dit
 from tests.tiny import TINY, tiny_sit
@@ -330,7 +330,7 @@ def test_what_is_trained_lies_where_the_networks_compute_not_where_weights_are_s
             for name, value in layer.named_parameters(recurse=False):
                 setattr(layer, name, nn.Parameter(torch.zeros(value.shape), requires_grad=False))
 
-    monkeypatch.setattr("dmd_dar.models.students.store", keep_on_the_cpu)
+    monkeypatch.setattr("dmd_dar.distillation.networks.store", keep_on_the_cpu)
     memory = replace(SHARED, offload=True)
     networks = build_networks(teacher_of(kind).to("meta"), ROUTED, memory=memory, rungs=4)  # meta for a GPU
     assert {layer.weight.device.type for layer in block_layers(networks.teacher)} == {"cpu"}

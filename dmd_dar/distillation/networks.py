@@ -2,19 +2,16 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
+from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.frozen import store
-from dmd_dar.models.rungs import tell_rungs_apart
-from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, Plain, shared_copy
+from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, Plain, Weights, shared_copy
 from dmd_dar.models.sit import SiT, with_routing
 from dmd_dar.routing.layout import RoutingConfig
-
-Weights = Literal["full", "shared_lora"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,15 @@ class Memory:
     frozen: torch.dtype | None = None
     offload: bool = False
     checkpointing: bool = False
+
+
+def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:
+    """The three networks in the form that the configuration says; `teacher` may be stored otherwise afterwards."""
+    frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
+    memory = Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
+    rungs = len(cfg.rungs) if cfg.fake_score.per_rung else 1
+    routing = cfg.student.routing
+    return build_networks(teacher, routing.form(), routing.allow_change, memory, rungs, cfg.seed)
 
 
 def build_networks(
@@ -64,7 +70,7 @@ def build_networks(
         raise UserError(f"student.{error}") from error
     fake_score = copied(teacher)
     if rungs > 1:
-        tell_rungs_apart(fake_score, rungs, device)
+        fake_score.tell_rungs_apart(rungs, device)
     pair = {"student": student, "fake_score": fake_score}
     if shared:
         student, fake_score = (
