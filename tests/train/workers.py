@@ -81,7 +81,7 @@ def cycle_of(
 
     def velocity(network: nn.Module):
         v = velocity_of(network)
-        return lambda x, t, cond: v(x.to(dtype), t.to(dtype), cond)
+        return lambda x, t, cond, *rung: v(x.to(dtype), t.to(dtype), cond, *rung)
 
     torch.manual_seed(1)
     heads, law = Heads(width_of(fake_score), 2, hidden=4).to(dtype), flow.TimeLaw()
