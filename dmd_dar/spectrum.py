@@ -34,8 +34,8 @@ LUMA = (0.299, 0.587, 0.114)  # BT.601, with the chroma factors below as in korn
 CB_FACTOR, CR_FACTOR = 0.564, 0.713
 COLOURS = {
     "y": LUMA,
-    "cb": tuple(CB_FACTOR * (one - weight) for one, weight in zip((0, 0, 1), LUMA, strict=True)),
-    "cr": tuple(CR_FACTOR * (one - weight) for one, weight in zip((1, 0, 0), LUMA, strict=True)),
+    "cb": (-CB_FACTOR * LUMA[0], -CB_FACTOR * LUMA[1], CB_FACTOR * (1 - LUMA[2])),
+    "cr": (CR_FACTOR * (1 - LUMA[0]), -CR_FACTOR * LUMA[1], -CR_FACTOR * LUMA[2]),
 }
 QUANTISATION_POWER = (1 / 255) ** 2 / 12  # power of 8-bit rounding noise for images in [0, 1]
 POWER_FLOOR = 1e-9  # a thousandth of the power of 8-bit rounding in a single mode: nothing is compared below it

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
 
 from torch import Tensor, compiler
 from torch import dtype as Dtype
@@ -20,9 +19,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from dmd_dar.routing.ops import naive
 from dmd_dar.routing.ops.listed import ListedReader
 from dmd_dar.routing.ops.torch import TorchReader
-
-if TYPE_CHECKING:
-    from dmd_dar.routing.router import RouterBank
+from dmd_dar.routing.router import RouterBank
 
 BACKENDS = ("torch", "naive", "triton")
 VARIABLE = "DMD_DAR_ROUTING_BACKEND"
@@ -32,7 +29,7 @@ _preferred: ContextVar[str | None] = ContextVar("preferred routing backend", def
 log = logging.getLogger(__name__)
 
 
-def reader(bank: "RouterBank", v_0: Tensor, t_embedding: Tensor | None, dtype: Dtype) -> Reader:
+def reader(bank: RouterBank, v_0: Tensor, t_embedding: Tensor | None, dtype: Dtype) -> Reader:
     """What holds the sources of one forward pass and builds the states from them. v_0 (B, T, d); dtype: the sources'.
 
     Raises ValueError for an unknown backend in `bank.backend` or the environment variable DMD_DAR_ROUTING_BACKEND.
@@ -53,7 +50,7 @@ def reader(bank: "RouterBank", v_0: Tensor, t_embedding: Tensor | None, dtype: D
     return ListedReader(bank, v_0.device, t_embedding, naive.route)
 
 
-def _triton(bank: "RouterBank", v_0: Tensor, dtype: Dtype) -> tuple[Callable[..., Tensor] | None, str]:
+def _triton(bank: RouterBank, v_0: Tensor, dtype: Dtype) -> tuple[Callable[..., Tensor] | None, str]:
     """The fused router, or why it cannot serve."""
     try:
         from dmd_dar.routing.ops import triton

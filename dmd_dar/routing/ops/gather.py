@@ -11,16 +11,13 @@ Legend as in torch.py: M = B T tokens, d width, R routers, n sources of one rout
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmd_dar.routing.layout import Scale
-
-if TYPE_CHECKING:
-    from dmd_dar.routing.ops.torch import TorchReader
 
 BLOCK_BYTES = 2**23  # half-precision sources are widened this much at a time
 SMALL = 400  # products of fewer terms are slow as batched matrix products on a CPU
@@ -70,6 +67,32 @@ class Form:
     scale: Scale
     counts: tuple[int, ...]  # n of every row
     learns: bool  # whether the queries want a gradient
+
+
+class Sources(Protocol):
+    """The sources of one forward pass, as `Source` and `Route` find them; TorchReader is one."""
+
+    form: Form
+    passes: "Passes"
+    shape: torch.Size  # of v_0
+    dtype: torch.dtype  # the sources'
+    wide: torch.dtype  # in which they are computed with
+
+    def store(self, v: Tensor, summary: bool) -> tuple[Tensor, Tensor, Tensor | None, range, int]:
+        """Keeps v: its slot (M, d), RMS^-1 (M,), the folded queries of its readers, their rows, its column in alpha."""
+        ...
+
+    def merged(self, row: int, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """h (M, d) of a router whose logits are known, alpha (M, n), and sum alpha_i v_i where h does not tell it."""
+        ...
+
+    def mixed(self, row: int, x: Tensor | None, folded: Tensor) -> tuple[Tensor, Tensor]:
+        """h (M, d) and alpha (M, n) of a router whose query comes with the token: folded (M, d)."""
+        ...
+
+    def seen(self) -> list[Tensor]:
+        """RMS^-1 (M, n) and the sources of the next router, (M, chunks, d) and (M, outputs, d)."""
+        ...
 
 
 class Gathered:
@@ -146,7 +169,7 @@ class Source(torch.autograd.Function):
     """Registers v_i. Its token orders the backward pass: it comes back when all readers of v_i are through."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, token: Tensor, reader: "TorchReader", summary: bool) -> Tensor:
+    def forward(ctx: Any, v: Tensor, token: Tensor, reader: Sources, summary: bool) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
             slot, rms, folded, ctx.rows, ctx.column = reader.store(v, summary)
         # .data: later sources enter the same buffer, which does not change this one
@@ -213,7 +236,7 @@ class Route(torch.autograd.Function):
         stream: Tensor | None,
         query: Tensor | None,
         gain: Tensor,
-        reader: "TorchReader",
+        reader: Sources,
         row: int,
     ) -> tuple[Tensor, Tensor]:
         x = None if stream is None else stream.reshape(-1, stream.shape[-1]).to(reader.wide)

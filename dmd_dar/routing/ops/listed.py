@@ -2,15 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dmd_dar.routing.ops import naive
-
-if TYPE_CHECKING:
-    from dmd_dar.routing.router import RouterBank
+from dmd_dar.routing.router import RouterBank
 
 
 class ListedReader:
@@ -18,7 +15,7 @@ class ListedReader:
 
     def __init__(
         self,
-        bank: "RouterBank",
+        bank: RouterBank,
         device: torch.device,
         t_embedding: Tensor | None,
         route_of: Callable[..., Tensor],

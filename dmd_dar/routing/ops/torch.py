@@ -11,16 +11,13 @@ gather.py has the backward pass.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dmd_dar.routing.ops.gather import Begin, Form, Passes, Route, Source, add_mix, dots, mix
 from dmd_dar.routing.ops.naive import EPS
-
-if TYPE_CHECKING:
-    from dmd_dar.routing.router import RouterBank
+from dmd_dar.routing.router import RouterBank
 
 DENSE_GROUP = 8  # routers that share a read where every output is a summary
 
@@ -52,7 +49,7 @@ class GroupSums:
 class TorchReader:
     """The sources of one forward pass, in buffers (M, slots, d)."""
 
-    def __init__(self, bank: "RouterBank", v_0: Tensor, t_embedding: Tensor | None, dtype: torch.dtype):
+    def __init__(self, bank: RouterBank, v_0: Tensor, t_embedding: Tensor | None, dtype: torch.dtype):
         self.bank, self.shape, self.dtype = bank, v_0.shape, dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         tokens, width = v_0[..., 0].numel(), v_0.shape[-1]

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -27,9 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from dmd_dar.routing.layout import Scale
 from dmd_dar.routing.ops import naive
-
-if TYPE_CHECKING:
-    from dmd_dar.routing.router import RouterBank
+from dmd_dar.routing.router import RouterBank
 
 EPS = tl.constexpr(naive.EPS)
 MAX_WIDTH = 8192
@@ -390,7 +388,7 @@ def supports(sources: list[Tensor], query: Tensor, gain: Tensor) -> str | None:
     return _unfit(x.device) if x.is_cuda else None
 
 
-def refusal(bank: "RouterBank", v_0: Tensor, dtype: torch.dtype) -> str | None:
+def refusal(bank: RouterBank, v_0: Tensor, dtype: torch.dtype) -> str | None:
     """`supports` for a whole forward pass, whose sources are like v_0 (B, T, d), in its dtype or in `dtype`."""
     gain = v_0.new_empty(v_0.shape[-1], dtype=bank.gain.dtype)
     return supports([v_0, v_0.new_empty((), dtype=dtype).expand(v_0.shape)], gain, gain)
