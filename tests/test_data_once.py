@@ -47,7 +47,7 @@ def filled(name: str, place: Path) -> list[str]:
 def test_a_distillation_looks_into_its_data_once(tmp_path, monkeypatch, looks, name, keys):
     monkeypatch.setattr(distill, "preflight", lambda *given: None)
     told: dict[str, str] = {}
-    monkeypatch.setattr(distill, "run_cycle", lambda *given, identity, **more: told.update(identity))
+    monkeypatch.setattr(distill, "run_cycle", lambda cfg, run, *given, **more: told.update(run.identity))
     data = filled(name, tmp_path / "data")
     teacher = tiny_teacher(tmp_path / "teacher")
     distill.main(arguments(teacher, tmp_path / "run", "regression.weight=0", *data, *keys))
@@ -57,7 +57,7 @@ def test_a_distillation_looks_into_its_data_once(tmp_path, monkeypatch, looks, n
 
 def test_a_pretraining_looks_into_its_data_once(tmp_path, monkeypatch, looks):
     told: dict[str, str] = {}
-    monkeypatch.setattr(pretrain, "run_cycle", lambda *given, identity, **more: told.update(identity))
+    monkeypatch.setattr(pretrain, "run_cycle", lambda cfg, run, *given, **more: told.update(run.identity))
     data = filled("folder", tmp_path / "data")
     pretrain.pretrain(config.load(pretrain.PretrainConfig, test_pretrain.arguments(tmp_path / "run", *data)))
     assert looks == [str(tmp_path / "data")]
