@@ -7,8 +7,10 @@ launch.cpu is set.
 import copy
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +81,7 @@ def plan_of(cfg: DistillConfig) -> Plan:
 def _added_up(
     cfg: DistillConfig,
     networks: Networks,
-    averages: list[nn.Module],
+    averages: Sequence[nn.Module],
     footprints: tuple[Footprint, Footprint],
     batch: int,
     parts: int,
@@ -136,7 +138,7 @@ def footprint(network: nn.Module, batch: int, bf16: bool) -> Footprint:
 
 
 def _traced(network: nn.Module, batch: int, bf16: bool) -> Footprint:
-    shape = network.config  # type: ignore[attr-defined]
+    shape: Any = network.config
     x = torch.zeros(batch, shape.in_channels, shape.input_size, shape.input_size)
     t, cond = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
 

@@ -150,7 +150,7 @@ def data_of(cfg: DistillConfig, bench: Bench, teacher: arms.Teacher, ledger: Led
 
 def prompts_of(teacher: arms.Teacher, reference: ImageSet) -> dict[int, str] | None:
     """The texts of the prompts that occur, as far as they are known; None for a teacher of labels."""
-    if teacher.prompts is None:
+    if teacher.prompts is None or reference.labels is None:
         return None
     texts = teacher.prompts.texts()
     return {label: texts[label] for label in reference.labels.unique().tolist()} if texts else {}

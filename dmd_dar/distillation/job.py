@@ -4,7 +4,9 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from dmd_dar import config, plan
 from dmd_dar.distillation.config import DistillConfig
@@ -84,8 +86,9 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
     fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
     cycle = [fake_phase] * (cfg.fake_score.updates if cfg.trains_fake_score else 0)
     if method.gan is not None:
-        optimiser = Optimiser(cfg.gan, method.gan.heads.parameters())
-        cycle += [Phase("discriminator", method.gan.heads, optimiser, method.discriminator_loss)] * cfg.gan.updates
+        heads = cast(nn.Module, method.gan.heads)  # which the method only calls
+        optimiser = Optimiser(cfg.gan, heads.parameters())
+        cycle += [Phase("discriminator", heads, optimiser, method.discriminator_loss)] * cfg.gan.updates
     return (*cycle, student_phase)
 
 
@@ -142,6 +145,6 @@ def main(argv: list[str] | None = None) -> None:
         DistillConfig,
         functools.partial(launch.run, distill),
         sys.argv[1:] if argv is None else argv,
-        description=__doc__,
+        description=__doc__ or "",
         plan=planned,
     )

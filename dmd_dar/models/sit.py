@@ -46,7 +46,7 @@ class SiTConfig:
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width must be divisible by heads and by 4, got {self.width} and {self.heads} heads")
         chunk_size = self.routing.resolved(2 * self.depth).chunk_size
-        if self.routing.query != "residual" and chunk_size > 2 * self.depth:
+        if self.routing.query != "residual" and int(chunk_size) > 2 * self.depth:
             raise ValueError(f"routing.chunk_size {chunk_size} exceeds the {2 * self.depth} sublayers")
 
 
@@ -87,7 +87,8 @@ class TimestepEmbedder(nn.Module):
         half = FREQUENCIES // 2
         rate = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t.float()[:, None] * rate
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(first.weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -179,15 +180,15 @@ class SiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(self.x_embedder.proj.get_parameter("bias"))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
+        nn.init.normal_(self.t_embedder.mlp.get_parameter("0.weight"), std=0.02)
+        nn.init.normal_(self.t_embedder.mlp.get_parameter("2.weight"), std=0.02)
+        zeroed = [block.get_submodule("adaLN_modulation.1") for block in self.blocks]
         zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
         for linear in zeroed:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.get_parameter("weight"))
+            nn.init.zeros_(linear.get_parameter("bias"))
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor, rung: int | None = None, observe: Observer | None = None
@@ -212,6 +213,7 @@ class SiT(nn.Module):
         self.checkpointing = True
 
     def _residual(self, h: Tensor, c: Tensor) -> Tensor:
+        block: Any
         for block in self.blocks:
             h = self._run(partial(self._block, block), h, c)
         return h

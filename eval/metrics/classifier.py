@@ -78,7 +78,8 @@ class Modes:
 
 def _prepared(images: Tensor) -> Tensor:
     x = images.float() / 127.5 - 1
-    return F.adaptive_avg_pool2d(x, [min(side, SIDE) for side in x.shape[2:]]) if max(x.shape[2:]) > SIDE else x
+    height, width = (min(side, SIDE) for side in x.shape[2:])
+    return F.adaptive_avg_pool2d(x, (height, width)) if max(x.shape[2:]) > SIDE else x
 
 
 def _network(classes: int) -> nn.Sequential:

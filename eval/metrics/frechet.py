@@ -115,19 +115,18 @@ def feature_distance(
     UnfitError naming the set when its features are not finite, fewer than 2, or of another D than the reference's.
     """
     features = validate_features(features, names[0])
-    given = isinstance(reference, Gaussian)
-    if not given:
-        reference = validate_features(reference, names[1])
+    theirs = reference if isinstance(reference, Gaussian) else validate_features(reference, names[1])
+    given = isinstance(theirs, Gaussian)
     size = features.shape[1]
-    other_size = reference.mean.numel() if given else reference.shape[1]
+    other_size = theirs.mean.numel() if given else theirs.shape[1]
     if size != other_size:
         raise UnfitError(f"{names[0]}: {size} features, but {other_size} in {names[1]}; take both from one extractor")
-    if min(len(features), size if given else len(reference)) >= size:
-        other = (reference.mean, reference.covariance) if given else statistics(reference)
+    if min(len(features), size if given else len(theirs)) >= size:
+        other = (theirs.mean, theirs.covariance) if given else statistics(theirs)
         return frechet_distance(*statistics(features), *other)
     a = centred_root(features)
-    b = symmetric_root(reference.covariance) if given else centred_root(reference)
-    mean = reference.mean if given else reference.mean(0)
+    b = symmetric_root(theirs.covariance) if given else centred_root(theirs)
+    mean = theirs.mean if given else theirs.mean(0)
     return _assemble(features.mean(0), a.square().sum(), mean, b.square().sum(), trace_term_nuclear(a, b))
 
 

@@ -6,6 +6,7 @@ and in a max pool in the last block.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ def maximum(x: Tensor) -> Tensor:
     return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
 
 
-def pool_with(block: nn.Module, pool: Callable[[Tensor], Tensor]) -> None:
-    """Replace the pooling of an Inception block's last branch."""
+def pool_with(block: Any, pool: Callable[[Tensor], Tensor]) -> None:
+    """Replace the pooling of the last branch of `block`, one of torchvision's Inception."""
     branches = block._forward
     block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
 
@@ -50,7 +51,7 @@ def fid_inception(state: dict[str, Tensor], name: str = INCEPTION.file) -> nn.Mo
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise DamagedFileError(f"{name}: not the weights of FID's Inception ({reason})") from error
-    network.fc = nn.Identity()
+    network.add_module("fc", nn.Identity())
     return network.eval().requires_grad_(False)
 
 

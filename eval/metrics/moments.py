@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def merged(parts: Iterable[Moments]) -> Moments:
 
 def save_reference(path: str | Path, gaussian: Gaussian) -> None:
     """An npz with mu (D,) and sigma (D, D), as other FID tools read it, and count where it is known."""
-    fields = {"mu": gaussian.mean.numpy(), "sigma": gaussian.covariance.numpy()}
+    fields: dict[str, Any] = {"mu": gaussian.mean.numpy(), "sigma": gaussian.covariance.numpy()}
     if gaussian.count is not None:
         fields["count"] = np.int64(gaussian.count)
     buffer = io.BytesIO()

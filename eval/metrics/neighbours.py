@@ -183,7 +183,8 @@ def halved(reference: Features, seed: int = 0, subset_size: int = KID_SUBSET, su
     orders = (torch.from_numpy(rng.permutation(len(target))) for _ in range(subsets))
     values = [unbiased_mmd(target[order[:size]], target[order[size : 2 * size]]) for order in orders]
     order, half = torch.from_numpy(rng.permutation(len(target))), len(target) // 2
-    near = precision_recall(target[order[:half]], target[order[half : 2 * half]], names=(reference.name,) * 2)
+    names = reference.name, reference.name
+    near = precision_recall(target[order[:half]], target[order[half : 2 * half]], names=names)
     return HalvesNull(float(np.mean(values)), float(np.std(values)), near.precision, near.recall, half)
 
 

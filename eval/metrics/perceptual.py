@@ -44,7 +44,7 @@ OVERSHOOT = 1e-3  # beyond [-1, 1], from resampling or rounding
 class Clip:
     """A CLIP network with the preprocessing and tokenizer that belong to it."""
 
-    network: torch.nn.Module = field(repr=False)
+    network: Any = field(repr=False)  # a torch module of open_clip's
     preprocess: Callable[[Image.Image], Tensor] = field(repr=False)
     tokenise: Callable[[list[str]], Tensor] = field(repr=False)
     prefix: str

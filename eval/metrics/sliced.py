@@ -5,7 +5,7 @@ away as it looks. Over luma.
 Legend: N images, P patches of an image, D = PATCH^2 pixels, L levels from the finest, T directions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -56,7 +56,7 @@ def _smooth(planes: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 5, 1)), kernel.view(1, 1, 1, 5))[:, 0]
 
 
-def _enlarged(planes: Tensor, size: tuple[int, int]) -> Tensor:
+def _enlarged(planes: Tensor, size: Sequence[int]) -> Tensor:
     """Zeros between the samples, smoothed to unit gain."""
     spread = planes.new_zeros(len(planes), *size)
     spread[:, ::2, ::2] = 4 * planes

@@ -210,7 +210,7 @@ def verdict(
     UnfitError for NaN images.
     """
     rng = np.random.default_rng(seed)
-    spectra = [spectrum_of(x) for x in (images, reference)]
+    spectra = spectrum_of(images), spectrum_of(reference)
     same_size(*spectra, "the images", "the reference")
     structures = [structure_of(x) for x in (images, reference)]
 
