@@ -152,9 +152,9 @@ def _uncommented(name: str, text: str) -> Any:
         node = _compose(held, COMMAND_LINE, name)
         value = typing.cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={held}"]), resolve=False))
     except UNREADABLE as error:
-        told = str(error) if isinstance(error, ConfigError) else ""
-        told = told or f"{name} = {shown(held)} ({COMMAND_LINE}): {_yaml_problem(error)}; quote it"
-        raise ConfigError(told.replace(stand_in, "#").replace(ascii(stand_in)[1:-1], "#")) from error
+        message = str(error) if isinstance(error, ConfigError) else ""
+        message = message or f"{name} = {shown(held)} ({COMMAND_LINE}): {_yaml_problem(error)}; quote it"
+        raise ConfigError(message.replace(stand_in, "#").replace(ascii(stand_in)[1:-1], "#")) from error
     value = _replaced(value["value"], stand_in)
     if isinstance(node, yaml.ScalarNode) and node.style is None and isinstance(value, str) and value != text:
         remedy = f"quote it: {name}='{json.dumps(text, ensure_ascii=False)}'"
@@ -318,22 +318,22 @@ def _nearest(root: type, siblings: list[Slot], path: str) -> str:
 
 
 def _build(schema: type[T], base: Any, values: dict[str, Any], layers: list[Layer], prefix: str) -> T:
-    given, checked = {}, {}
+    values_of, checked = {}, {}
     for slot in slots(schema, base, prefix):
         value = values.get(slot.name, MISSING)
         if slot.section is not None and isinstance(value, dict):
-            given[slot.name] = _build(slot.section, slot.default, value, layers, slot.path)
+            values_of[slot.name] = _build(slot.section, slot.default, value, layers, slot.path)
         elif value is not MISSING:
-            given[slot.name] = None if slot.section is not None else leaf(value, slot, _origin(layers, slot.path))
+            values_of[slot.name] = None if slot.section is not None else leaf(value, slot, _origin(layers, slot.path))
         elif slot.default is not MISSING:
-            given[slot.name] = slot.default
+            values_of[slot.name] = slot.default
         elif slot.section is not None:
-            given[slot.name] = _build(slot.section, MISSING, {}, layers, slot.path)
+            values_of[slot.name] = _build(slot.section, MISSING, {}, layers, slot.path)
         else:
             raise ConfigError(f"{slot.path} ({_sources(layers)}): required and not set; add {slot.path}=VALUE")
-        checked[slot.name] = given[slot.name]
+        checked[slot.name] = values_of[slot.name]
     try:
-        return schema(**given)
+        return schema(**values_of)
     except (ValueError, TypeError) as error:
         raise _rule_error(error, checked, layers, prefix) from error
 
@@ -348,9 +348,9 @@ def _rule_error(error: Exception, values: dict[str, Any], layers: list[Layer], p
     if value is MISSING:
         return ConfigError(f"{prefix or 'config'} ({_sources(layers)}): {rule}; see --help")
     path = f"{prefix}.{name}".lstrip(".")
-    told = "" if dataclasses.is_dataclass(value) else f" = {shown(plain(value))}"
+    written = "" if dataclasses.is_dataclass(value) else f" = {shown(plain(value))}"
     where = _origin(layers, path)
-    return ConfigError(f"{path}{told} ({where if where != DEFAULTS else _sources(layers)}): {rule}; see --help")
+    return ConfigError(f"{path}{written} ({where if where != DEFAULTS else _sources(layers)}): {rule}; see --help")
 
 
 def _origin(layers: list[Layer], path: str) -> str:

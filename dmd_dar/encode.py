@@ -136,20 +136,20 @@ def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
     return Work(layout, make, "prompts")
 
 
-def told_by(cfg: EncodeConfig) -> dict[str, Any]:
+def wanted_by(cfg: EncodeConfig) -> dict[str, Any]:
     """What of the folder's layout needs no look at codec, text encoder, images or prompts."""
     if cfg.prompts:
-        told = {"kind": prompts.KIND, "dtype": cfg.dtype, "shard_size": cfg.shard_size or PROMPTS_PER_SHARD}
-        return told | ({"tokens": cfg.tokens} if cfg.tokens else {})
-    told = {"kind": latents.KIND, "held_out": cfg.held_out, "shard_size": cfg.shard_size or IMAGES_PER_SHARD}
+        wanted = {"kind": prompts.KIND, "dtype": cfg.dtype, "shard_size": cfg.shard_size or PROMPTS_PER_SHARD}
+        return wanted | ({"tokens": cfg.tokens} if cfg.tokens else {})
+    wanted = {"kind": latents.KIND, "held_out": cfg.held_out, "shard_size": cfg.shard_size or IMAGES_PER_SHARD}
     if cfg.n:
-        return {**told, "n": cfg.n, **RandomCrops.told_by(cfg.data, cfg.seed)}
-    return {**told, **MiddleCrops.told_by(cfg.data, cfg.held_out)}
+        return {**wanted, "n": cfg.n, **RandomCrops.wanted_by(cfg.data, cfg.seed)}
+    return {**wanted, **MiddleCrops.wanted_by(cfg.data, cfg.held_out)}
 
 
 def encode(cfg: EncodeConfig) -> None:
     """Make what is missing of the folder, see `fill_folder`."""
-    if held := fill_folder(cfg, prepare, told_by(cfg)):
+    if held := fill_folder(cfg, prepare, wanted_by(cfg)):
         print(held)
     if cfg.prompts:
         name, text = copy_of(read_prompts(cfg.prompts))  # for people, and for the CLIP score

@@ -35,14 +35,14 @@ def key(
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two nested configurations differ; ABSENT stands for a missing key."""
-    found = []
+    differing = []
     for name in [*old, *(name for name in new if name not in old)]:
         a, b = _listed(old.get(name, ABSENT)), _listed(new.get(name, ABSENT))
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
+            differing += differences(a, b, f"{prefix}{name}.")
         elif a != b or type(a) is not type(b):
-            found.append((f"{prefix}{name}", a, b))
-    return found
+            differing.append((f"{prefix}{name}", a, b))
+    return differing
 
 
 def _listed(value: Any) -> Any:

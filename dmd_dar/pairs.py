@@ -153,7 +153,7 @@ def layout_of(recipe: Recipe, shard_size: int) -> Layout:
     return Layout({**HOW, **decides}, count, shard_size, tensors)
 
 
-def told_by(cfg: PairsConfig) -> dict[str, Any]:
+def wanted_by(cfg: PairsConfig) -> dict[str, Any]:
     """What of `layout_of` needs no look at the teacher."""
     same = ("guidance_scale", "rungs", "solver_steps", "seed", "n", "shard_size")
     return {**HOW, **{name: getattr(cfg, name) for name in same}}
@@ -228,7 +228,7 @@ def prepare(cfg: PairsConfig, device: torch.device) -> Work:
 
 def make_pairs(cfg: PairsConfig) -> None:
     """Make what is missing of the folder, see `fill_folder`."""
-    if held := fill_folder(cfg, prepare, told_by(cfg)):
+    if held := fill_folder(cfg, prepare, wanted_by(cfg)):
         print(held)
 
 

@@ -56,8 +56,8 @@ class ModelConfig(SiTConfig):
             raise config.ConfigError(
                 f"model.num_classes = {self.num_classes}: the data has {data.num_classes}; leave the key out"
             )
-        given = {field.name: getattr(self, field.name) for field in fields(SiTConfig)}
-        return SiTConfig(**{**given, "num_classes": data.num_classes})
+        shape = {field.name: getattr(self, field.name) for field in fields(SiTConfig)}
+        return SiTConfig(**{**shape, "num_classes": data.num_classes})
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def walk(schema: type, base: Any = MISSING, prefix: str = "") -> Iterator[Slot]:
 
 
 def _section(kind: Any) -> type | None:
-    found = [option for option in options(kind) if isinstance(option, type) and dataclasses.is_dataclass(option)]
-    return found[0] if found else None
+    sections = [option for option in options(kind) if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    return sections[0] if sections else None
 
 
 def options(kind: Any) -> tuple[Any, ...]:

@@ -30,20 +30,20 @@ class MiddleCrops:
         self.label_names = self.listing.label_names
         left_out = held_out_files(self.listing, cfg.held_out_share)
         self.files = [file for file in self.listing.files if (file in left_out) == held_out]
-        self.copies = self.told_by(cfg, held_out)["copies"]
+        self.copies = self.wanted_by(cfg, held_out)["copies"]
         labels = torch.tensor([file.label for file in self.files], dtype=torch.int64)
         self.counts = tuple((self.copies * torch.bincount(labels, minlength=len(self.label_names))).tolist())
         if bare := [name for name, count in zip(self.label_names, self.counts, strict=True) if not count]:
             names, side = ", ".join(map(repr, bare[:SHOWN])), "held out of" if held_out else "left for training in"
             raise UserError(f"data.path = {cfg.path}: no image is {side} {names}; set data.held_out_share")
-        self.content = {"images": "middle", "data": self.listing.hash, **self.told_by(cfg, held_out)}
+        self.content = {"images": "middle", "data": self.listing.hash, **self.wanted_by(cfg, held_out)}
 
     @staticmethod
-    def told_by(cfg: DataConfig, held_out: bool) -> dict[str, Any]:
+    def wanted_by(cfg: DataConfig, held_out: bool) -> dict[str, Any]:
         """What of `content` needs no look at the folder."""
         copies = 2 if cfg.flip and not held_out else 1
-        told = {"images": "middle", "size": cfg.size, "shorter_side": cfg.shorter_side, "copies": copies}
-        return told | {"held_out_share": cfg.held_out_share}
+        wanted = {"images": "middle", "size": cfg.size, "shorter_side": cfg.shorter_side, "copies": copies}
+        return wanted | {"held_out_share": cfg.held_out_share}
 
     def check(self) -> None:
         """Decode every image once; UserError naming up to five that cannot be used."""
@@ -88,14 +88,14 @@ class RandomCrops:
             raise UserError(f"n = {n}: fewer crops than the {classes} classes of data.name {cfg.name}; set n to more")
         self.counts = tuple(n // classes + (label < n % classes) for label in range(classes))
         self.labels = torch.arange(classes).repeat_interleave(torch.tensor(self.counts))
-        self.content = {"images": "random", "data": self.source.hash, **self.told_by(cfg, seed)}
+        self.content = {"images": "random", "data": self.source.hash, **self.wanted_by(cfg, seed)}
 
     @staticmethod
-    def told_by(cfg: DataConfig, seed: int) -> dict[str, Any]:
+    def wanted_by(cfg: DataConfig, seed: int) -> dict[str, Any]:
         """What of `content` needs no look at the data."""
-        told = {"images": "random", "name": cfg.name, "size": cfg.size, "seed": seed}
+        wanted = {"images": "random", "name": cfg.name, "size": cfg.size, "seed": seed}
         more = ("shorter_side", "flip", "held_out_share") if cfg.name == "folder" else ()
-        return told | {name: getattr(cfg, name) for name in more}
+        return wanted | {name: getattr(cfg, name) for name in more}
 
     def check(self) -> None:
         """Nothing is left to check: the source is open."""

@@ -94,9 +94,9 @@ def newest_whole(root: Path) -> int | None:
             damaged[step] = error
     else:
         if damaged:
-            told = "; ".join(str(error) for error in damaged.values())
+            faults = "; ".join(str(error) for error in damaged.values())
             remedy = f"restore one from a copy, or remove '{root}' to start from step 0"
-            raise DamagedFileError(f"no checkpoint is whole: {told}: {remedy}")
+            raise DamagedFileError(f"no checkpoint is whole: {faults}: {remedy}")
         return None
     for other, error in damaged.items():
         aside = _folder(root, other, "damaged")
@@ -279,8 +279,8 @@ def _unsaved(root: Path, step: int, reason: BaseException | str) -> UserError:
     remedy = "free some space (checkpoint.keep_last and keep_every say what is kept)" if full else "mend that"
     kept = steps_saved(root)
     left = f"that of step {kept[-1]} is whole" if kept else "there is none yet"
-    told = reason if isinstance(reason, str) else _line(reason)
-    return UserError(f"'{root}': the checkpoint of step {step} was not saved, {told}; {left}: {remedy}, and run again")
+    cause = reason if isinstance(reason, str) else _line(reason)
+    return UserError(f"'{root}': the checkpoint of step {step} was not saved, {cause}; {left}: {remedy}, and run again")
 
 
 def _line(error: BaseException) -> str:

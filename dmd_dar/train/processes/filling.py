@@ -62,12 +62,12 @@ def device_of(cfg: FillConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
 
 
-def fill_folder(cfg: FillConfig, prepare: Prepare, told: dict[str, Any] | None = None) -> str:
+def fill_folder(cfg: FillConfig, prepare: Prepare, wanted: dict[str, Any] | None = None) -> str:
     """Make what is missing of `cfg.out`; one line that says what it holds then, empty in all processes but the first.
 
     Exits with code 143 where SIGTERM or SIGINT stopped it, a shard finished.
 
-    `told` is what `cfg` alone says of the folder's samples: where that differs, nothing is prepared.
+    `wanted` is what `cfg` alone says of the folder's samples: where that differs, nothing is prepared.
     Where RANK and WORLD_SIZE are set, this process is one of those that a launcher started, and starts none itself.
     """
     world = launched() or World(1, 0, 0)
@@ -79,7 +79,7 @@ def fill_folder(cfg: FillConfig, prepare: Prepare, told: dict[str, Any] | None =
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if os.path.lexists(cfg.out):
-        holds_shards(make_folder(cfg.out), told or {}, partly=True)
+        holds_shards(make_folder(cfg.out), wanted or {}, partly=True)
     work = prepare(cfg, device)
     if rank == 0 and not Path(cfg.out, MANIFEST).exists():
         work.check()
@@ -134,13 +134,13 @@ def _work(member: Member, cfg: FillConfig, prepare: Prepare) -> None:
 def progress(work: Work, start: int) -> Callable[[int], None]:
     """report(made): a line with speed and time left, every now and then and at the end."""
     began = printed = time.monotonic()
-    said, n, unit = start, work.layout.n, work.unit
+    reported, n, unit = start, work.layout.n, work.unit
 
     def report(made: int) -> None:
-        nonlocal printed, said
+        nonlocal printed, reported
         now = time.monotonic()
-        if made > said and (made == n or now - printed >= SAY):
-            printed, said, rate = now, made, (made - start) / max(now - began, 1e-9)
+        if made > reported and (made == n or now - printed >= SAY):
+            printed, reported, rate = now, made, (made - start) / max(now - began, 1e-9)
             left = tqdm.format_interval((n - made) / rate)
             LOGGER.info(f"{made}/{n} {unit}  {rate:.3g} {unit}/s  ETA {left}")
 

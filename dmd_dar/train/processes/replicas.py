@@ -52,11 +52,11 @@ def check(runtime: Runtime, state: dict[str, Any], step: int) -> None:
     heads = runtime.of_all(torch.stack([shape.to(runtime.device), torch.tensor(runtime.part, device=runtime.device)]))
     if len(set(heads[:, 0].tolist())) > 1:
         raise ReplicaError(f"step {step}: the processes hold states of different forms; {REMEDY}")
-    found, parts = runtime.of_all(sums), heads[:, 1].tolist()
+    held, parts = runtime.of_all(sums), heads[:, 1].tolist()
     sharded = torch.tensor([isinstance(v, Tensor) and is_part(v) for v in values])
     for rank, part in enumerate(parts):
         first = parts.index(part)  # the first process of the same part; for whole tensors it is the main one
-        differs = found[rank] != torch.where(sharded, found[first], found[0])
+        differs = held[rank] != torch.where(sharded, held[first], held[0])
         if differs.any():
             index = int(differs.nonzero()[0])
             other = first if sharded[index] else 0

@@ -292,15 +292,15 @@ class GradientMean:
 
 def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """The parameters from the last to the first, as gradients come, in lists of one dtype and about BUCKET bytes."""
-    found: list[list[nn.Parameter]] = []
+    filled: list[list[nn.Parameter]] = []
     size = 0
     for p in reversed(parameters):
-        if not found or size >= BUCKET or p.dtype != found[-1][0].dtype:
-            found.append([])
+        if not filled or size >= BUCKET or p.dtype != filled[-1][0].dtype:
+            filled.append([])
             size = 0
-        found[-1].append(p)
+        filled[-1].append(p)
         size += p.numel() * p.element_size()
-    return found
+    return filled
 
 
 def outline(network: nn.Module) -> nn.Module:

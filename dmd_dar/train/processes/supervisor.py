@@ -57,8 +57,8 @@ class Ending:
 
 
 @contextlib.contextmanager
-def started(work: Callable[..., None], processes: int, *given: Any) -> Iterator[Team]:
-    """`processes` new interpreters that call work(member, *given), which must be of a module's top level.
+def started(work: Callable[..., None], processes: int, *arguments: Any) -> Iterator[Team]:
+    """`processes` new interpreters that call work(member, *arguments), which must be of a module's top level.
 
     None of them outlives the block, nor this process, however it ends.
     """
@@ -66,7 +66,7 @@ def started(work: Callable[..., None], processes: int, *given: Any) -> Iterator[
     try:
         for rank in range(processes):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_enter, args=(work, Member(rank, processes, theirs), given))
+            process = context.Process(target=_enter, args=(work, Member(rank, processes, theirs), arguments))
             process.start()
             theirs.close()
             team.lines.append(ours)
@@ -78,7 +78,7 @@ def started(work: Callable[..., None], processes: int, *given: Any) -> Iterator[
             process.join()
 
 
-def _enter(work: Callable[..., None], member: Member, given: tuple[Any, ...]) -> None:
+def _enter(work: Callable[..., None], member: Member, arguments: tuple[Any, ...]) -> None:
     """The life of a started process. An error of the user's to mend becomes its last words, with exit code 2."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -86,7 +86,7 @@ def _enter(work: Callable[..., None], member: Member, given: tuple[Any, ...]) ->
     messages.show()
     code = 0
     try:
-        work(member, *given)
+        work(member, *arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except Exception as error:
@@ -111,13 +111,13 @@ def watch(
     `look` is called after every look at the processes. The rank of the first that failed, None where all did their
     work. One that a signal ended comes before those that lost it: they may be gone before the system has buried it.
     """
-    asked, killed, failed, deadline = False, False, None, float("inf")
+    passed_on, killed, failed, deadline = False, False, None, float("inf")
     while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
         wait([processes[rank].sentinel for rank in alive], LOOK)
         if failed is None and (failed := first_failed(processes)) is not None and ending.grace is not None:
             deadline = time.monotonic() + ending.grace
-        if not asked and (stop.asked or (failed is not None and ending.grace is None)):
-            asked = True
+        if not passed_on and (stop.asked or (failed is not None and ending.grace is None)):
+            passed_on = True
             for rank in alive:
                 ending.ask(rank)
         if time.monotonic() > deadline:
@@ -126,7 +126,7 @@ def watch(
                 processes[rank].kill()
         look()
     lost = next((rank for rank, process in enumerate(processes) if process.exitcode < 0), None)
-    if lost is not None and not (asked or killed):
+    if lost is not None and not (passed_on or killed):
         return lost
     return first_failed(processes) if failed is None else failed  # the last ones may have ended since it was looked for
 

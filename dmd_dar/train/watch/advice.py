@@ -17,8 +17,8 @@ OUTWEIGHED = 5.0  # the GAN's gradient at x, in those of distribution matching
 
 
 @dataclass(frozen=True)
-class Told:
-    """`all` the warnings of a record, and those `due` to be said on the screen now."""
+class Warnings:
+    """`all` the warnings of a record, and those `due` to be shown now."""
 
     all: list[str]
     due: list[str]
@@ -28,68 +28,68 @@ class Told:
 class Advice:
     """Remembers what was said: a warning is said when it appears, not while it stays or comes and goes."""
 
-    said: dict[str, int] = field(default_factory=dict)  # records without it, of the warnings that are no news
+    known: dict[str, int] = field(default_factory=dict)  # records without it, of the warnings that are no news
 
-    def on(self, found: dict[str, float], best: tuple[float, int] | None) -> Told:
-        lines = warnings_of(found, best)
-        due = [line for name, line in lines.items() if name not in self.said]
-        away = {name: count + 1 for name, count in self.said.items() if name not in lines and count + 1 < CALM}
-        self.said = {**away, **dict.fromkeys(lines, 0)}
-        return Told(list(lines.values()), due)
+    def on(self, measured: dict[str, float], best: tuple[float, int] | None) -> Warnings:
+        lines = warnings_of(measured, best)
+        due = [line for name, line in lines.items() if name not in self.known]
+        away = {name: count + 1 for name, count in self.known.items() if name not in lines and count + 1 < CALM}
+        self.known = {**away, **dict.fromkeys(lines, 0)}
+        return Warnings(list(lines.values()), due)
 
     def state(self) -> dict[str, Any]:
-        return {"said": self.said}
+        return {"said": self.known}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.said = dict(state["said"])
+        self.known = dict(state["said"])
 
 
-def warnings_of(found: dict[str, float], best: tuple[float, int] | None = None) -> dict[str, str]:
+def warnings_of(measured: dict[str, float], best: tuple[float, int] | None = None) -> dict[str, str]:
     """The warnings by name that the signals of `health.signals` and of the steps give; `best` is (score, step)."""
     lines: dict[str, str] = {}
-    beyond = found.get("saturation", 0.0) - found.get("teacher_saturation", 0.0)
+    beyond = measured.get("saturation", 0.0) - measured.get("teacher_saturation", 0.0)
     if beyond > SATURATED:
         lines["saturation"] = (
-            f"saturation {found['saturation']:.0%} of values (teacher {found['teacher_saturation']:.0%}):"
+            f"saturation {measured['saturation']:.0%} of values (teacher {measured['teacher_saturation']:.0%}):"
             " guidance_scale or student.lr too high; a larger regression.weight holds it"
         )
-    if found.get("diversity", 1.0) < COLLAPSED:
+    if measured.get("diversity", 1.0) < COLLAPSED:
         lines["diversity"] = (
-            f"diversity within a condition {found['diversity']:.2f} of the teacher's: modes are being dropped;"
+            f"diversity within a condition {measured['diversity']:.2f} of the teacher's: modes are being dropped;"
             " raise fake_score.updates or fake_score.lr, or regression.weight, or lower student.lr"
         )
-    drift = found.get("mean_drift", 0.0)
+    drift = measured.get("mean_drift", 0.0)
     if abs(drift) > DRIFTED:
         lines["mean_drift"] = (
             f"a channel's mean is {drift:+.2f} standard deviations off the teacher's:"
             " lower student.lr, or raise regression.weight, which anchors it"
         )
-    if not FLAT < found.get("std_ratio", 1.0) < STEEP:
+    if not FLAT < measured.get("std_ratio", 1.0) < STEEP:
         lines["std_ratio"] = (
-            f"a channel's standard deviation is {found['std_ratio']:.2f} of the teacher's: contrast is"
-            f" {'lost' if found['std_ratio'] < 1 else 'overdone'}; lower student.lr or guidance_scale"
+            f"a channel's standard deviation is {measured['std_ratio']:.2f} of the teacher's: contrast is"
+            f" {'lost' if measured['std_ratio'] < 1 else 'overdone'}; lower student.lr or guidance_scale"
         )
-    if found.get("hf_gain", 0.0) > LOUD:
+    if measured.get("hf_gain", 0.0) > LOUD:
         lines["hf_gain"] = (
-            f"high band {found['hf_gain']:+.1f} dB against the teacher: noise or over-sharpening;"
+            f"high band {measured['hf_gain']:+.1f} dB against the teacher: noise or over-sharpening;"
             " lower student.lr or gan.weight, or raise fake_score.updates"
         )
-    if found.get("grid_peak", 0.0) > GRIDDED:
+    if measured.get("grid_peak", 0.0) > GRIDDED:
         lines["grid_peak"] = (
-            f"a line of the pixel grid stands {found['grid_peak']:.1f} dB above the teacher's: seams of patches;"
+            f"a line of the pixel grid stands {measured['grid_peak']:.1f} dB above the teacher's: seams of patches;"
             " lower student.lr, or raise fake_score.updates; a higher student.ema smooths it"
         )
-    if best is not None and found.get("score", best[0]) > best[0] + PASSED:
+    if best is not None and measured.get("score", best[0]) > best[0] + PASSED:
         lines["score"] = (
-            f"score {found['score']:.1f} dB, {found['score'] - best[0]:.1f} above that of step {best[1]}, whose"
+            f"score {measured['score']:.1f} dB, {measured['score'] - best[0]:.1f} above that of step {best[1]}, whose"
             " checkpoint is kept: the run is past its best; stop it, or lower student.lr"
         )
-    return lines | _of_gradients(found)
+    return lines | _of_gradients(measured)
 
 
-def _of_gradients(found: dict[str, float]) -> dict[str, str]:
+def _of_gradients(measured: dict[str, float]) -> dict[str, str]:
     lines = {}
-    for name, share in found.items():
+    for name, share in measured.items():
         if name.startswith("clipped_") and share > CLIPPED:
             phase = name.removeprefix("clipped_")
             section = {"discriminator": "gan"}.get(phase, phase)
@@ -97,7 +97,7 @@ def _of_gradients(found: dict[str, float]) -> dict[str, str]:
                 f"{share:.0%} of the {phase}'s steps are clipped: {section}.clip sets its pace;"
                 f" raise it, or lower {section}.lr if the loss jumps"
             )
-    gan, dm = found.get("gan_gradient", 0.0), found.get("dm_gradient", 0.0)
+    gan, dm = measured.get("gan_gradient", 0.0), measured.get("dm_gradient", 0.0)
     if dm and gan > OUTWEIGHED * dm:
         lines["gan_gradient"] = f"the GAN's gradient at x is {gan / dm:.0f} times that of matching: lower gan.weight"
     return lines

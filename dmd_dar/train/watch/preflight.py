@@ -75,9 +75,9 @@ def first_batch(data: Source, seed: int) -> tuple[Tensor, Tensor]:
 def preflight(runtime: Runtime, teacher: Teacher, data: Source, codec: Codec | None, seed: int) -> None:
     """Says on the screen how well the teacher denoises; raises PreflightError where it does not, see check_teacher."""
     with runtime.autocast():
-        told = check_teacher(teacher, data, codec, seed)
+        message = check_teacher(teacher, data, codec, seed)
     if runtime.is_main:
-        LOGGER.info(told)
+        LOGGER.info(message)
 
 
 @torch.no_grad()
