@@ -82,45 +82,47 @@ def signals(student: Samples, teacher: Samples) -> dict[str, float]:
     """
     drift = (student.mean - teacher.mean) / teacher.std
     ratio = student.std / teacher.std
-    found = {
+    measured = {
         "mean_drift": drift[drift.abs().argmax()].item(),
         "std_ratio": ratio[ratio.log().abs().argmax()].item(),
         "saturation": student.saturation,
         "teacher_saturation": teacher.saturation,
     }
     if teacher.diversity:
-        found["diversity"] = student.diversity / teacher.diversity
+        measured["diversity"] = student.diversity / teacher.diversity
     if student.power is not None and teacher.power is not None and student.frequencies is not None:
-        found["hf_gain"] = 10 * math.log10(student.hf / teacher.hf)
+        measured["hf_gain"] = 10 * math.log10(student.hf / teacher.hf)
         distance, _ = spectrum.log_spectral_distance(student.frequencies, student.power, teacher.power)
-        found["log_spectral_distance"] = distance.item()
-        found["score"] = abs(found["hf_gain"]) + found["log_spectral_distance"]
+        measured["log_spectral_distance"] = distance.item()
+        measured["score"] = abs(measured["hf_gain"]) + measured["log_spectral_distance"]
     if student.lines is not None and teacher.lines is not None:
         held = ~teacher.lines.isnan()  # this size has not every line
-        found["grid_peak"] = torch.where(held, student.lines - teacher.lines, -math.inf).max().item()
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+        measured["grid_peak"] = torch.where(held, student.lines - teacher.lines, -math.inf).max().item()
+    return {name: value for name, value in measured.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The same few samples at every look: noise and labels keyed by `seed`, of at most CLASSES classes in turn."""
+
+    count: int
+    seed: int
+    shape: tuple[int, ...]
+    num_classes: int
+    decode: Callable[[Tensor], Tensor] | None  # images of samples; None where they are images
 
 
 @torch.no_grad()
-def draw(
-    generator: Generator,
-    decode: Callable[[Tensor], Tensor] | None,
-    count: int,
-    *,
-    seed: int,
-    shape: tuple[int, ...],
-    num_classes: int,
-    device: torch.device,
-) -> Samples:
-    """The measured `count` samples whose noise and labels are keyed by `seed`, of at most CLASSES classes in turn."""
-    classes = min(num_classes, CLASSES)
-    chosen = torch.arange(classes, device=device) * num_classes // classes
+def draw(generator: Generator, panel: Panel, device: torch.device) -> Samples:
+    """What is measured of the samples that the generator makes for the panel."""
+    classes = min(panel.num_classes, CLASSES)
+    chosen = torch.arange(classes, device=device) * panel.num_classes // classes
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, count, CHUNK):
-        draws = Draws(seed, "health", 0, sample_range(start, min(start + CHUNK, count), device))
+    for start in range(0, panel.count, CHUNK):
+        draws = Draws(panel.seed, "health", 0, sample_range(start, min(start + CHUNK, panel.count), device))
         cond = chosen[draws.samples % classes]
-        x0 = generator(cond, draws, draws.normal("noise", *shape))
-        parts.append((x0, cond, x0 if decode is None else decode(x0)))
+        x0 = generator(cond, draws, draws.normal("noise", *panel.shape))
+        parts.append((x0, cond, x0 if panel.decode is None else panel.decode(x0)))
     return samples_of(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -156,36 +158,34 @@ class Health:
         self._add(metrics)
         if step % self.every and not scored:
             return {}
-        found = self.runtime.average({name: (total / self.steps).item() for name, total in self.sums.items()})
+        measured = self.runtime.average({name: (total / self.steps).item() for name, total in self.sums.items()})
         self.sums, self.steps = {}, 0
         if self.runtime.is_main or self.runtime.sharded:
-            found |= self.measure()
-        if scored and "score" in found and (self.best is None or found["score"] < self.best[0]):
-            self.best = found["score"], step
-        told = self.advice.on(found, self.best)
+            measured |= self.measure()
+        if scored and "score" in measured and (self.best is None or measured["score"] < self.best[0]):
+            self.best = measured["score"], step
+        warnings = self.advice.on(measured, self.best)
         if self.runtime.is_main:
-            for line in told.due:
+            for line in warnings.due:
                 LOGGER.warning(f"warning, step {step}: {line}")
-        record: dict[str, Any] = {f"health/{name}": value for name, value in found.items()}
+        record: dict[str, Any] = {f"health/{name}": value for name, value in measured.items()}
         if self.best is not None:
             record |= {"health/best_score": self.best[0], "health/best_step": self.best[1]}
-        return record | ({"health/warnings": "; ".join(told.all)} if told.all else {})
+        return record | ({"health/warnings": "; ".join(warnings.all)} if warnings.all else {})
 
     def measure(self) -> dict[str, float]:
         """The signals of the samples now."""
-        given = {"seed": self.seed, "shape": self.shape, "num_classes": self.num_classes}
+        panel = Panel(self.count, self.seed, self.shape, self.num_classes, self.decode)
         first, began = self.reference is None, time.monotonic()
         with self.runtime.autocast():
             if self.reference is None:
-                self.reference = draw(self.teacher, self.decode, self.count, **given, device=self.runtime.device)
+                self.reference = draw(self.teacher, panel, self.runtime.device)
             drawn = time.monotonic()
-            found = signals(
-                draw(self.student, self.decode, self.count, **given, device=self.runtime.device), self.reference
-            )
+            measured = signals(draw(self.student, panel, self.runtime.device), self.reference)
         if first and self.runtime.is_main:
             took = f"{drawn - began:.1f} s, once; a record takes {time.monotonic() - drawn:.1f} s"
             LOGGER.info(f"health: {self.count} samples of the teacher took {took}, every {self.every} steps")
-        return found
+        return measured
 
     def _add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
