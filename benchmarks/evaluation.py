@@ -33,7 +33,7 @@ AIM_S = 60
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationBenchmark:
     """python -m benchmarks.evaluation"""
 
     n: int = key(512, "images of each set", least=64)
@@ -43,7 +43,9 @@ class Bench:
     runs: tuple[str, ...] = key((), "run folders whose report is timed as a command", path=True)
 
 
-def image_sets(cfg: Bench) -> tuple[ImageSet, ImageSet, list[ImageSet], tuple[torch.Tensor, torch.Tensor]]:
+def image_sets(
+    cfg: EvaluationBenchmark,
+) -> tuple[ImageSet, ImageSet, list[ImageSet], tuple[torch.Tensor, torch.Tensor]]:
     """Teacher, real crops, the null with the students, and the crops that PCA and classifier are fitted to."""
     data, samples = Photos(cfg.size), sample_range(0, cfg.n)
     labels = samples % data.num_classes
@@ -58,7 +60,7 @@ def image_sets(cfg: Bench) -> tuple[ImageSet, ImageSet, list[ImageSet], tuple[to
     return teacher, real, [ImageSet("null", crops["null"], labels, "null", False), *students], (crops["fit"], labels)
 
 
-def evaluation(cfg: Bench, folder: Path) -> dict[str, float]:
+def evaluation(cfg: EvaluationBenchmark, folder: Path) -> dict[str, float]:
     """Seconds of the parts of one evaluation, in order."""
     teacher, real, sets, fit = image_sets(cfg)
     ledger, made = Ledger(), {}
@@ -82,7 +84,7 @@ def evaluation(cfg: Bench, folder: Path) -> dict[str, float]:
     return times
 
 
-def command(cfg: Bench, folder: Path) -> dict[str, float]:
+def command(cfg: EvaluationBenchmark, folder: Path) -> dict[str, float]:
     """Seconds of eval.report in a process of its own that finds no images of an earlier one, and of a second one."""
     words = [f"runs=[{','.join(cfg.runs)}]", f"n={cfg.n}", "metrics=[offline]", f"out={folder / 'report'}"]
 
@@ -94,7 +96,7 @@ def command(cfg: Bench, folder: Path) -> dict[str, float]:
         return {name: seconds(call) for name in ("new", "again")}
 
 
-def run(cfg: Bench) -> None:
+def run(cfg: EvaluationBenchmark) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rounds = [evaluation(cfg, folder) for _ in range(cfg.rounds)]
@@ -119,4 +121,4 @@ def run(cfg: Bench) -> None:
 
 
 if __name__ == "__main__":
-    config.run_job(Bench, run, description=__doc__ or "")
+    config.run_job(EvaluationBenchmark, run, description=__doc__ or "")

@@ -62,33 +62,33 @@ def mega(count: float) -> str:
 
 def aims(result: dict[str, Any], cuda: bool) -> list[tuple[str, float, float, bool]]:
     """What was aimed at: (what, measured, bound, whether more is better), for everything that was measured."""
-    found = []
+    rows = []
     for chain in result.get("chain", []):
         name, extra = chain["form"], chain["extra_bytes"]
         if not cuda:
-            found.append((f"{name}: `torch` faster than `naive`", chain["training_ratio"]["torch"], 8.0, True))
+            rows.append((f"{name}: `torch` faster than `naive`", chain["training_ratio"]["torch"], 8.0, True))
             settled = chain["settled"]["training_ratio"]["torch"]
-            found.append((f"{name}: the same without page faults", settled, 4.0, True))
-        found.append(
+            rows.append((f"{name}: the same without page faults", settled, 4.0, True))
+        rows.append(
             (f"{name}: extra memory of `naive`'s", extra["torch"] / extra["naive"], 1 / (4 if cuda else 8), False)
         )
     for row in result.get("router", []):
         where = f"one router, B {row['B']}"
         if "naive" in row["forward_ratio"]:
-            found.append((f"{where}: `triton` forward faster than `naive`", row["forward_ratio"]["naive"], 11.5, True))
-            found.append((f"{where}: backward", row["backward_ratio"]["naive"], 8.5, True))
+            rows.append((f"{where}: `triton` forward faster than `naive`", row["forward_ratio"]["naive"], 11.5, True))
+            rows.append((f"{where}: backward", row["backward_ratio"]["naive"], 8.5, True))
         share = row["forward_share_of_copy_bandwidth"]["triton"]
-        found.append((f"{where}: forward over copy bandwidth", share, 0.8, True))
+        rows.append((f"{where}: forward over copy bandwidth", share, 0.8, True))
     for row in result.get("public", []):
         for kernel, over in row["forward_ratio"].items():
             if kernel != "triton" and row["sources"] <= 9:
-                found.append((f"{row['sources']} sources: forward of {kernel} over `triton`'s", over, 1.0, True))
+                rows.append((f"{row['sources']} sources: forward of {kernel} over `triton`'s", over, 1.0, True))
                 over = row["backward_ratio"][kernel]
-                found.append((f"{row['sources']} sources: backward of {kernel} over `triton`'s", over, 1.0, True))
+                rows.append((f"{row['sources']} sources: backward of {kernel} over `triton`'s", over, 1.0, True))
     for form, over in result.get("step", {}).get("ratio", {}).items():
         if form != "residual" and not form.endswith(BACKENDS):  # a row that ends so is not by the default
-            found.append((f"training step, {form}, over residual", over, 1.15 if cuda else 1.25, False))
-    return found
+            rows.append((f"training step, {form}, over residual", over, 1.15 if cuda else 1.25, False))
+    return rows
 
 
 def _aims(result: dict[str, Any], cuda: bool) -> str:

@@ -22,7 +22,7 @@ PLAIN, ONE, ALL = "float64 rfft2 and bincount, image by image", "radial_psd, 1 t
 
 
 @dataclass(frozen=True)
-class Bench:
+class PsdBenchmark:
     """python -m benchmarks.psd"""
 
     n: int = key(512, "images of each round", least=1)
@@ -56,7 +56,7 @@ def plain_psd(batches: Iterator[Tensor], size: int) -> np.ndarray:
     return total[2 : size // 2 + 1] / (count * (window**2).sum() * modes_per_bin.numpy())
 
 
-def ways(images: Tensor, cfg: Bench) -> dict[str, Callable[[], np.ndarray]]:
+def ways(images: Tensor, cfg: PsdBenchmark) -> dict[str, Callable[[], np.ndarray]]:
     every = torch.get_num_threads()
 
     def ours(threads: int) -> np.ndarray:
@@ -73,7 +73,7 @@ def ways(images: Tensor, cfg: Bench) -> dict[str, Callable[[], np.ndarray]]:
     }
 
 
-def run(cfg: Bench) -> None:
+def run(cfg: PsdBenchmark) -> None:
     """Measure, print, save."""
     shape = (min(cfg.batch_size, cfg.n), 3, cfg.size, cfg.size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -97,4 +97,4 @@ def run(cfg: Bench) -> None:
 
 
 if __name__ == "__main__":
-    config.run_job(Bench, run, sys.argv[1:], description=__doc__ or "")
+    config.run_job(PsdBenchmark, run, sys.argv[1:], description=__doc__ or "")

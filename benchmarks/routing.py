@@ -34,7 +34,7 @@ SUBLAYERS, TOKENS = 56, 256  # SiT-XL/2 at 256 px: 57 routers of at most 57 sour
 
 
 @dataclass(frozen=True)
-class Bench:
+class RoutingBenchmark:
     """python -m benchmarks.routing"""
 
     rows: tuple[Row, ...] = key(get_args(Row), "what to measure")
@@ -48,8 +48,8 @@ class Bench:
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
 
-    def batch(self, given: int, cpu: int, gpu: int) -> int:
-        return given or (gpu if self.device.type == "cuda" else cpu)
+    def batch(self, requested: int, cpu: int, gpu: int) -> int:
+        return requested or (gpu if self.device.type == "cuda" else cpu)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * source.element_size() / sorted(times)[len(times) // 2]
 
 
-def chain(bench: Bench, backends: tuple[str, ...], bandwidth: float) -> list[dict[str, Any]]:
+def chain(bench: RoutingBenchmark, backends: tuple[str, ...], bandwidth: float) -> list[dict[str, Any]]:
     """Dense and chunked chains; also with the allocator's page faults out of the way, on the CPU."""
     cuda = bench.device.type == "cuda"
     width, dtype = (1152, torch.bfloat16) if cuda else (384, torch.float32)
@@ -202,14 +202,14 @@ def kernels() -> dict[str, tuple[Kernel, bool]]:
     """The static routers that are installed, ours first; True for one that wants its sources stacked beforehand."""
     from dmd_dar.routing.ops import triton
 
-    found: dict[str, tuple[Kernel, bool]] = {
+    installed: dict[str, tuple[Kernel, bool]] = {
         "naive": (lambda v, query, gain: naive.route(v, query, gain, scale="convex"), False),
         "triton": (lambda v, query, gain: triton.route(v, query, gain, scale="convex"), False),
     }
     try:
         from fla.ops.attnres import fused_attnres  # type: ignore[import-not-found]
 
-        found["flash-linear-attention"] = (
+        installed["flash-linear-attention"] = (
             lambda v, query, gain: fused_attnres(query, v, gain, scale=1152**-0.5),
             False,
         )
@@ -218,10 +218,10 @@ def kernels() -> dict[str, tuple[Kernel, bool]]:
     try:
         from liger_kernel.transformers.functional import liger_attn_res  # type: ignore[import-not-found]
 
-        found["liger-kernel"] = (lambda v, query, gain: liger_attn_res(v, query * 1152**-0.5, gain), True)
+        installed["liger-kernel"] = (lambda v, query, gain: liger_attn_res(v, query * 1152**-0.5, gain), True)
     except ImportError:
         pass
-    return found
+    return installed
 
 
 def one_kernel(kernel: Kernel, stacked: bool, v: list[Tensor], query: Tensor, gain: Tensor, expected: Tensor):
@@ -304,7 +304,7 @@ def training_steps(
     return {backend: partial(run, backend) for backend in backends}
 
 
-def step(bench: Bench) -> dict[str, Any]:
+def step(bench: RoutingBenchmark) -> dict[str, Any]:
     """A SiT with the paper's aggregate and with the converted network's, S = 4, against the residual one.
 
     On a GPU with every fast backend, the default named after the form alone.
@@ -325,18 +325,18 @@ def step(bench: Bench) -> dict[str, Any]:
         made = training_steps(preset, batch, bench.device, form, ways)
         runs |= {name if way in ("", usual) else f"{name}, {way}": run for way, run in made.items()}
     times = interleaved(runs, bench.device, bench.rounds)
-    found = {name: ratio(times, name, "residual") for name in runs}
-    print(f"SiT-{preset} training step against residual:", {n: round(r, 3) for n, r in found.items()}, flush=True)
+    ratios = {name: ratio(times, name, "residual") for name in runs}
+    print(f"SiT-{preset} training step against residual:", {n: round(r, 3) for n, r in ratios.items()}, flush=True)
     return {
         "model": f"SiT-{preset}",
         "B": batch,
         "backend": usual,
         "seconds": {name: spread(samples) for name, samples in times.items()},
-        "ratio": found,
+        "ratio": ratios,
     }
 
 
-def measure(bench: Bench) -> None:
+def measure(bench: RoutingBenchmark) -> None:
     """The record is begun anew, and each part joins it as it is done: what a later one breaks, earlier ones outlast."""
     cuda = bench.device.type == "cuda"
     if "router" in bench.rows and cuda is False:
@@ -353,15 +353,15 @@ def measure(bench: Bench) -> None:
         parts["router"] = lambda: [single(one, 57, ("naive", "triton")) for one in bench.router_batches]
         parts["public"] = lambda: [single(batch, sources, published) for sources in (2, 5, 9, 57)]
     parts["step"] = lambda: step(bench)
-    asked = [row for row in parts if row in bench.rows]
-    if not asked:
+    requested = [row for row in parts if row in bench.rows]
+    if not requested:
         raise UserError(f"rows = {list(bench.rows)}: nothing of it is measured on {bench.device}; choose chain or step")
     result: dict[str, Any] = {"copy_bandwidth_bytes_per_s": bandwidth, "rounds": bench.rounds}
-    for row in asked:
+    for row in requested:
         result[row] = parts[row]()
         path = save(f"routing_{bench.device.type}", bench.device, result)
         print(f"{row}: {path}", flush=True)
 
 
 if __name__ == "__main__":
-    config.run_job(Bench, measure, description=__doc__ or "")
+    config.run_job(RoutingBenchmark, measure, description=__doc__ or "")

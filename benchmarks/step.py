@@ -39,7 +39,7 @@ SLOWER = "torch"  # the default backend of routing where there are no fused kern
 
 
 @dataclass(frozen=True)
-class Bench:
+class StepBenchmark:
     """python -m benchmarks.step"""
 
     rounds: int = key(5, "interleaved rounds", least=1)
@@ -58,7 +58,7 @@ class Bench:
 
 
 def distillation(
-    bench: Bench, form: str, weights: Weights, backend: str | None, runtime: Runtime
+    bench: StepBenchmark, form: str, weights: Weights, backend: str | None, runtime: Runtime
 ) -> tuple[Callable[[], None], list[Any]]:
     """A call that makes the next step, and the phases that it trains. backend: of routing; None: the default."""
     batch, size = bench.shape()
@@ -96,7 +96,7 @@ def distillation(
     return run, [networks.teacher, *phases]
 
 
-def peak(bench: Bench, form: str, weights: Weights, backend: str | None) -> dict[str, int]:
+def peak(bench: StepBenchmark, form: str, weights: Weights, backend: str | None) -> dict[str, int]:
     """Bytes of networks and averages, of optimisers, and what two steps need at the most beside both."""
     runtime = Runtime(LaunchConfig(cpu=not bench.cuda))
     made: list[Any] = []
@@ -118,7 +118,7 @@ def peak(bench: Bench, form: str, weights: Weights, backend: str | None) -> dict
     return {"networks": stored, "optimisers": moments, "step": most - stored - moments}
 
 
-def measure(bench: Bench) -> None:
+def measure(bench: StepBenchmark) -> None:
     runtime = Runtime(LaunchConfig(cpu=not bench.cuda))
     arms: dict[str, tuple[str, Weights, str | None]] = {}
     for weights in WEIGHTS:
@@ -148,4 +148,4 @@ def measure(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    config.run_job(Bench, measure, description=__doc__ or "")
+    config.run_job(StepBenchmark, measure, description=__doc__ or "")

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +13,24 @@ from dmd_dar.guidance import Velocity
 from dmd_dar.routing.history import Observer
 
 
+@dataclass(frozen=True)
+class RouterUsage:
+    """One router: mean |n alpha - 1|, the range of n alpha over t, and n alpha at each time, (times, n)."""
+
+    deviation: float
+    change_over_t: float
+    n_alpha: list[list[float]]
+
+
+@dataclass(frozen=True)
+class RoutingUsage:
+    """All routers of a network: means over routers, and each by its number. See `routing_usage`."""
+
+    deviation: float
+    change_over_t: float
+    by_router: dict[int, RouterUsage]
+
+
 def deviation(alpha: Tensor) -> Tensor:
     """Scalar mean |n alpha - 1| of alpha (n, B, T): 0 is the residual stream."""
     return (alpha * len(alpha) - 1).abs().mean()
@@ -21,7 +39,7 @@ def deviation(alpha: Tensor) -> Tensor:
 @torch.no_grad()
 def routing_usage(
     observed: Callable[[Observer], Velocity], x0: Tensor, cond: Tensor, times: tuple[float, ...], draws: Draws
-) -> dict[str, Any]:
+) -> RoutingUsage:
     """alpha of every router on x0 (B, C, S, S) noised to each of `times`.
 
     `observed(observe)` is the network's velocity that shows its alpha to `observe`.
@@ -41,14 +59,15 @@ def routing_usage(
     for time in times:
         t = torch.full((len(x0),), time, dtype=x0.dtype, device=x0.device)
         velocity(flow.interpolate(x0, eps, t), t, cond)
-    by_router = {}
+    by_router: dict[int, RouterUsage] = {}
     for router, rows in mixtures.items():
         mixture = torch.stack(rows)  # (times, n)
         change = (mixture.amax(dim=0) - mixture.amin(dim=0)).mean().item()
         moved = sum(deviations[router]) / len(times)
-        by_router[router] = {"deviation": moved, "change_over_t": change, "n_alpha": mixture.tolist()}
-
-    def mean(name: str) -> float:
-        return sum(row[name] for row in by_router.values()) / len(by_router)
-
-    return {"deviation": mean("deviation"), "change_over_t": mean("change_over_t"), "by_router": by_router}
+        by_router[router] = RouterUsage(moved, change, mixture.tolist())
+    routers = by_router.values()
+    return RoutingUsage(
+        deviation=sum(router.deviation for router in routers) / len(routers),
+        change_over_t=sum(router.change_over_t for router in routers) / len(routers),
+        by_router=by_router,
+    )

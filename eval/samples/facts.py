@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dmd_dar.diagnostics.usage import RoutingUsage
 from dmd_dar.models.teachers import Denoiser
 
 from .cost import SamplingCost
@@ -28,17 +29,18 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class RouterUse:
-    """What the routers of a student do: the numbers of `dmd_dar.diagnostics.usage`, and what resetting them changes."""
+    """What the routers of a student do, at its rungs, and what resetting them changes."""
 
-    deviation: float  # mean |n alpha - 1|; 0 is the residual stream
-    change_over_t: float  # mean range of n alpha over the rungs
-    by_router: dict[int, dict[str, Any]]
+    usage: RoutingUsage
     hf_gain_shift_db: float  # HF gain of the student with its routers reset, against itself
     used: bool  # whether that shift is large enough to say so
 
     @property
     def label(self) -> str:
         return "router used" if self.used else "router unused"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self.usage), "hf_gain_shift_db": self.hf_gain_shift_db, "used": self.used}
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ class SetFacts:
 
     def as_json(self) -> dict[str, Any]:
         """The facts that apply, flat, by the names that they have in report.json."""
-        facts = {"folder": self.folder, "left_out": self.left_out}
+        facts: dict[str, Any] = {"folder": self.folder, "left_out": self.left_out}
         facts |= {} if self.network is None else asdict(self.network)
         facts |= {"updates": self.updates, "seed": self.seed}
         if self.routing is not None:
-            facts |= {"routing": asdict(self.routing), "label": self.routing.label}
+            facts |= {"routing": self.routing.as_json(), "label": self.routing.label}
         facts |= {} if self.cost is None else asdict(self.cost)
         return {name: value for name, value in facts.items() if value is not None}

@@ -95,10 +95,10 @@ def _open_folder(path: Path, name: str) -> ImageStream:
     )
     left_out = dict(sorted(others.items()))
     if not files:
-        found = ", ".join(f"{count} {ending}" for ending, count in left_out.items())
+        others = ", ".join(f"{count} {ending}" for ending, count in left_out.items())
         raise UnfitError(
             f"{path}: no {' or '.join(KINDS)} in this folder"
-            + f", which holds {found}" * bool(found)
+            + f", which holds {others}" * bool(others)
             + "; name one that"
             " holds images, of other kinds converted to 8-bit RGB PNG"
         )

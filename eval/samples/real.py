@@ -20,7 +20,7 @@ from .sampling import Bench, Made
 from .sets import ImageSet, read_set
 
 REMEDY = "name real images by real=FOLDER"
-NAMES = ("real", "real, again", "VAE(real)", "VAE(real), again")
+REAL_NAMES = ("real", "real, again", "VAE(real)", "VAE(real), again")
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Real:
 def open_fitting(cfg: DataConfig, bench: Bench, teacher: Teacher) -> Source:
     """The run's data; UnfitError where their classes or sizes are not those of the samples."""
     data = open_data(cfg, bench.device)
-    found = f"data.name = {cfg.name}"
+    where = f"data.name = {cfg.name}"
     if not teacher.knows(tuple(data.label_names)):
-        raise UnfitError(f"{found}: its classes are not the teacher's prompts; {REMEDY}")
+        raise UnfitError(f"{where}: its classes are not the teacher's prompts; {REMEDY}")
     if data.num_classes != bench.num_classes:
-        raise UnfitError(f"{found}: {data.num_classes} classes, but the teacher knows {bench.num_classes}; {REMEDY}")
+        raise UnfitError(f"{where}: {data.num_classes} classes, but the teacher knows {bench.num_classes}; {REMEDY}")
     if teacher.label_names and data.label_names and teacher.label_names != tuple(data.label_names):
-        raise UnfitError(f"{found}: its classes are others than the teacher's, first {data.label_names[0]!r}; {REMEDY}")
+        raise UnfitError(f"{where}: its classes are others than the teacher's, first {data.label_names[0]!r}; {REMEDY}")
     if not isinstance(data, Latents) and data.size != bench.side:
-        raise UnfitError(f"{found}: data.size is {data.size}, but the teacher's images are of {bench.side} px")
+        raise UnfitError(f"{where}: data.size is {data.size}, but the teacher's images are of {bench.side} px")
     if isinstance(data, Latents):
         data.require(bench.codec_digest, bench.shape)
     return data
@@ -56,7 +56,7 @@ def open_fitting(cfg: DataConfig, bench: Bench, teacher: Teacher) -> Source:
 
 def named_real(path: str, bench: Bench) -> ImageSet:
     """The real images of a folder, in the place of crops; UnfitError where they are not of the samples' size."""
-    one = replace(read_set(path, "real"), name=NAMES[0])
+    one = replace(read_set(path, "real"), name=REAL_NAMES[0])
     if one.stream.size != (bench.side, bench.side):
         size = " x ".join(map(str, one.stream.size))
         raise UnfitError(f"real = {path}: images of {size} px, but the teacher's are of {bench.side}; give this size")

@@ -87,16 +87,16 @@ def _described(path: Path, count: int) -> tuple[Tensor | None, dict[int, str], b
     if not path.is_file():
         return None, {}, False
     try:
-        said = json.loads(path.read_bytes())  # bytes: of whatever encoding JSON is written in
-        labels = said["labels"]
+        description = json.loads(path.read_bytes())  # bytes: of whatever encoding JSON is written in
+        labels = description["labels"]
         if not isinstance(labels, list) or not all(type(label) is int and abs(label) < NO_LABEL for label in labels):
             raise ValueError("labels are integers, one for each image")
-        names = {int(label): str(name) for label, name in said.get("names", {}).items()}
+        names = {int(label): str(name) for label, name in description.get("names", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnfitError(f"{path}: no list of labels ({error}); make the samples anew or remove the file") from error
     if len(labels) != count:
         raise UnfitError(f"{path}: {len(labels)} labels for {count} images; make the samples anew")
-    return torch.tensor(labels, dtype=torch.int64), names, said.get("prompted") is True
+    return torch.tensor(labels, dtype=torch.int64), names, description.get("prompted") is True
 
 
 def validate(one: ImageSet, reference: ImageSet) -> None:

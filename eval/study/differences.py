@@ -57,28 +57,28 @@ COSTS = {
 
 def compare_arms(study: Study, baseline: str, seed: int) -> ArmComparison:
     """The endpoint of the DAR arm against `baseline`, with its gain curves. seed: of resampling and simulation."""
-    found = endpoint(study.arms(baseline, lambda one: one.hf), seed)
+    result = endpoint(study.arms(baseline, lambda one: one.hf), seed)
     seeds, arms = [row.seed for row in study.runs["dar"]], (baseline, "dar")
     return ArmComparison(
         baseline=baseline,
         seeds=seeds,
-        pilot=found.pilot,
+        pilot=result.pilot,
         per_seed=[
             SeedDifference(training_seed, dict(zip(arms, gains, strict=True)), difference)
-            for training_seed, gains, difference in zip(seeds, found.gains.T.tolist(), found.per_seed, strict=True)
+            for training_seed, gains, difference in zip(seeds, result.gains.T.tolist(), result.per_seed, strict=True)
         ],
-        gain_db=dict(zip(arms, found.gains.mean(1).tolist(), strict=True)),
-        absolute_gain_db=dict(zip(arms, np.abs(found.gains).mean(1).tolist(), strict=True)),
-        difference_db=found.difference,
-        method=found.method,
-        reason=found.reason,
-        intervals={**found.intervals},
-        coverage={**found.coverage},
+        gain_db=dict(zip(arms, result.gains.mean(1).tolist(), strict=True)),
+        absolute_gain_db=dict(zip(arms, np.abs(result.gains).mean(1).tolist(), strict=True)),
+        difference_db=result.difference,
+        method=result.method,
+        reason=result.reason,
+        intervals={**result.intervals},
+        coverage={**result.coverage},
         least_coverage=LEAST_COVERAGE,
-        p=found.p,
+        p=result.p,
         least_p=2 / 2 ** len(seeds),
-        variance_db2=found.variance,
-        power=found.power,
+        variance_db2=result.variance,
+        power=result.power,
         curve=gain_curves(study, baseline, seed),
     )
 

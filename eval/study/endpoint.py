@@ -247,11 +247,11 @@ def _simulated_bootstrap(
 
 def choose(coverage: dict[Method, float], intervals: dict[Method, Interval]) -> tuple[Method, str]:
     """The interval to report and why: the bootstrap unless its coverage is below 92 %, then the first that is not."""
-    usable = [method for method in coverage if intervals[method].defined]
-    good = [method for method in usable if coverage[method] >= LEAST_COVERAGE]
+    usable: list[Method] = [method for method in coverage if intervals[method].defined]
+    good: list[Method] = [method for method in usable if coverage[method] >= LEAST_COVERAGE]
     method = good[0] if good else max(usable, key=lambda name: coverage[name])
     own = f"its simulated coverage is {percent(coverage[method])}"
-    poor = [name for name in coverage if name not in good and name != method]
+    poor: list[Method] = [name for name in coverage if name not in good and name != method]
     if method == "two-level bootstrap" or not poor:
         return method, own if good else f"{own}, and none reaches {percent(LEAST_COVERAGE)}"
     others = " and ".join(

@@ -38,22 +38,22 @@ def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int) -> Forest:
     baseline = np.stack([_high(pair.residual) for pair in pairs])
     routed = np.stack([_high(pair.dar) for pair in pairs])
     arms = ("residual", "dar")
-    found = endpoint(Arms(baseline, routed, _high(teacher), teacher.classes), seed)  # type: ignore[arg-type]
+    result = endpoint(Arms(baseline, routed, _high(teacher), teacher.classes), seed)  # type: ignore[arg-type]
     per_seed = [
         SeedDifference(pair.seed, dict(zip(arms, of_arms, strict=True)), difference)
-        for pair, of_arms, difference in zip(pairs, found.gains.T.tolist(), found.per_seed, strict=True)
+        for pair, of_arms, difference in zip(pairs, result.gains.T.tolist(), result.per_seed, strict=True)
     ]
     primary = ForestComparison(
         baseline="residual",
-        method=found.method,
-        pilot=found.pilot,
-        p=found.p,
+        method=result.method,
+        pilot=result.pilot,
+        p=result.p,
         seeds=[pair.seed for pair in pairs],
         per_seed=per_seed,
-        gain_db=dict(zip(arms, found.gains.mean(1).tolist(), strict=True)),
-        difference_db=found.difference,
+        gain_db=dict(zip(arms, result.gains.mean(1).tolist(), strict=True)),
+        difference_db=result.difference,
     )
-    label = pilot_label(found.pilot)
+    label = pilot_label(result.pilot)
     return Forest(source="the runs of this report", label=label, conclusion="", comparisons=[primary])
 
 

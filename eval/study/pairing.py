@@ -51,13 +51,13 @@ def read_groups(arms: ArmsConfig) -> RunsByArm:
     wrong routing, or runs differ in more than their arm's own keys, the seed and book-keeping.
     """
     groups: RunsByArm = {}
-    for role in get_args(ArmName):
-        if folders := getattr(arms, role):
-            groups[role] = _read(role, folders)
-    for role, runs in groups.items():
-        _same_seeds(role, runs, groups["residual"])
+    for arm in get_args(ArmName):
+        if folders := getattr(arms, arm):
+            groups[arm] = _read(arm, folders)
+    for arm, runs in groups.items():
+        _same_seeds(arm, runs, groups["residual"])
         for run in runs[1:]:
-            _alike(role, run, role, runs[0], ())
+            _alike(arm, run, arm, runs[0], ())
     _alike("dar", groups["dar"][0], "residual", groups["residual"][0], (ROUTING,))
     if "matched" in groups:
         _alike("matched", groups["matched"][0], "residual", groups["residual"][0], ("student.",), LEARNING)
@@ -68,71 +68,71 @@ def read_groups(arms: ArmsConfig) -> RunsByArm:
     return groups
 
 
-def _read(role: ArmName, folders: Sequence[str]) -> list[Arm]:
+def _read(arm: ArmName, folders: Sequence[str]) -> list[Arm]:
     try:
         runs = sorted((read_arm(folder) for folder in folders), key=lambda run: run.cfg.seed)
     except config.ConfigError as error:
-        raise config.ConfigError(f"arms.{role}: {str(error).removeprefix('runs: ')}") from error
+        raise config.ConfigError(f"arms.{arm}: {str(error).removeprefix('runs: ')}") from error
     for first, second in zip(runs, runs[1:], strict=False):
         if first.cfg.seed == second.cfg.seed:
             fault = f"{first.folder} and {second.folder} both have seed = {first.cfg.seed}"
-            raise config.ConfigError(f"arms.{role}: {fault}; name one run for each training seed")
-    different_networks(role, runs)
+            raise config.ConfigError(f"arms.{arm}: {fault}; name one run for each training seed")
+    different_networks(arm, runs)
     for run in runs:
         query = run.cfg.student.routing.query
-        if not _fits(role, query):
-            wanted = {"dar": "timestep, dynamic or static", "frozen": "static"}.get(role, "residual")
+        if not _fits(arm, query):
+            wanted = {"dar": "timestep, dynamic or static", "frozen": "static"}.get(arm, "residual")
             fault = f"{run.folder} has student.routing.query = {query}, where {wanted} is expected"
-            raise config.ConfigError(f"arms.{role}: {fault}; name runs of that arm")
+            raise config.ConfigError(f"arms.{arm}: {fault}; name runs of that arm")
     return runs
 
 
-def different_networks(role: ArmName, runs: list[Arm]) -> None:
+def different_networks(arm: ArmName, runs: list[Arm]) -> None:
     """Refuse a copy under another seed: it would count one training twice."""
     seen: dict[str, Arm] = {}
     for run in runs:
-        other = seen.setdefault(run.said.digest, run)
+        other = seen.setdefault(run.saved.digest, run)
         if other is not run:
             fault = f"{other.folder} and {run.folder} hold the same student"
-            raise config.ConfigError(f"arms.{role}: {fault}; train one from another seed")
+            raise config.ConfigError(f"arms.{arm}: {fault}; train one from another seed")
 
 
-def _fits(role: ArmName, query: str) -> bool:
-    if role == "dar":
+def _fits(arm: ArmName, query: str) -> bool:
+    if arm == "dar":
         return query != "residual"
-    return query == ("static" if role == "frozen" else "residual")
+    return query == ("static" if arm == "frozen" else "residual")
 
 
-def _same_seeds(role: ArmName, runs: list[Arm], others: list[Arm]) -> None:
+def _same_seeds(arm: ArmName, runs: list[Arm], others: list[Arm]) -> None:
     ours, theirs = ({run.cfg.seed: run.folder for run in group} for group in (runs, others))
-    for has, lacks, here, there in ((theirs, ours, "residual", role), (ours, theirs, role, "residual")):
+    for has, lacks, here, there in ((theirs, ours, "residual", arm), (ours, theirs, arm, "residual")):
         for seed in sorted(has.keys() - lacks.keys()):
             fault = f"no run of seed = {seed}, the partner of {has[seed]} in arms.{here}"
             raise config.ConfigError(f"arms.{there}: {fault}; add it, or leave that one out")
 
 
 def _alike(
-    role: ArmName, run: Arm, other_role: ArmName, other: Arm, own: tuple[str, ...], never: tuple[str, ...] = ()
+    arm: ArmName, run: Arm, other_arm: ArmName, other: Arm, own: tuple[str, ...], never: tuple[str, ...] = ()
 ) -> None:
     """Refuse a difference beyond the keys that the arm is made of (`own`, but for `never`), seed and book-keeping."""
     for name, ours, theirs in config.differences(run.cfg, other.cfg):
         if name == "seed" or book_keeping(name) or (name.startswith(own) and name not in never):
             continue
-        fault = f"{run.folder} has {name} = {ours}, but {other.folder} in arms.{other_role} has {theirs}"
+        fault = f"{run.folder} has {name} = {ours}, but {other.folder} in arms.{other_arm} has {theirs}"
         may = f"{', '.join(own)} (and seed)" if own else "seed"
-        raise config.ConfigError(f"arms.{role}: {fault}; these runs may differ in {may} only, train one of them anew")
+        raise config.ConfigError(f"arms.{arm}: {fault}; these runs may differ in {may} only, train one of them anew")
 
 
 def same_data(groups: RunsByArm) -> None:
     """Refuse students trained on other images than the first; the configuration names the data, a hash tells it."""
     first = groups["residual"][0]
     theirs = first.origin.get("data")
-    for role, runs in groups.items():
+    for arm, runs in groups.items():
         for run in runs:
             ours = run.origin.get("data")
             if ours != theirs:
                 fault = f"{run.folder} was trained on data of hash {ours}, {first.folder} on {theirs}"
-                raise config.ConfigError(f"arms.{role}: {fault}; train one of them anew")
+                raise config.ConfigError(f"arms.{arm}: {fault}; train one of them anew")
 
 
 def _same_size(matched: Arm, routed: Arm) -> None:

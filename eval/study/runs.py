@@ -1,4 +1,4 @@
-"""What a report compares: images of the teacher, of its few-step baseline and of the students, on the same noise."""
+"""Finished runs, read from their folders, and the teacher that they share, sampled on the common noise."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher, open_
 from dmd_dar.train.disk import log
 
 from ..samples.facts import NetworkFacts, SetFacts
-from ..samples.real import NAMES as REAL_NAMES
+from ..samples.real import REAL_NAMES
 from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
 
@@ -33,26 +33,26 @@ RESERVED = (*REAL_NAMES, "teacher")
 
 @dataclass(frozen=True)
 class Arm:
-    """One run folder, read back."""
+    """One finished run, read from its folder."""
 
     name: str
     folder: Path
     cfg: DistillConfig
     raw: dict[str, Any] = field(repr=False)
-    said: Saved = field(default=Saved(ModelCard(), "", {}), repr=False)  # the card of its student
+    saved: Saved = field(default=Saved(ModelCard(), "", {}), repr=False)  # the card of its student
     stamp: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)  # of the student's files when it was read
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where its student comes from."""
-        return self.said.card.origin
+        """What the card of its student says of its training: steps, teacher, data, ..."""
+        return self.saved.card.origin
 
     def student(self, device: torch.device | str = "cpu") -> teachers.Teacher:
         """Its network, read anew at every call: a ConfigError where its files have changed since the card was read."""
         place = self.folder / "student"
         if stamp_of(place) != self.stamp:
             raise config.ConfigError(f"runs: {place} has changed since this command began; give the command again")
-        return load_teacher(TeacherConfig(str(place)), device, self.said)
+        return load_teacher(TeacherConfig(str(place)), device, self.saved)
 
     def step_seconds(self) -> float:
         """Mean time of a training step in the last process of the run, all that it did included; NaN without a log."""
@@ -72,17 +72,17 @@ def read_arm(run: str) -> Arm:
     cfg, place = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml")), folder / "student"
     stamp = stamp_of(place)
     try:
-        said = read_card(place)
-        teachers.prompts_of(TeacherConfig(str(place)), said.card.origin)  # fails here where they are gone
+        saved = read_card(place)
+        teachers.prompts_of(TeacherConfig(str(place)), saved.card.origin)  # fails here where they are gone
     except UserError as error:
         raise config.ConfigError(f"runs: {run}: {error}") from error
-    steps = said.card.origin.get("steps")
+    steps = saved.card.origin.get("steps")
     if steps != cfg.steps:
         raise config.ConfigError(f"runs: {run} holds a student of {steps} of {cfg.steps} steps; let it finish")
     name = Path(os.path.abspath(folder)).name  # of runs=[.] too
     if name in RESERVED:
         raise config.ConfigError(f"runs: {run} has a name that the report uses itself; rename the folder")
-    return Arm(name, folder, cfg, raw, said, stamp)
+    return Arm(name, folder, cfg, raw, saved, stamp)
 
 
 def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:

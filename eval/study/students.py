@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dmd_dar.data.images import to_model_range
-from dmd_dar.diagnostics.usage import routing_usage
+from dmd_dar.diagnostics.usage import RoutingUsage, routing_usage
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.generate import Generator, few_step_generator
@@ -85,10 +85,10 @@ def router_use(student: Student, images: ImageSet, bench: Bench, teacher: ImageS
     reset = student.without_routers().sampled(bench, f"{images.name}, routers reset")
     shift = hf_gain_db(*(spectrum_of(one.batches()) for one in (reset, images)))
     usage = usage_of(student, bench, teacher)
-    return RouterUse(**usage, hf_gain_shift_db=shift, used=abs(shift) >= ROUTER_USED_DB)
+    return RouterUse(usage, hf_gain_shift_db=shift, used=abs(shift) >= ROUTER_USED_DB)
 
 
-def usage_of(student: Student, bench: Bench, teacher: ImageSet) -> dict[str, Any]:
+def usage_of(student: Student, bench: Bench, teacher: ImageSet) -> RoutingUsage:
     """`routing_usage` at the student's own rungs, on what the teacher makes."""
     draws = Draws(bench.seed, "usage", 0, sample_range(0, min(USAGE_IMAGES, teacher.count), bench.device))
     rows = slice(len(draws.samples))

@@ -175,5 +175,5 @@ def test_alpha_facts_do_not_depend_on_the_batch_split_and_deviate_as_usage_says(
     sums = AlphaSums(source_spans(network.config.routing, L))
     network(x0.float(), torch.zeros(3), LABELS, observe=sums.observe)
     for router, facts in sums.facts().items():
-        assert facts["deviation"] == pytest.approx(usage["by_router"][router]["deviation"], rel=1e-5)
+        assert facts["deviation"] == pytest.approx(usage.by_router[router].deviation, rel=1e-5)
         assert facts["deviation"] > 0.05
