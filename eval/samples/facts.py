@@ -39,6 +39,16 @@ class RouterUse:
     def label(self) -> str:
         return "router used" if self.used else "router unused"
 
+    @property
+    def deviation(self) -> float:
+        """Mean |n alpha - 1|; 0 is the residual stream."""
+        return self.usage.deviation
+
+    @property
+    def change_over_t(self) -> float:
+        """Mean range of n alpha over the rungs."""
+        return self.usage.change_over_t
+
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self.usage), "hf_gain_shift_db": self.hf_gain_shift_db, "used": self.used}
 
