@@ -19,6 +19,7 @@ from dmd_dar.data.sources import Source
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
+from dmd_dar.messages import LOGGER
 
 from .measure.latent import latent_spectra, read_latents
 from .measure.one_set import Reading, mean_plane, read_one
@@ -115,7 +116,7 @@ def sampled(cfg: ReportConfig, device: torch.device, ledger: Ledger, processes: 
     given = named_real(cfg.real, bench) if cfg.real else None
     data = None if given else data_of(read[0].cfg, bench, teacher, ledger)
     if processes.main:
-        print(f"sampling {cfg.n} images of the teacher and of {len(read)} students", file=sys.stderr)
+        LOGGER.info(f"sampling {cfg.n} images of the teacher and of {len(read)} students")
     real = None if data is None else read_real(data, bench)
     reference = teacher.sample_set(bench, cfg.solver_steps)
     sets = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
@@ -361,7 +362,7 @@ def report(cfg: ReportConfig) -> None:
 def print_left_out(inputs: Inputs) -> None:
     for one in inputs.everything:
         if left_out := one.facts.left_out:
-            print(f"{one.name}: {one.count} images; other files, left out: {left_out}", file=sys.stderr)
+            LOGGER.info(f"{one.name}: {one.count} images; other files, left out: {left_out}")
 
 
 def with_network_costs(inputs: Inputs) -> Inputs:
@@ -409,7 +410,7 @@ def publish(
 def print_skipped(ledger: Ledger) -> None:
     for one in ledger.skipped:
         of = f" of {one.name}" if one.name else ""
-        print(f"not measured: {one.metric}{of}: {one.reason}", file=sys.stderr)
+        LOGGER.info(f"not measured: {one.metric}{of}: {one.reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
