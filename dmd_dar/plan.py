@@ -153,7 +153,7 @@ def outline(teacher: TeacherConfig) -> Plain:
     place = Path(teacher.path)
     if place.exists():
         network = load_teacher(teacher).network
-        if (prompts := getattr(network, "prompts", None)) is not None:
+        if (prompts := network.prompts) is not None:
             prompts.blank()
         return network.to("meta")
     named = PUBLIC.search(place.name)

@@ -70,7 +70,7 @@ def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
 
 def names_of(pipe: StudentPipeline, labels: Tensor) -> dict[str, Any]:
     """What an evaluation reads of these labels: the names of the classes, or the prompts, as far as they are known."""
-    prompts = getattr(pipe.student.network, "prompts", None)
+    prompts = pipe.student.network.prompts
     names = pipe.label_names if prompts is None else prompts.texts()
     shown = {label: names[label] for label in labels.unique().tolist()} if names else {}
     return {"names": shown, "prompted": prompts is not None}

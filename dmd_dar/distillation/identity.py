@@ -35,20 +35,19 @@ def open_source(cfg: DistillConfig, teacher: Teacher, codec: Codec | None, devic
     latents = cfg.data.name == "latents"
     if not (cfg.preflight or cfg.needs_data or latents):
         return None
-    data, shape = open_data(cfg.data, device), teacher.network.config
-    if cfg.needs_data and getattr(shape, "prompted", False) and not teacher.knows(data.label_names):
+    data, network = open_data(cfg.data, device), teacher.network
+    if cfg.needs_data and network.prompts is not None and not teacher.knows(data.label_names):
         raise UserError(
             f"data.name = {cfg.data.name}: its classes are no prompts: encode their names, in order, or one description"
             " each with teacher.prompts_are_classes=true; or set gan.weight=0 and student_input=simulate"
         )
     if isinstance(data, Latents):
-        data.require(codec.digest() if codec else "", (shape.in_channels, shape.input_size, shape.input_size))
+        data.require(codec.digest() if codec else "", network.shape)
     return data
 
 
 def recipe_of(cfg: DistillConfig, teacher: Teacher) -> Recipe:
     """The trajectories of the teacher that this run needs."""
-    shape = teacher.network.config
     return Recipe(
         teacher=teacher.digest,
         guidance_scale=cfg.guidance_scale,
@@ -56,8 +55,8 @@ def recipe_of(cfg: DistillConfig, teacher: Teacher) -> Recipe:
         solver_steps=cfg.regression.solver_steps,
         seed=cfg.regression.seed,
         count=cfg.regression.count,
-        num_classes=shape.num_classes,
-        shape=(shape.in_channels, shape.input_size, shape.input_size),
+        num_classes=teacher.network.num_conditions,
+        shape=teacher.network.shape,
     )
 
 

@@ -16,7 +16,7 @@ from dmd_dar.methods.dmd import DMD, Guidance, Regression
 from dmd_dar.methods.gan import GAN, Batch
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
-from dmd_dar.models.discriminator import Heads, block_readers, chosen_layers, features_of, width_of
+from dmd_dar.models.discriminator import Heads, chosen_layers, features_of, width_of
 from dmd_dar.models.perceptual import lpips_loss
 from dmd_dar.models.teachers import guided_velocity
 from dmd_dar.pairs import Recipe, RegressionConfig, trajectories_for
@@ -72,7 +72,7 @@ def build_gan(
     """The game and its fresh heads, which are the same for every student of a seed."""
     network = networks.fake_score if cfg.gan.features == "fake_score" else networks.teacher
     try:
-        depth = len(block_readers(network))
+        depth = len(network.block_readers())
     except ValueError as error:
         raise UserError(f"gan.features = {cfg.gan.features}: {error}; set gan.weight=0") from error
     try:

@@ -117,7 +117,7 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
         _fill(folder / ROUTERS, routers)
     facts = {"rungs": card.rungs, "label_names": card.label_names, "origin": card.origin, "sampler": card.sampler}
     facts |= _codec(card.origin, base)
-    prompts = getattr(base.network, "prompts", None)
+    prompts = base.network.prompts
     digest = str(said["network"]) if prompts is None else files_hash([], str(said["network"]), prompts.hash)
     return replace(base, network=merged(student).eval(), digest=digest, **facts)
 

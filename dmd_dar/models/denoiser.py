@@ -8,13 +8,46 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmd_dar import flow
+from dmd_dar.models.prompts import Prompts
+from dmd_dar.routing.layout import RoutingConfig
 
 # (x (B, C, ...), its own time (B,), cond (B,), for some the index of a rung) -> (B, at least C, ...)
 Network = Callable[..., Tensor]
 EDGE = 1e-3  # how near to an end of t an x0, eps or v network on the linear flow is asked
+
+
+class ConditionalNetwork(Protocol):
+    """What a network says of itself: SiT, DiffusersDenoiser and LoraDenoiser answer it, whatever they are made of.
+
+    Call it as (x (B, C, S, S), its own time (B,), cond (B,), rung) -> (B, C or 2 C, S, S); `rung` only matters to one
+    that tells rungs apart. cond is in 0 .. num_conditions, where the last is the unconditional one.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of its input."""
+        ...
+
+    @property
+    def num_conditions(self) -> int: ...
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """The table whose rows are its conditions; None where they are labels."""
+        ...
+
+    @property
+    def routing(self) -> RoutingConfig: ...
+
+    def block_readers(self) -> list[nn.Module]:
+        """For each block what reads its output: the next block's first norm, or the head's.
+
+        Raises ValueError for a transformer that has no such norms.
+        """
+        ...
 
 
 class NetworkVelocity(Protocol):

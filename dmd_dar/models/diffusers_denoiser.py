@@ -34,7 +34,6 @@ class Shape:
     num_classes: int
     learn_sigma: bool
     routing: RoutingConfig
-    prompted: bool = False  # the classes are prompts
 
 
 class DiffusersDenoiser(nn.Module):
@@ -63,8 +62,35 @@ class DiffusersDenoiser(nn.Module):
             num_classes=given.num_embeds_ada_norm if self.prompts is None else self.prompts.count,
             learn_sigma=given.out_channels == 2 * given.in_channels,
             routing=RoutingConfig() if bank is None else bank.config,
-            prompted=self.prompts is not None,
         )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of its input."""
+        channels, size = latent_shape(self.transformer, self.fixed)
+        return channels, size, size
+
+    @property
+    def num_conditions(self) -> int:
+        """Labels or prompts; the next index is the unconditional one."""
+        return self.config.num_classes
+
+    @property
+    def routing(self) -> RoutingConfig:
+        return self.config.routing
+
+    def block_readers(self) -> list[nn.Module]:
+        """For each block what reads its output: the next block's first norm, or the head's.
+
+        Raises ValueError for a transformer that has no such norms.
+        """
+        model = self.transformer
+        joint = getattr(model, "single_transformer_blocks", [])  # a FLUX's, of text and image tokens
+        try:
+            first = [block.norm1 for block in list(model.transformer_blocks)[1:]]
+            return [*first, *(block.norm for block in joint), model.norm_out]
+        except AttributeError as error:
+            raise ValueError(f"the blocks of a {type(model).__name__} are not known here: {error}") from error
 
     @property
     def dar(self) -> DarBank | None:

@@ -5,36 +5,19 @@ B batch, T tokens, d width, n logits.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dmd_dar.models.denoiser import NetworkVelocity
+from dmd_dar.models.denoiser import ConditionalNetwork, NetworkVelocity
 
 Pool = Literal["mean", "tokens"]
 
 
-def block_readers(network: Any) -> list[nn.Module]:
-    """For each block of a SiT or diffusers denoiser, what reads its output: the next block's first norm, or the head's.
-
-    Raises ValueError for a transformer that has no such norms.
-    """
-    network = getattr(network, "network", network)  # what a LoraDenoiser adapts
-    try:
-        if hasattr(network, "transformer"):
-            blocks, last = network.transformer.transformer_blocks, network.transformer.norm_out
-            joint = getattr(network.transformer, "single_transformer_blocks", [])  # a FLUX's, of text and image tokens
-        else:
-            blocks, last, joint = network.blocks, network.final_layer.norm_final, []
-        return [*(block.norm1 for block in list(blocks)[1:]), *(block.norm for block in joint), last]
-    except AttributeError as error:
-        raise ValueError(f"the blocks of a {type(network).__name__} are not known here: {error}") from error
-
-
-def width_of(network: Any) -> int:
+def width_of(network: ConditionalNetwork) -> int:
     """d of what the blocks hand on."""
-    norms = (module for module in block_readers(network)[-1].modules() if isinstance(module, nn.LayerNorm))
+    norms = (module for module in network.block_readers()[-1].modules() if isinstance(module, nn.LayerNorm))
     return next(norms).normalized_shape[-1]
 
 
@@ -46,12 +29,14 @@ def chosen_layers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     return chosen
 
 
-def features_of(network: nn.Module, velocity: NetworkVelocity, layers: tuple[int, ...]) -> Callable[..., list[Tensor]]:
+def features_of(
+    network: ConditionalNetwork, velocity: NetworkVelocity, layers: tuple[int, ...]
+) -> Callable[..., list[Tensor]]:
     """(x_t, t, cond, rung) -> these blocks' outputs (B, T, d) while `velocity`, which asks `network`, is evaluated.
 
     In a routed network an output is the mixture that the next block reads.
     """
-    readers = block_readers(network)
+    readers = network.block_readers()
 
     def features(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> list[Tensor]:
         seen: dict[int, Tensor] = {}

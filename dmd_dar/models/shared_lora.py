@@ -19,7 +19,9 @@ from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, Shape
 from dmd_dar.models.frozen import release
+from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.sit import SiT, SiTConfig
+from dmd_dar.routing.layout import RoutingConfig
 
 Plain = SiT | DiffusersDenoiser
 Weights = Literal["full", "shared_lora"]  # what student and fake score have of their own: all, or adapters
@@ -106,6 +108,25 @@ class LoraDenoiser(nn.Module):
     @property
     def config(self) -> SiTConfig | Shape:
         return self.network.config
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.network.shape
+
+    @property
+    def num_conditions(self) -> int:
+        return self.network.num_conditions
+
+    @property
+    def prompts(self) -> Prompts | None:
+        return self.network.prompts
+
+    @property
+    def routing(self) -> RoutingConfig:
+        return self.network.routing
+
+    def block_readers(self) -> list[nn.Module]:
+        return self.network.block_readers()
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, rung: int | None = None) -> Tensor:
         return self.network(x, t, cond, rung)

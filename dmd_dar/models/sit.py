@@ -204,6 +204,29 @@ class SiT(nn.Module):
             h = self._routed(History(self.dar, v_0, t_embedding, observe), c)
         return self._unpatchify(self.final_layer(h, c))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of its input."""
+        return self.config.in_channels, self.config.input_size, self.config.input_size
+
+    @property
+    def num_conditions(self) -> int:
+        """Labels; the next index is the unconditional one."""
+        return self.config.num_classes
+
+    @property
+    def prompts(self) -> None:
+        """Its conditions are labels."""
+        return None
+
+    @property
+    def routing(self) -> RoutingConfig:
+        return self.config.routing
+
+    def block_readers(self) -> list[nn.Module]:
+        """For each block what reads its output: the next block's first norm, or the head's."""
+        return [*(block.norm1 for block in list(self.blocks)[1:]), self.final_layer.norm_final]  # type: ignore[list-item,union-attr]
+
     def tell_rungs_apart(self, count: int, device: torch.device | None = None) -> None:
         """From now on a call must name one of `count` rungs, which at first makes no difference; see `Rungs`."""
         self.rungs = Rungs([self.t_embedder], count, device)

@@ -74,7 +74,7 @@ class Teacher:
 
     def knows(self, label_names: tuple[str, ...]) -> bool:
         """Whether data of those classes has its conditions: labels always, prompts if they are the classes' names."""
-        prompts = getattr(self.network, "prompts", None)
+        prompts = self.network.prompts
         return prompts is None or self.prompts_are_classes or prompts.are(label_names)
 
     def digest_with(self, prompts: str) -> str:
@@ -86,8 +86,8 @@ class Teacher:
 
 def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
     """A teacher's guided velocity. Raises UserError for guidance of a network of one class: it is unconditional."""
-    classes = network.config.num_classes
-    if guidance_scale != 1 and classes == 1 and not getattr(network.config, "prompted", False):
+    classes = network.num_conditions
+    if guidance_scale != 1 and classes == 1 and network.prompts is None:
         raise UserError(
             f"guidance_scale = {guidance_scale:g}: the teacher knows one class, so there is nothing to guide towards;"
             " set guidance_scale=1"
@@ -113,7 +113,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", said
         teacher = _transformer(place, config)
     else:
         raise UserError(f"{place} holds no teacher: no {CARD}, no transformer folder, no config.json")
-    prompted = getattr(teacher.network.config, "prompted", False)
+    prompted = teacher.network.prompts is not None
     if (config.prompts or config.prompts_are_classes) and not prompted:
         raise UserError(f"{place} reads class labels: leave prompts out")
     if (config.input_size or config.embedded_guidance) and not isinstance(teacher.network, DiffusersDenoiser):
@@ -125,7 +125,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", said
 def _saved(place: Path, config: TeacherConfig, said: Saved) -> Teacher:
     card, prediction = said.card, _stated(config, said.card.prediction, place)
     network = read_network(place, prompts_of(config, card.origin), _fixed(config, card.origin))
-    prompted = getattr(network.config, "prompted", False)
+    prompted = network.prompts is not None
     digest = _digest(place / "transformer", prediction, network) if prompted else said.digest  # type: ignore[arg-type]
     facts = {**_codec(config, said.codec), "origin": card.origin, "sampler": card.sampler}
     facts |= {"transformer": place / "transformer" if prompted else None}
@@ -143,7 +143,7 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
     prediction = _stated(config, meaning, file)
     folder, names = place / "transformer", {"codec": vae_of(place)}
     network = load_transformer(folder, prompts_of(config), _fixed(config))
-    facts = {**_codec(config, names), "transformer": folder if network.config.prompted else None}
+    facts = {**_codec(config, names), "transformer": folder if network.prompts is not None else None}
     return Teacher(network, prediction, _digest(folder, prediction, network), _label_names(place, network), **facts)
 
 
@@ -151,9 +151,9 @@ def _transformer(place: Path, config: TeacherConfig) -> Teacher:
     """Of a transformer's folder alone, whose chain is unknown; those that read prompts count flow's t to 1000."""
     network = load_transformer(place, prompts_of(config), _fixed(config))
     prediction = _stated(config, None, place / "config.json")
-    if network.config.prompted and prediction == "flow":
+    if network.prompts is not None and prediction == "flow":
         prediction = Meaning("flow", time_scale=1000.0)
-    facts = {**_codec(config), "transformer": place if network.config.prompted else None}
+    facts = {**_codec(config), "transformer": place if network.prompts is not None else None}
     return Teacher(network, prediction, _digest(place, prediction, network), **facts)
 
 
@@ -206,7 +206,7 @@ def open_teacher(
         codec = codec_of(teacher, device)
     except UserError as error:
         raise UserError(f"teacher.path = {config.path}: {' '.join(str(error).split())}") from error
-    channels, size = teacher.network.config.in_channels, teacher.network.config.input_size
+    channels, size, _ = teacher.network.shape
     made = f"teacher.path = {config.path}: it makes {channels} channels of {size} x {size}"
     if codec is None and channels != 3:
         raise UserError(f"{made}, not RGB: set teacher.codec to the VAE of its latents, a folder or a hub id")
@@ -222,7 +222,7 @@ def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:
     origin: dict[str, Any] = {}
     if codec is not None:
         origin |= {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
-    if (prompts := getattr(teacher.network, "prompts", None)) is not None:
+    if (prompts := teacher.network.prompts) is not None:
         origin |= {"prompts": prompts.folder, "prompts_hash": prompts.hash, "prompts_encoder": prompts.encoder}
         origin |= {name: value for name, value in asdict(teacher.network.fixed).items() if value}  # type: ignore[union-attr]
     return origin
@@ -248,7 +248,7 @@ def _label_names(place: Path, network: Denoiser) -> tuple[str, ...]:
     """The names in DiTPipeline's model_index.json; empty unless there is one for every class."""
     file = place / "model_index.json"
     names = read_json(file).get("id2label") if file.is_file() else None
-    count = network.config.num_classes
+    count = network.num_conditions
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}:
         return ()
     return tuple(str(names[str(i)]) for i in range(count))

@@ -126,7 +126,7 @@ class Teacher:
     @property
     def prompts(self) -> Prompts | None:
         """Those that it reads; None of one that reads labels."""
-        return getattr(self.network, "prompts", None)
+        return self.network.prompts
 
     @staticmethod
     def of(arm: Arm, device: torch.device) -> "Teacher":

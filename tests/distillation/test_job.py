@@ -18,9 +18,9 @@ from dmd_dar.distillation import job as distill
 from dmd_dar.distillation.networks import networks_of
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
-from dmd_dar.models.discriminator import block_readers
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
-from dmd_dar.models.sit import with_routing
+from dmd_dar.models.sit import SiT, with_routing
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
@@ -249,7 +249,7 @@ def test_images_are_opened_once_and_not_for_a_run_without_them(teacher, tmp_path
 
 
 def test_blocks_that_are_not_known_are_no_fault_of_the_layers(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(method, "block_readers", lambda network: block_readers(nn.Linear(1, 1)))
+    monkeypatch.setattr(SiT, "block_readers", DiffusersDenoiser(nn.Linear(1, 1)).block_readers)
     with pytest.raises(SystemExit):
         distill.main(arguments(teacher, tmp_path / "run", "gan.weight=0.1", "regression.weight=0"))
     assert "gan.features = fake_score: the blocks of a Linear are not known here" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 
 from dmd_dar.models.denoiser import MEANINGS, velocity_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
-from dmd_dar.models.discriminator import Heads, block_readers, chosen_layers, features_of, width_of
+from dmd_dar.models.discriminator import Heads, chosen_layers, features_of, width_of
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, shared_copy
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
@@ -31,7 +31,7 @@ def test_features_of_a_sit_are_its_stream_after_each_block():
         expected.append(h)
     seen = features_of(network, velocity_of(network), (1, 2))(x, t, cond)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, expected, strict=True))
-    assert width_of(network) == 16 and len(block_readers(network)) == 2
+    assert width_of(network) == 16 and len(network.block_readers()) == 2
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
@@ -85,4 +85,4 @@ def test_layers_are_checked_and_thirds_by_default():
 
 def test_a_network_of_unknown_blocks_is_refused():
     with pytest.raises(ValueError, match="Linear are not known"):
-        block_readers(torch.nn.Linear(1, 1))
+        DiffusersDenoiser(torch.nn.Linear(1, 1)).block_readers()

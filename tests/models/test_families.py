@@ -21,7 +21,7 @@ from dmd_dar.errors import UserError
 from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.diffusers_denoiser import routed_copy
-from dmd_dar.models.discriminator import block_readers, features_of, width_of
+from dmd_dar.models.discriminator import features_of, width_of
 from dmd_dar.models.families import packed, unpacked
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from dmd_dar.plan import plan_of
@@ -162,7 +162,7 @@ def test_the_discriminator_reads_every_block_of_a_flux_and_of_a_sana(root):
         network, transformer = teacher.network, teacher.network.transformer
         for block in [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]:
             block.register_forward_hook(lambda module, given, out, seen=outputs: seen.append(out))
-        layers = tuple(range(1, len(block_readers(network)) + 1))
+        layers = tuple(range(1, len(network.block_readers()) + 1))
         features = features_of(network, velocity_of(network, teacher.prediction), layers)(x, t, cond)
         assert [h.shape for h in features] == [(3, n, 16) for n in tokens] and width_of(network) == 16
         for h, out in zip(features, outputs, strict=True):  # (text, image) of a FLUX's blocks

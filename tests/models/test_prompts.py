@@ -139,7 +139,7 @@ def test_the_table_is_shared_and_no_part_of_the_network_s_state(folders, monkeyp
     network = load(folders["pixart"]).network
     assert copy.deepcopy(network).prompts is network.prompts and not network.requires_grad_().transformer.training
     assert {name.split(".")[0] for name in network.state_dict()} == {"transformer"}
-    assert network.config.num_classes == 3 and network.config.prompted and network.config.learn_sigma
+    assert network.config.num_classes == 3 and network.prompts is not None and network.config.learn_sigma
     cond = torch.tensor([3, 0, 0, 2])
     held = network.prompts.rows(cond)
     monkeypatch.setattr(prompts_module, "IN_MEMORY", 0)

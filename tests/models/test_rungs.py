@@ -124,3 +124,15 @@ def test_a_network_that_knows_rungs_must_be_told_one_of_them(kind, rung):
     network.tell_rungs_apart(3)
     with pytest.raises(ValueError, match=f"rung {rung}: this network tells 3 rungs apart"):
         network(*inputs_of(network), rung)
+
+
+@pytest.mark.parametrize("memory", [Memory(), Memory("shared_lora", LoraConfig(rank=2))])
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+def test_every_network_answers_the_one_protocol(kind, memory):
+    networks = build_networks(network_of(kind), RoutingConfig("timestep", 2), memory=memory)
+    for network in vars(networks).values():
+        shape = network.config
+        assert network.shape == (shape.in_channels, shape.input_size, shape.input_size)
+        assert network.num_conditions == shape.num_classes and network.prompts is None
+        assert network.routing == shape.routing and len(network.block_readers()) == 2
+    assert networks.student.routing.query == "timestep" and networks.teacher.routing.query == "residual"
