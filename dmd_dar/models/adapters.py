@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.models.denoiser import Meaning
-from dmd_dar.models.diffusers_denoiser import read_json, routed_copy
-from dmd_dar.models.hub import files_hash, resolve
+from dmd_dar.models.diffusers_denoiser import routed_copy
+from dmd_dar.models.hub import files_hash, read_json, resolve
 from dmd_dar.models.saved import ModelCard, card_from_dict
 from dmd_dar.models.shared_lora import Lora, LoraConfig, LoraDenoiser, merged
 from dmd_dar.models.sit import SiT, with_routing

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.models.diffusers_denoiser import read_json
-from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, resolve, variant_of
+from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, read_json, resolve, variant_of
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
 CHUNK = 8  # images at a time through the VAE, whose activations are far larger than a denoiser's

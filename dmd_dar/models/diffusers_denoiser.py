@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
-from dmd_dar.models.hub import DIFFUSERS, variant_of
+from dmd_dar.models.hub import DIFFUSERS, read_json, variant_of
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.rungs import HookedRungs
 from dmd_dar.routing.attach import attach, load_routed
@@ -248,16 +247,3 @@ def _check_prompts(folder: Path, transformer: Any, prompts: Prompts) -> None:
             f" than {folder}, which needs embedding, {more}, width {width}: encode them with its"
             " own text encoder"
         )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; MissingWeightsError or DamagedFileError naming the file otherwise."""
-    if not file.is_file():
-        raise MissingWeightsError(f"{file} is missing: give the whole folder that diffusers saved")
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise DamagedFileError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise DamagedFileError(f"{file} holds no JSON object")
-    return values

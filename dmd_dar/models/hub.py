@@ -1,10 +1,12 @@
-"""Where a model named by a user lies on this machine: a local path, or a hub id fetched into Hugging Face's cache."""
+"""The files of a model that a user names, a local path or a hub id in Hugging Face's cache: found, read, hashed."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
-from dmd_dar.errors import MissingWeightsError, UserError
+from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Configurations and safetensors only: pickled weights are not even fetched.
@@ -86,3 +88,16 @@ def files_hash(files: list[Path], *more: str) -> str:
         with file.open("rb") as content:
             total.update(f"\x1f{file.name}\x1f".encode() + hashlib.file_digest(content, "sha256").digest())
     return total.hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; MissingWeightsError or DamagedFileError naming the file otherwise."""
+    if not file.is_file():
+        raise MissingWeightsError(f"{file} is missing: give the whole folder that diffusers saved")
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise DamagedFileError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DamagedFileError(f"{file} holds no JSON object")
+    return values

@@ -22,9 +22,9 @@ from dmd_dar.guidance import Velocity, guided
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, load_codec, vae_of
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of, velocity_of
-from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer, read_json
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
 from dmd_dar.models.families import FixedInputs
-from dmd_dar.models.hub import files_hash, resolve
+from dmd_dar.models.hub import files_hash, read_json, resolve
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import CARD, Denoiser, Saved, holds_network, read_card, read_network, transformer_hash
 from dmd_dar.models.schedulers import meaning_of_scheduler

@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.models.diffusers_denoiser import read_json
-from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, resolve, variant_of
+from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, read_json, resolve, variant_of
 
 SANA = "SanaPipeline"
 # The pipelines whose prompts are known, and the most tokens that they read where nothing else is asked for.
