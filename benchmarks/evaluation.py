@@ -22,7 +22,8 @@ from dmd_dar import config
 from dmd_dar.data.photos import NAMES, Photos
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
-from eval.measure.pair import Compared, jsonable, measure
+from eval.measure.pair import Compared, measure
+from eval.measure.results import Report
 from eval.measure.suite import Ledger, Sources, Suite, prepare
 from eval.metrics import spoil
 from eval.page.html import write_report
@@ -72,10 +73,10 @@ def evaluation(cfg: EvaluationBenchmark, folder: Path) -> dict[str, float]:
         suite: Suite = made["suite"]
         names = dict(enumerate(NAMES))
         compared = Compared(sets, teacher, real, set(Photos.colour_labels), names)
-        made["result"] = jsonable(measure(compared, 0, suite, ledger))
+        made["report"] = Report(**vars(measure(compared, 0, suite, ledger)), title="benchmark")
 
     def written() -> None:
-        write_report(made["result"], [real, teacher, *sets], folder, "benchmark", {})
+        write_report(made["report"], [real, teacher, *sets], folder)
 
     parts: dict[str, Callable[[], Any]] = {"fits": fitted, "metrics": measured, "report": written}
     times = {name: seconds(part) for name, part in parts.items()}

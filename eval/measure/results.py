@@ -18,7 +18,7 @@ from ..metrics.power_map import Directions, GridLine
 from ..metrics.record import FLAT, OPTIONAL, jsonable
 from ..metrics.sliced import LevelDistance
 from ..metrics.verdict import Verdict
-from ..samples.facts import SetFacts
+from ..samples.facts import RouterUse, SetFacts
 from ..samples.sets import Role
 
 __all__ = [
@@ -285,7 +285,7 @@ class Check:
     hf_gain_db: float
     hf_gain_db_baseline: float
     least_class_diversity: float
-    routing: dict[str, Any] | None
+    routing: RouterUse | None
     latency_ms_per_image: float
     peak_memory_mb: float
 

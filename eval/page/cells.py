@@ -4,10 +4,13 @@ Markup stands in the templates alone: a text here is shown as it is, whatever it
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from ..metrics.intervals import Interval
 
 NOTHING = "–"
 
@@ -59,9 +62,14 @@ def _cells(row: Sequence[Cell | str]) -> tuple[Cell, ...]:
     return tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row)
 
 
+def finite(value: float | None) -> float | None:
+    """The number, None where it is not finite: not defined, or the end of an interval that is unbounded."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def number(value: float | None, digits: int = 2, signed: bool = False) -> str:
-    """Rounded, with a minus sign instead of a hyphen; a dash for None."""
-    if value is None:
+    """Rounded, with a minus sign instead of a hyphen; a dash for a number that is not defined."""
+    if value is None or finite(value) is None:
         return NOTHING
     return minus(f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}")  # + 0.0 turns -0.0 into 0.0
 
@@ -77,11 +85,16 @@ def minus(words: str) -> str:
 
 
 def span(low: float | None, high: float | None, digits: int = 2, signed: bool = False) -> str:
-    """low to high; an end that is None is unbounded. Nothing where both are, since there is no interval then."""
-    if low is None and high is None:
+    """low to high; an end that is not finite is unbounded. Nothing where both are: there is no interval then."""
+    ends = [finite(end) for end in (low, high)]
+    if ends == [None, None]:
         return ""
-    ends = [number(end, digits, signed) if end is not None else "unbounded" for end in (low, high)]
-    return " to ".join(ends)
+    return " to ".join("unbounded" if end is None else number(end, digits, signed) for end in ends)
+
+
+def interval_cell(interval: Interval, digits: int = 2, signed: bool = True) -> Cell:
+    """A number with its interval as small print."""
+    return Cell(number(interval.value, digits, signed), span(interval.low, interval.high, digits, signed))
 
 
 def the(name: str) -> str:

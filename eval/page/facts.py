@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..measure.results import Report, jsonable
 from .cells import Table, fact
 from .summaries import Folded
 
@@ -19,20 +20,20 @@ class Definition:
     meaning: str
 
 
-def not_measured(result: dict) -> list[Definition]:
+def not_measured(report: Report) -> list[Definition]:
     """Each metric that was skipped, with the reason."""
     return [
         Definition(
-            f"{one['metric']}, {one['name'] or 'all sets'}" + ("" if one["requested"] else " (not asked for)"),
-            one["reason"],
+            f"{one.metric}, {one.name or 'all sets'}" + ("" if one.requested else " (not asked for)"),
+            one.reason,
         )
-        for one in result["skipped"]
+        for one in report.skipped
     ]
 
 
-def set_facts(result: dict) -> Folded | None:
+def set_facts(report: Report) -> Folded | None:
     """What came with the sets, a column for each set that brought something; None where none did."""
-    facts = {row["name"]: _shown(row["facts"]) for row in result["sets"] if row["facts"]}
+    facts = {row.name: _shown(known) for row in report.sets if (known := jsonable(row.facts))}
     if not facts:
         return None
     keys = list(dict.fromkeys(key for one in facts.values() for key in one))
@@ -54,9 +55,9 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def origin(result: dict) -> Table | None:
+def origin(report: Report) -> Table | None:
     """The facts that a reader looks for; None without any."""
-    rows = [[key, fact(value)] for key, value in _flat(_without_long(result["provenance"])).items()]
+    rows = [[key, fact(value)] for key, value in _flat(_without_long(report.provenance)).items()]
     return Table.of("provenance", ["", ""], rows, kind="texts") if rows else None
 
 
@@ -64,6 +65,6 @@ def _without_long(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in provenance.items() if key not in LONG}
 
 
-def whole_origin(result: dict) -> str:
+def whole_origin(report: Report) -> str:
     """All of the provenance, with every run's configuration, as JSON."""
-    return json.dumps(result["provenance"], indent=1, ensure_ascii=False)
+    return json.dumps(report.provenance, indent=1, ensure_ascii=False)

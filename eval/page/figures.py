@@ -1,11 +1,11 @@
-"""The charts of a report, as PNG bytes, from a result of eval.measure.
+"""The charts of a report, as PNG bytes.
 
 Real is black, the teacher blue, residual vermilion, DAR green; each line has a style of its own besides.
 """
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from ..measure.results import Bands, Forest, ForestComparison, LatentResult, Report, SeedCurves, SetRow
+from ..metrics.intervals import Interval
+from .cells import finite
+from .columns import charted
 
 REAL, TEACHER, RESIDUAL, DAR = "#000000", "#0072B2", "#D55E00", "#009E73"
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#B8A800")  # Okabe-Ito; grey and a darker yellow for white paper
@@ -33,65 +38,60 @@ class Style:
     marker: str
 
 
-def styles(rows: Sequence[dict]) -> dict[str, Style]:
+def styles(rows: Sequence[SetRow]) -> dict[str, Style]:
     """Colour, line style and marker of each set of a result, by role and by what its name says it is.
 
     Students of one arm that were trained from different seeds share its colour.
     """
     free, chosen, owner = list(OTHERS), {}, {}
     for index, row in enumerate(rows):
-        colour, seed = _own_colour(row), row["facts"].get("seed")
+        colour, seed = _own_colour(row), row.facts.seed
         if colour is None or (colour in owner and seed in owner[colour]):
             colour = free.pop(0) if free else OTHERS[index % len(OTHERS)]
         owner.setdefault(colour, []).append(seed)
         named = {REAL: "-", TEACHER: "-", RESIDUAL: "--", DAR: "-."}
         dash = named[colour] if colour in named else DASHES[index % len(DASHES)]
-        chosen[row["name"]] = Style(colour, dash, MARKERS[index % len(MARKERS)])
+        chosen[row.name] = Style(colour, dash, MARKERS[index % len(MARKERS)])
     return chosen
 
 
-def _own_colour(row: dict) -> str | None:
-    if row["role"] != "student":
-        return {"real": REAL, "teacher": TEACHER}.get(row["role"])
-    words = row["name"].lower()
+def _own_colour(row: SetRow) -> str | None:
+    if row.role != "student":
+        return {"real": REAL, "teacher": TEACHER}.get(row.role)
+    words = row.name.lower()
     return RESIDUAL if "residual" in words else DAR if "dar" in words else None
 
 
-def charts(result: dict[str, Any], planes: dict[str, Tensor]) -> dict[str, bytes]:
+def charts(report: Report, planes: dict[str, Tensor]) -> dict[str, bytes]:
     """All charts of the report by name: gain, bands, psd, maps and, where there are several seeds, forest and curves.
 
     planes: each set's mean log power, (H, W) in dB, by name.
     """
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        drawn = {"gain": gain_figure(result), "bands": band_figure(result), "psd": psd_figure(result)}
-        drawn["maps"] = map_figure(result, planes)
-        if result.get("latent"):
-            drawn["latent"] = latent_figure(result)
-        if result.get("forest"):
-            drawn["forest"] = forest_figure(result["forest"])
-            if result["forest"].get("curve"):
-                drawn["curves"] = seed_curves_figure(result)
+        drawn = {"gain": gain_figure(report), "bands": band_figure(report), "psd": psd_figure(report)}
+        drawn["maps"] = map_figure(report, planes)
+        if report.latent:
+            drawn["latent"] = latent_figure(report, report.latent)
+        if report.forest:
+            drawn["forest"] = forest_figure(report.forest)
+            if report.forest.curve:
+                drawn["curves"] = seed_curves_figure(report, report.forest.curve)
     return drawn
 
 
-def charted(result: dict[str, Any]) -> list[dict]:
-    """The rows that the charts show against the teacher: all but the nulls."""
-    return [row for row in result["sets"] if row["against"]["teacher"] is not None and row["role"] != "null"]
-
-
-def gain_figure(result: dict) -> bytes:
+def gain_figure(report: Report) -> bytes:
     """10 log10(R / R_teacher) of every set over frequency, with the margin within which detail counts as preserved.
 
     Where a curve leaves +-NEAR_DB, a second panel below shows the surroundings of the margin enlarged.
     """
-    curves = {row["name"]: (row["frequencies"], row["against"]["teacher"]["gain_curve_db"]) for row in charted(result)}
-    values = [value for _, curve in curves.values() for value in curve]
+    curves = [GainCurve(row.name, row.frequencies, against.gain_curve_db) for row, against in charted(report)]
+    values = [value for curve in curves for value in curve.gain_db]
     low, high = min(values, default=0.0), max(values, default=0.0)
     wide = low < -NEAR_DB or high > NEAR_DB
     figure = Figure(figsize=(9, 7.6 if wide else 4.8), layout="constrained")
     panels = figure.subplots(2 if wide else 1, squeeze=False, sharex=True)[:, 0]
     for axes in panels:
-        _gain_panel(axes, result, curves)
+        _gain_panel(axes, report, report.bands, curves)
     if wide:
         panels[0].set_ylim(max(1.08 * low, -MOST_SPAN_DB) - 0.5, min(1.08 * high, MOST_SPAN_DB) + 0.5)
         panels[1].set_title("the same, enlarged", fontsize=10, loc="left", pad=18)
@@ -100,88 +100,105 @@ def gain_figure(result: dict) -> bytes:
     return _finish(figure, panels[0])
 
 
-def _gain_panel(axes: Axes, result: dict, curves: dict[str, tuple[list[float], list[float]]]) -> None:
-    look = styles(result["sets"])
-    _shade_bands(axes, result)
-    _margin_strip(axes, result)
-    for name, (frequencies, curve) in curves.items():
-        style = look[name]
-        axes.plot(frequencies, curve, color=style.colour, ls=style.dash, lw=2, label=_plain(name))
-    axes.set_xlim(result["bands"]["edges"][0], 0.5)
-    axes.set_ylabel(f"against {_plain(result['teacher'])} (dB)")
+@dataclass(frozen=True)
+class GainCurve:
+    """A set's gain over frequency against the teacher."""
+
+    name: str
+    frequencies: Sequence[float]
+    gain_db: Sequence[float]
 
 
-def _margin_strip(axes: Axes, result: dict) -> None:
-    margin = result["margins"]["gain_db"]
-    axes.axhline(0, color=TEACHER, lw=1.5, label=f"{_plain(result['teacher'])}, ±{margin:g} dB")
+def _gain_panel(axes: Axes, report: Report, bands: Bands, curves: Iterable[GainCurve]) -> None:
+    look = styles(report.sets)
+    _shade_bands(axes, bands)
+    _margin_strip(axes, report)
+    for one in curves:
+        style = look[one.name]
+        axes.plot(one.frequencies, one.gain_db, color=style.colour, ls=style.dash, lw=2, label=_plain(one.name))
+    axes.set_xlim(bands.edges[0], 0.5)
+    axes.set_ylabel(f"against {_plain(report.teacher)} (dB)")
+
+
+def _margin_strip(axes: Axes, report: Report) -> None:
+    margin = report.margins.gain_db
+    axes.axhline(0, color=TEACHER, lw=1.5, label=f"{_plain(report.teacher)}, ±{margin:g} dB")
     axes.axhspan(-margin, margin, color=TEACHER, alpha=0.16, lw=0)
 
 
-def latent_figure(result: dict[str, Any]) -> bytes:
-    """Left, the gain of latents over frequency, all channels together; right, the HF gain of each channel."""
-    latent = {**result["latent"], "margins": result["margins"], "teacher": result["teacher"]}
-    rows, look = charted(latent), styles(result["sets"])
+def latent_figure(report: Report, latent: LatentResult) -> bytes:
+    """Above, the gain of latents over frequency, all channels together; below, the HF gain of each channel."""
+    rows = [(row, row.against.teacher) for row in latent.sets if row.against.teacher and row.role != "null"]
     figure = Figure(figsize=(9, 7.6), layout="constrained")
     over, each = figure.subplots(2)
-    curves = {row["name"]: (row["frequencies"], row["against"]["teacher"]["gain_curve_db"]) for row in rows}
-    _gain_panel(over, {**latent, "sets": result["sets"]}, curves)
+    curves = [GainCurve(row.name, row.frequencies, against.gain_curve_db) for row, against in rows]
+    _gain_panel(over, report, latent.bands, curves)
     over.set_xlabel("frequency (cycles per latent cell)")
     each.axhline(0, color="0.35", lw=1)
-    for place, row in enumerate(rows):
-        style, gains = look[row["name"]], row["against"]["teacher"]["hf_gain_db_by_channel"]
-        x = np.arange(len(gains)) + 0.5 * ((place + 0.5) / len(rows) - 0.5)
-        values, low, high = (np.array([gain[end] for gain in gains]) for end in ("value", "low", "high"))
-        each.errorbar(x, values, (values - low, high - values), fmt=style.marker, color=style.colour, capsize=2, ms=5)
-    each.set_xticks(range(latent["channels"]))
+    look = styles(report.sets)
+    for place, (row, against) in enumerate(rows):
+        style, (low, value, high) = look[row.name], _ends(against.hf_gain_db_by_channel)
+        x = np.arange(latent.channels) + 0.5 * ((place + 0.5) / len(rows) - 0.5)
+        each.errorbar(x, value, (value - low, high - value), fmt=style.marker, color=style.colour, capsize=2, ms=5)
+    each.set_xticks(range(latent.channels))
     each.set_xlabel("latent channel")
     each.set_ylabel("HF gain (dB)")
     return _finish(figure, over)
 
 
-def band_figure(result: dict) -> bytes:
+def band_figure(report: Report) -> bytes:
     """Gain of each band against the teacher with its confidence interval, enlarged below where one is far off."""
-    names = result["bands"]["names"]
-    gains = [row["against"]["teacher"]["gain_db"][name]["value"] for row in charted(result) for name in names]
+    names = report.bands.names
+    gains = [finite(against.gain_db[name].value) for _, against in charted(report) for name in names]
     wide = max((abs(gain) for gain in gains if gain is not None), default=0.0) > NEAR_DB
     figure = Figure(figsize=(9, 7.2 if wide else 4.2), layout="constrained")
     panels = figure.subplots(2 if wide else 1, squeeze=False, sharex=True)[:, 0]
     for axes in panels:
-        _band_panel(axes, result)
+        _band_panel(axes, report)
     if wide:
         panels[0].autoscale(axis="y")
         panels[1].set_title("the same, enlarged", fontsize=10, loc="left")
     panels[-1].set_ylim(-NEAR_DB, NEAR_DB)
-    panels[-1].set_xticks(range(len(names)), [_band_label(result, name) for name in names])
+    panels[-1].set_xticks(range(len(names)), [_band_label(report.bands, name) for name in names])
     return _finish(figure, panels[0])
 
 
-def _band_panel(axes: Axes, result: dict) -> None:
-    names, rows, look = result["bands"]["names"], charted(result), styles(result["sets"])
-    _margin_strip(axes, result)
+def _band_panel(axes: Axes, report: Report) -> None:
+    names, rows, look = report.bands.names, charted(report), styles(report.sets)
+    _margin_strip(axes, report)
     axes.axvspan(len(names) - 1.5, len(names) - 0.5, color=BAND_GREY, zorder=0)
-    for place, row in enumerate(rows):
-        gains = [row["against"]["teacher"]["gain_db"][name] for name in names]
+    for place, (row, against) in enumerate(rows):
         x = np.arange(len(names)) + 0.7 * ((place + 0.5) / len(rows) - 0.5)
-        low, value, high = (np.array([gain[end] for gain in gains], dtype=float) for end in ("low", "value", "high"))
-        style, errors = look[row["name"]], np.clip([value - low, high - value], 0, None)
-        plain = {"fmt": style.marker, "color": style.colour, "label": _plain(row["name"])}
-        axes.errorbar(x, value, errors, capsize=3, ms=6, lw=1.6, **plain)
+        low, value, high = _ends([against.gain_db[name] for name in names])
+        style, errors, label = look[row.name], np.clip([value - low, high - value], 0, None), _plain(row.name)
+        axes.errorbar(x, value, errors, fmt=style.marker, color=style.colour, label=label, capsize=3, ms=6, lw=1.6)
     axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_ylabel(f"gain against {_plain(result['teacher'])} (dB)")
+    axes.set_ylabel(f"gain against {_plain(report.teacher)} (dB)")
 
 
-def psd_figure(result: dict) -> bytes:
+def _ends(intervals: Sequence[Interval]) -> Iterator[np.ndarray]:
+    """low, value and high of all of them; NaN, which matplotlib leaves out, where one is not finite."""
+    for end in ("low", "value", "high"):
+        yield _drawable(getattr(interval, end) for interval in intervals)
+
+
+def _drawable(values: Iterable[float]) -> np.ndarray:
+    """As an array, with NaN where a value is not finite: matplotlib leaves these out."""
+    return np.array([finite(value) for value in values], dtype=float)
+
+
+def psd_figure(report: Report) -> bytes:
     """Radially averaged power of luma, both axes logarithmic, with the bands shaded."""
-    figure, axes = _axes(9, 4.8)
-    look = styles(result["sets"])
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes, look = figure.add_subplot(), styles(report.sets)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for row in result["sets"]:
-        if row["role"] != "null":
-            style, label = look[row["name"]], _plain(row["name"])
-            axes.plot(row["frequencies"], row["power"], color=style.colour, ls=style.dash, lw=1.8, label=label)
-    axes.set_xlim(result["bands"]["edges"][0], 0.5)
-    _shade_bands(axes, result)
+    for row in report.sets:
+        if row.role != "null":
+            style, label = look[row.name], _plain(row.name)
+            axes.plot(row.frequencies, row.power, color=style.colour, ls=style.dash, lw=1.8, label=label)
+    axes.set_xlim(report.bands.edges[0], 0.5)
+    _shade_bands(axes, report.bands)
     ticks = [tick for tick in (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2) if tick >= axes.get_xlim()[0]]
     axes.set_xticks(ticks, [f"1/{round(1 / tick)}" for tick in ticks])
     axes.minorticks_off()
@@ -190,12 +207,12 @@ def psd_figure(result: dict) -> bytes:
     return _finish(figure, axes)
 
 
-def map_figure(result: dict[str, Any], means: dict[str, Tensor]) -> bytes:
+def map_figure(report: Report, means: dict[str, Tensor]) -> bytes:
     """Mean log power over the plane of frequencies of each set, and below the differences from the teacher's."""
-    nulls = [row["name"] for row in result["sets"] if row["role"] == "null"]
+    nulls = [row.name for row in report.sets if row.role == "null"]
     planes = {name: plane.numpy() for name, plane in means.items() if name not in nulls}
-    base = planes[result["teacher"]]
-    differences = {name: plane - base for name, plane in planes.items() if name != result["teacher"]}
+    base = planes[report.teacher]
+    differences = {name: plane - base for name, plane in planes.items() if name != report.teacher}
     span = max([LEAST_MAP_SPAN_DB, *(float(np.quantile(np.abs(d), 0.995)) for d in differences.values())])
     low, high = (np.quantile(np.stack(list(planes.values())), q) for q in (0.005, 1))
     lines = [math.ceil(len(part) / MAP_COLUMNS) for part in (planes, differences)]
@@ -203,7 +220,7 @@ def map_figure(result: dict[str, Any], means: dict[str, Tensor]) -> bytes:
     parts = figure.subfigures(2, 1, height_ratios=[max(1, n) for n in lines], squeeze=False)[:, 0]
     _planes(parts[0], planes, "mean log power (dB)", cmap="viridis", vmin=low, vmax=high)
     if differences:
-        label = f"minus {_plain(result['teacher'])} (dB)"
+        label = f"minus {_plain(report.teacher)} (dB)"
         _planes(parts[1], differences, label, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -span, span))
     return _png(figure)
 
@@ -229,17 +246,17 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: kept - kept // 2]}…{text[-(kept // 2) :]}"
 
 
-def forest_figure(forest: dict[str, Any]) -> bytes:
+def forest_figure(forest: Forest) -> bytes:
     """Signed gains of both arms seed by seed, and their difference in distance from the teacher with its interval."""
-    lines = [line for one in forest["comparisons"] for line in forest_lines(one)]
+    lines = [line for one in forest.comparisons for line in forest_lines(one)]
     figure = Figure(figsize=(9, 1.6 + 0.38 * len(lines)), layout="constrained")
     gains, difference = figure.subplots(1, 2, sharey=True)
-    arms = list(dict.fromkeys(arm for line in lines for arm in line["gain_db"]))
+    arms = list(dict.fromkeys(arm for line in lines for arm in line.gain_db))
     others = [arm for arm in arms if arm not in ("residual", "dar")]
     looks = {"residual": (RESIDUAL, "o"), "dar": (DAR, "D")}
     looks |= {arm: (OTHERS[i % len(OTHERS)], "s^v"[i % 3]) for i, arm in enumerate(others)}
     for y, line in enumerate(lines):
-        for arm, gain in line["gain_db"].items():
+        for arm, gain in line.gain_db.items():
             colour, marker = looks[arm]
             gains.plot(gain, y, marker, color=colour, ms=7)
         _forest_bar(difference, y, line)
@@ -247,7 +264,7 @@ def forest_figure(forest: dict[str, Any]) -> bytes:
         axes.axvline(0, color="0.35", lw=1)
         axes.grid(axis="y", color=BAND_GREY)
         axes.set_axisbelow(True)
-    gains.set_yticks(range(len(lines)), [_plain(line["title"]) for line in lines])
+    gains.set_yticks(range(len(lines)), [_plain(line.title) for line in lines])
     gains.set_ylim(len(lines) - 0.5, -0.5)
     gains.set_xlabel("HF gain against the teacher (dB)")
     difference.set_xlabel("nearer by (dB); above 0 favours DAR")
@@ -256,63 +273,57 @@ def forest_figure(forest: dict[str, Any]) -> bytes:
     return _finish(figure, gains)
 
 
-def seed_curves_figure(result: dict[str, Any]) -> bytes:
+def seed_curves_figure(report: Report, seeds: SeedCurves) -> bytes:
     """Gain over frequency of both arms, and how much nearer DAR is, with simultaneous bands over training seeds."""
-    curve = result["forest"]["curve"]
-    frequencies = curve["frequencies"]
     figure = Figure(figsize=(9, 7.2), layout="constrained")
     gains, difference = figure.subplots(2, sharex=True)
-    _shade_bands(gains, result)
-    _shade_bands(difference, result)
-    _margin_strip(gains, result)
+    _shade_bands(gains, report.bands)
+    _shade_bands(difference, report.bands)
+    _margin_strip(gains, report)
     difference.axhline(0, color="0.35", lw=1)
     looks = {"dar": (DAR, "-."), "difference": (TEACHER, "-")}
-    for name in curve:
-        if name != "frequencies":
-            colour, dash = looks.get(name, (RESIDUAL, "--"))
-            axes = difference if name == "difference" else gains
-            value, low, high = (np.array(curve[name][end], dtype=float) for end in ("value", "low", "high"))
-            axes.fill_between(frequencies, low, high, color=colour, alpha=0.18, lw=0)
-            label = None if axes is difference else _plain(name)
-            axes.plot(frequencies, value, color=colour, ls=dash, lw=2, label=label)
-    gains.set_ylabel(f"against {_plain(result['teacher'])} (dB)")
+    for name, curve in seeds.curves.items():
+        colour, dash = looks.get(name, (RESIDUAL, "--"))
+        axes = difference if name == "difference" else gains
+        value, low, high = (_drawable(part) for part in (curve.value, curve.low, curve.high))
+        axes.fill_between(seeds.frequencies, low, high, color=colour, alpha=0.18, lw=0)
+        label = None if axes is difference else _plain(name)
+        axes.plot(seeds.frequencies, value, color=colour, ls=dash, lw=2, label=label)
+    gains.set_ylabel(f"against {_plain(report.teacher)} (dB)")
     difference.set_ylabel("nearer by (dB)")
     difference.set_xlabel("frequency (cycles per pixel; 0.5 is the finest)")
-    difference.set_xlim(result["bands"]["edges"][0], 0.5)
+    difference.set_xlim(report.bands.edges[0], 0.5)
     return _finish(figure, gains)
 
 
-def forest_lines(one: dict[str, Any]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ForestLine:
+    """A line of the figure seed by seed: one training seed, or all of a comparison."""
+
+    title: str
+    gain_db: dict[str, float]  # of each arm
+    difference_db: Interval
+    of_all: bool
+
+
+def forest_lines(one: ForestComparison) -> list[ForestLine]:
     """A line for each seed of a comparison and one for all of them."""
     lines = [
-        {
-            "title": f"{one['baseline']}, seed {seed['seed']}",
-            "gain_db": seed["gain_db"],
-            **seed["difference_db"],
-            "all": False,
-        }
-        for seed in one["per_seed"]
+        ForestLine(f"{one.baseline}, seed {seed.seed}", seed.gain_db, seed.difference_db, False)
+        for seed in one.per_seed
     ]
-    return [
-        *lines,
-        {"title": f"{one['baseline']}, all seeds", "gain_db": one["gain_db"], **one["difference_db"], "all": True},
-    ]
+    return [*lines, ForestLine(f"{one.baseline}, all seeds", one.gain_db, one.difference_db, True)]
 
 
-def _forest_bar(axes: Axes, y: int, line: dict[str, Any]) -> None:
+def _forest_bar(axes: Axes, y: int, line: ForestLine) -> None:
     """The interval; an end that is unbounded is not drawn but marked by an arrow."""
-    value, colour = line["value"], TEACHER if line["all"] else "0.25"
-    for end, arrow in (("low", "<"), ("high", ">")):
-        if line[end] is None:
-            axes.plot(value, y, arrow, color=colour, ms=12, mfc="none")
+    interval, colour = line.difference_db, TEACHER if line.of_all else "0.25"
+    for end, arrow in ((interval.low, "<"), (interval.high, ">")):
+        if finite(end) is None:
+            axes.plot(interval.value, y, arrow, color=colour, ms=12, mfc="none")
         else:
-            axes.plot([value, line[end]], [y, y], color=colour, lw=3 if line["all"] else 1.6)
-    axes.plot(value, y, "d" if line["all"] else "o", color=colour, ms=9 if line["all"] else 6)
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+            axes.plot([interval.value, end], [y, y], color=colour, lw=3 if line.of_all else 1.6)
+    axes.plot(interval.value, y, "d" if line.of_all else "o", color=colour, ms=9 if line.of_all else 6)
 
 
 def _plain(name: str) -> str:
@@ -320,15 +331,15 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$") if not name.startswith("_") else " " + name.replace("$", r"\$")
 
 
-def _band_label(result: dict, name: str) -> str:
-    edges, names = result["bands"]["edges"], result["bands"]["names"]
-    low, high = (edges[3], edges[5]) if name == "HF" else edges[names.index(name) : names.index(name) + 2]
+def _band_label(bands: Bands, name: str) -> str:
+    edges, place = bands.edges, bands.names.index(name)
+    low, high = (edges[3], edges[5]) if name == "HF" else edges[place : place + 2]
     return f"{name}\n{low:.3g} to {high:.3g}"
 
 
-def _shade_bands(axes: Axes, result: dict) -> None:
+def _shade_bands(axes: Axes, bands: Bands) -> None:
     """Every second band grey, each named above the axes; the names of B3 and B4 say that they make up HF."""
-    edges = result["bands"]["edges"]
+    edges = bands.edges
     logarithmic = axes.get_xscale() == "log"
     for b, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
         if low == high:  # latents too small for this band

@@ -4,10 +4,10 @@ Legend: n images of a set, H x W pixels.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,7 @@ import pywt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..measure.results import Report
 from ..metrics.structure import WAVELET, luma
 from ..samples.sets import ImageSet
 
@@ -56,8 +57,8 @@ def chosen_rows(sets: Sequence[ImageSet], most: int = MOST_ROWS) -> list[Row]:
 def _nth(one: ImageSet, leader: ImageSet, label: int, nth: int) -> int | None:
     """The number of the nth image of a class; of a set without classes, simply the leader's number."""
     labels = leader.classes if one.classes is None else one.classes
-    found = np.flatnonzero(labels == label)
-    return int(found[nth]) if nth < len(found) and found[nth] < one.count else None
+    of_class = np.flatnonzero(labels == label)
+    return int(of_class[nth]) if nth < len(of_class) and of_class[nth] < one.count else None
 
 
 def shown(sets: Sequence[ImageSet]) -> list[ImageSet]:
@@ -108,23 +109,26 @@ def detail_tiles(anchor: ImageSet) -> Tiles:
     return tiles
 
 
-def grids(result: dict[str, Any], sets: Sequence[ImageSet]) -> tuple[dict[str, bytes], list[Row]]:
+def grids(report: Report, sets: Sequence[ImageSet]) -> tuple[dict[str, bytes], list[Row]]:
     """The grids by name (samples, zoom, detail), and what the rows of the first are; the others show some of them."""
-    sets = shown(sets)
-    anchor = next((one for one in sets if one.name == result["teacher"]), sets[0])
+    sets, names = shown(sets), report.class_names
+    anchor = next((one for one in sets if one.name == report.teacher), sets[0])
     rows = chosen_rows(sets)
     labels = [row.label for row in rows]
     few = [row for i, row in enumerate(rows) if row.label is None or row.label not in labels[:i]][:MOST_CLASSES]
     side = anchor.stream.size[1]
     return {
-        "samples": grid(result, sets, rows, whole_tiles, magnification(side)),
-        "zoom": grid(result, sets, few, central_tiles, zoom_factor(side)),
-        "detail": grid(result, sets, few, detail_tiles(anchor), magnification(side)),
+        "samples": grid(names, sets, rows, whole_tiles, magnification(side)),
+        "zoom": grid(names, sets, few, central_tiles, zoom_factor(side)),
+        "detail": grid(names, sets, few, detail_tiles(anchor), magnification(side)),
     }, rows
 
 
-def grid(result: dict[str, Any], sets: Sequence[ImageSet], rows: Sequence[Row], tiles: Tiles, zoom: int) -> bytes:
-    """A column for each set, a row for each noise seed. Pixels are enlarged without interpolation."""
+def grid(names: Mapping[int, str], sets: Sequence[ImageSet], rows: Sequence[Row], tiles: Tiles, zoom: int) -> bytes:
+    """A column for each set, a row for each noise seed. Pixels are enlarged `zoom` times without interpolation.
+
+    names: of the classes, by label.
+    """
     height, width = (zoom * length for length in tiles(sets[0].first(1)).shape[1:3])
     size = (ROW_LABEL + len(sets) * (width + GAP), HEADER + len(rows) * (height + GAP))
     canvas = Image.new("RGB", size, "white")
@@ -134,23 +138,22 @@ def grid(result: dict[str, Any], sets: Sequence[ImageSet], rows: Sequence[Row], 
         for line, part in enumerate(header_lines(one.name, width)):
             place = (left, 4 + line * (HEADER_FONT + 4))
             draw.text(place, part, fill="black", font=_font(HEADER_FONT))
-        filled = [(i, row.images[one.name]) for i, row in enumerate(rows) if row.images[one.name] is not None]
-        pictures = tiles(one.rows([image for _, image in filled])) if filled else []
-        for (i, _), picture in zip(filled, pictures, strict=True):
+        numbers = {i: image for i, row in enumerate(rows) if (image := row.images[one.name]) is not None}
+        pictures = tiles(one.rows(list(numbers.values()))) if numbers else []
+        for i, picture in zip(numbers, pictures, strict=True):
             large = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(large, (left, HEADER + i * (height + GAP)))
     for i, row in enumerate(rows):
-        text = fitted(row_name(result, row, i), ROW_LABEL - 12, ROW_FONT)
+        text = fitted(row_name(names, row, i), ROW_LABEL - 12, ROW_FONT)
         draw.text((6, HEADER + i * (height + GAP) + 4), text, fill="black", font=_font(ROW_FONT))
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
-def row_name(result: dict[str, Any], row: Row, place: int) -> str:
-    if row.label is None:
-        return f"image {place}"
-    return str(result["class_names"].get(str(row.label), f"class {row.label}"))
+def row_name(names: Mapping[int, str], row: Row, place: int) -> str:
+    """Of its class, or without classes its number."""
+    return f"image {place}" if row.label is None else names.get(row.label, f"class {row.label}")
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

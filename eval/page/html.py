@@ -3,9 +3,8 @@
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dmd_dar.atomic import make_folder, write_atomic
 
-from ..measure.pair import jsonable
+from ..measure.results import Report, jsonable
 from ..metrics.power_map import mean_log_map
 from ..samples.sets import ImageSet
 from . import facts, sections, style, summaries
@@ -26,57 +25,51 @@ JOINT = re.compile(r"(?<=_)|(?<=\.)(?=[A-Za-z])")  # where a long name may break
 
 
 def write_report(
-    result: dict,
-    sets: Sequence[ImageSet],
-    out_dir: str | Path,
-    title: str,
-    provenance: dict[str, Any],
-    planes: dict[str, Tensor] | None = None,
+    report: Report, sets: Sequence[ImageSet], out_dir: str | Path, planes: Mapping[str, Tensor] | None = None
 ) -> None:
     """Writes report.html, report.json, report.csv and one PNG per figure into `out_dir`, each atomically.
 
-    sets: those to show in the grids, in this order. provenance: JSON-able facts about the run, printed last. planes:
-    `one_set.mean_plane` of each set by name, where it is known.
+    sets: those to show in the grids, in this order. planes: `one_set.mean_plane` of each set by name, where it is
+    known.
     """
     out_dir = make_folder(out_dir)
-    whole = {**result, "title": title, "provenance": jsonable(provenance)}
-    measured = {row["name"] for row in result["sets"]}
+    measured = {row.name for row in report.sets}
     sets = [one for one in sets if one.name in measured]
-    drawn, rows = grids(whole, sets)
+    drawn, rows = grids(report, sets)
     if planes is None:
         planes = {one.name: mean_log_map(one.batches()) for one in sets}
-    drawn |= charts(whole, {one.name: planes[one.name] for one in sets})
+    drawn |= charts(report, {one.name: planes[one.name] for one in sets})
     for name, png in drawn.items():
         write_atomic(out_dir / f"{name}.png", png)
-    write_atomic(out_dir / "report.json", json.dumps(whole, indent=1, allow_nan=False))
-    write_atomic(out_dir / "report.csv", as_csv(whole))
-    write_atomic(out_dir / "report.html", page(whole, drawn, rows))
+    write_atomic(out_dir / "report.json", json.dumps(jsonable(report), indent=1, allow_nan=False))
+    write_atomic(out_dir / "report.csv", as_csv(report))
+    write_atomic(out_dir / "report.html", page(report, drawn, rows))
 
 
-def page(result: dict, drawn: dict[str, bytes], rows: list[Row]) -> str:
+def page(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -> str:
     """The whole HTML document; every text that comes from outside is escaped."""
     return (
         templates()
         .get_template("page.html")
         .render(
-            title=result["title"],
-            reference=the(result["teacher"]),
-            answers=summaries.answers(result),
-            summary=summaries.summary(result, "teacher"),
-            findings=summaries.findings(result),
-            charts=sections.chart_sections(result, drawn),
-            structure=summaries.structure(result),
-            grids=sections.grid_sections(result, drawn, rows),
-            against_real=summaries.summary(result, "real") if result["real"] else None,
-            resolutions=summaries.resolutions(result),
-            classes=summaries.classes(result),
-            modes=summaries.modes(result),
-            every_number=summaries.every_number(result),
-            cost=summaries.cost(result),
-            not_measured=facts.not_measured(result),
-            set_facts=facts.set_facts(result),
-            origin=facts.origin(result),
-            whole_origin=facts.whole_origin(result),
+            title=report.title,
+            reference=the(report.teacher),
+            answers=summaries.answers(report),
+            summary=summaries.summary(report, "teacher"),
+            findings=summaries.findings(report),
+            charts=sections.chart_sections(report, drawn),
+            structure=summaries.structure(report),
+            grids=sections.grid_sections(report, drawn, rows),
+            against_real=summaries.summary(report, "real") if report.real else None,
+            resolutions=summaries.resolutions(report),
+            classes=summaries.classes(report),
+            modes=summaries.modes(report),
+            every_number=summaries.every_number(report),
+            cost=summaries.cost(report),
+            not_measured=facts.not_measured(report),
+            set_facts=facts.set_facts(report),
+            origin=facts.origin(report),
+            whole_origin=facts.whole_origin(report),
             style=style,
         )
     )

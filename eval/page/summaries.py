@@ -1,10 +1,12 @@
 """What a report's page says in words and tables beside its figures: verdicts, structure, all numbers, cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .cells import NOTHING, Cell, Table, fact, minus, number, short, span, the
-from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, compared
+from ..measure.results import Comparison, Reference, Report, SetRow
+from ..samples.cost import SamplingCost
+from .cells import NOTHING, Cell, Table, fact, finite, minus, number, short, span, the
+from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, compared, reference_name
 from .csv import Number, numbers
 
 
@@ -25,57 +27,57 @@ class Folded:
     table: Table
 
 
-def answers(result: dict) -> list[Answer]:
+def answers(report: Report) -> list[Answer]:
     """One for each student or folder; for each set where there is none of them."""
-    pairs = compared(result, "teacher")
-    chosen = [pair for pair in pairs if pair[0]["role"] in ("student", "images")]
-    return [Answer(row["name"], against["verdict"]["word"], _reason(row, against)) for row, against in chosen or pairs]
+    pairs = compared(report, "teacher")
+    chosen = [pair for pair in pairs if pair[0].role in ("student", "images")]
+    return [Answer(row.name, against.verdict.word, _reason(row, against)) for row, against in chosen or pairs]
 
 
-def _reason(row: dict, against: dict) -> str:
+def _reason(row: SetRow, against: Comparison) -> str:
     """The gain, unless the verdict's reason tells it, and the reason."""
-    note, gain = _note(against, row["images"]), against["gain_db"]["HF"]
-    interval = span(gain["low"], gain["high"], 2, True)
-    start = "" if note.startswith("HF gain") else f"HF gain {number(gain['value'], 2, True)} dB ({interval}); "
+    note, gain = _note(against, row.images), against.gain_db["HF"]
+    interval = span(gain.low, gain.high, 2, True)
+    start = "" if note.startswith("HF gain") else f"HF gain {number(gain.value, 2, True)} dB ({interval}); "
     return start + minus(note)
 
 
-def _note(against: dict, images: int) -> str:
-    note = against["verdict"]["reason"]
-    if (against["images_for_quarter_db"] or 0) > images:
-        note += f"; about {against['images_for_quarter_db']} images would bring the gain's interval to ±0.25 dB"
-    if (against["class_share_gap"] or 0) > 0.02:
-        note += f"; class shares differ by up to {100 * against['class_share_gap']:.0f} %"
+def _note(against: Comparison, images: int) -> str:
+    note = against.verdict.reason
+    if (against.images_for_quarter_db or 0) > images:
+        note += f"; about {against.images_for_quarter_db} images would bring the gain's interval to ±0.25 dB"
+    if (gap := against.class_share_gap or 0.0) > 0.02:
+        note += f"; class shares differ by up to {100 * gap:.0f} %"
     return note + "."
 
 
-def summary(result: dict, key: str, columns: Sequence[Column] = COLUMNS) -> Table:
-    """Each set against the one that `key` names, "teacher" or "real"."""
+def summary(report: Report, reference: Reference, columns: Sequence[Column] = COLUMNS) -> Table:
+    """Each set against that reference."""
     rows = [
         [
-            Cell(row["name"], row["facts"].get("label") or ""),
-            Cell(against["verdict"]["word"], kind="verdict"),
+            Cell(row.name, row.facts.routing.label if row.facts.routing else ""),
+            Cell(against.verdict.word, kind="verdict"),
             *(column.cell(row, against) for column in columns),
         ]
-        for row, against in compared(result, key)
+        for row, against in compared(report, reference)
     ]
     heads = ["set", "verdict", *(column.heading for column in columns)]
-    note = f"Each set against {the(result[key])}; small print: 95 % intervals and parts."
-    return Table.of(f"against {result[key]}", heads, rows, note=note, kind="verdicts")
+    name = reference_name(report, reference)
+    note = f"Each set against {the(name)}; small print: 95 % intervals and parts."
+    return Table.of(f"against {name}", heads, rows, note=note, kind="verdicts")
 
 
-def findings(result: dict) -> list[str]:
+def findings(report: Report) -> list[str]:
     """The first sentence of a comparison over seeds, then those that the report's command adds."""
-    first, stop, _ = (result.get("forest") or {"conclusion": ""})["conclusion"].partition(". ")
+    first, stop, _ = (report.forest.conclusion if report.forest else "").partition(". ")
     sentences = [first + stop.strip()] if first else []
-    return [minus(sentence) for sentence in sentences + result.get("conclusions", [])]
+    return [minus(sentence) for sentence in (*sentences, *report.conclusions)]
 
 
-def structure(result: dict) -> Table:
+def structure(report: Report) -> Table:
     """Whether what has the right energy is detail."""
     rows = [
-        [row["name"], *(column.cell(row, against) for column in STRUCTURE)]
-        for row, against in compared(result, "teacher")
+        [row.name, *(column.cell(row, against) for column in STRUCTURE)] for row, against in compared(report, "teacher")
     ]
     note = (
         "Shaped noise can have the right spectrum; it has no edges, its scales do not agree, and it fills flat areas."
@@ -83,24 +85,24 @@ def structure(result: dict) -> Table:
     return Table.of("structure", ["set", *(column.heading for column in STRUCTURE)], rows, note=note)
 
 
-def resolutions(result: dict) -> list[str]:
+def resolutions(report: Report) -> list[str]:
     """What the verdict's margin is worth at this number of images, from the second set of real ones."""
     notes = []
-    for row, against in compared(result, "real"):
-        gain = against["gain_db"]["HF"]
-        if row["role"] == "null" and gain["low"] is not None:
+    for row, against in compared(report, "real"):
+        gain = against.gain_db["HF"]
+        if row.role == "null" and finite(gain.low) is not None:
             notes.append(
-                f"{row['name']} is the null of an unpaired comparison: at {row['images']} images its HF gain is known"
-                f" to ±{(gain['high'] - gain['low']) / 2:.2f} dB; about {against['images_for_quarter_db']} images bring"
+                f"{row.name} is the null of an unpaired comparison: at {row.images} images its HF gain is known"
+                f" to ±{(gain.high - gain.low) / 2:.2f} dB; about {against.images_for_quarter_db} images bring"
                 " that to ±0.25 dB."
             )
     return notes
 
 
-def every_number(result: dict) -> list[Folded]:
+def every_number(report: Report) -> list[Folded]:
     """All that is in the CSV: against the teacher, against real images, and of each set by itself."""
-    titles = {"teacher": result["teacher"], "real": result["real"], "": None}
-    every, tables = numbers(result), []
+    titles = {"teacher": report.teacher, "real": report.real, "": None}
+    every, tables = numbers(report), []
     for key, name in titles.items():
         chosen = [one for one in every if one.against == key]
         if chosen:
@@ -127,81 +129,80 @@ def _number_cell(one: Number | None) -> Cell:
     return Cell(short(one.value), span(one.low, one.high, 3) if one.null is None else f"null {short(one.null)}")
 
 
-def _class_names(result: dict, labels: Sequence[str]) -> list[str]:
-    return [result["class_names"].get(label, f"class {label}") for label in labels]
+def _class_names(report: Report, labels: Iterable[int]) -> list[str]:
+    return [report.class_names.get(label, f"class {label}") for label in labels]
 
 
-def classes(result: dict) -> Table | None:
+def classes(report: Report) -> Table | None:
     """HF gain against the teacher of each class, and its median; None where classes are not known."""
-    rows = [pair for pair in compared(result, "teacher") if pair[1]["hf_gain_by_class"]]
+    rows = [pair for pair in compared(report, "teacher") if pair[1].hf_gain_by_class]
     if not rows:
         return None
-    labels = sorted({label for _, against in rows for label in against["hf_gain_by_class"]}, key=int)
+    labels = sorted({label for _, against in rows for label in against.hf_gain_by_class})
     cells = []
     for row, against in rows:
-        gains = [number(against["hf_gain_by_class"].get(label), signed=True) for label in labels]
-        cells.append([row["name"], *gains, number(against["hf_gain_class_median"], signed=True)])
-    return Table.of("HF gain of each class", ["set", *_class_names(result, labels), "median"], cells)
+        gains = [number(against.hf_gain_by_class.get(label), signed=True) for label in labels]
+        cells.append([row.name, *gains, number(against.hf_gain_class_median, signed=True)])
+    return Table.of("HF gain of each class", ["set", *_class_names(report, labels), "median"], cells)
 
 
-def modes(result: dict) -> Table | None:
+def modes(report: Report) -> Table | None:
     """The share of each class that a small classifier sees in each set; None where there is no classifier."""
-    rows = [(row, against["modes"]) for row, against in compared(result, "teacher") if against["modes"]]
+    rows = [(row, against.modes) for row, against in compared(report, "teacher") if against.modes]
     if not rows:
         return None
     first = rows[0][1]
-    labels = list(first["shares"])
+    labels = list(first.shares)
     cells = [
         [
-            row["name"],
-            *(number(100 * seen["shares"][label], 1) for label in labels),
-            Cell(number(seen["total_variation"], 3), f"null {number(seen['null'], 3)}"),
-            number(None if seen["agreement"] is None else 100 * seen["agreement"], 1),
+            row.name,
+            *(number(100 * seen.shares[label], 1) for label in labels),
+            Cell(number(seen.total_variation, 3), f"null {number(seen.null, 3)}"),
+            number(None if seen.agreement is None else 100 * seen.agreement, 1),
         ]
         for row, seen in rows
     ]
     note = (
-        f"By a small classifier trained on {first['trained_on']} images"
-        f" ({result.get('fitted_to') or 'not among those compared'}), right for {100 * first['accuracy']:.1f} % of"
-        f" those it was not trained on. Total variation is against {the(result['teacher'])}."
+        f"By a small classifier trained on {first.facts['trained_on']} images"
+        f" ({report.fitted_to or 'not among those compared'}), right for {100 * first.facts['accuracy']:.1f} % of"
+        f" those it was not trained on. Total variation is against {the(report.teacher)}."
     )
-    heads = ["set", *_class_names(result, labels), "total variation", "taken for their own class, %"]
+    heads = ["set", *_class_names(report, labels), "total variation", "taken for their own class, %"]
     return Table.of("classes that are there", heads, cells, note=note)
 
 
-def cost(result: dict) -> Table | None:
+def cost(report: Report) -> Table | None:
     """Time and memory of every network beside what it keeps; None without networks."""
-    rows = [row for row in result["sets"] if "latency_ms_per_image" in row["facts"]]
-    if not rows:
+    costs = {row.name: row.facts.cost for row in report.sets if row.facts.cost is not None}
+    if not costs:
         return None
-    base = next((row for row in rows if row["role"] == "teacher"), rows[0])
-    facts, rounds = base["facts"], max(row["facts"].get("latency_runs", 0) for row in rows) or NOTHING
+    base = next((row.name for row in report.sets if row.role == "teacher" and row.name in costs), next(iter(costs)))
     note = (
-        f"Median over up to {rounds} rounds in which the networks take turns, {facts.get('cost_batch', NOTHING)} images"
-        " at a time; small print: least and most. Peak memory is of one such batch above the weights:"
-        f" {facts.get('peak_memory_method', NOTHING)}."
+        f"Median over up to {max(one.latency_runs for one in costs.values())} rounds in which the networks take turns,"
+        f" {costs[base].cost_batch} images at a time; small print: least and most. Peak memory is of one such batch"
+        f" above the weights: {costs[base].peak_memory_method}."
     )
     heads = [
         "set",
         "calls",
         "ms per image",
-        f"of the time of {the(base['name'])}",
+        f"of the time of {the(base)}",
         "peak memory, MB",
         "parameters",
         "HF gain, dB",
     ]
-    return Table.of("cost of sampling", heads, [_cost_cells(row, base) for row in rows], note=note)
+    cells = [_cost_cells(row, costs[row.name], costs[base]) for row in report.sets if row.name in costs]
+    return Table.of("cost of sampling", heads, cells, note=note)
 
 
-def _cost_cells(row: dict, base: dict) -> list[Cell | str]:
-    facts, against = row["facts"], row["against"]["teacher"]
-    milliseconds = facts["latency_ms_per_image"]
+def _cost_cells(row: SetRow, cost: SamplingCost, base: SamplingCost) -> list[Cell | str]:
+    network, against = row.facts.network, row.against.teacher
     return [
-        row["name"],
-        fact(facts.get("evaluations")),
-        Cell(fact(milliseconds), span(*facts.get("latency_ms_range", (None, None)))),
-        number(milliseconds / base["facts"]["latency_ms_per_image"], 3),
-        number(facts.get("peak_memory_mb"), 1),
-        f"{facts['parameters']:,}" if "parameters" in facts else NOTHING,
+        row.name,
+        NOTHING if network is None else str(network.evaluations),
+        Cell(fact(cost.latency_ms_per_image), span(*cost.latency_ms_range)),
+        number(cost.latency_ms_per_image / base.latency_ms_per_image, 3),
+        number(cost.peak_memory_mb, 1),
+        NOTHING if network is None else f"{network.parameters:,}",
         HF_GAIN.cell(row, against) if against else NOTHING,
     ]

@@ -25,14 +25,14 @@ from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.models.sit import with_routing
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.spectrum import radial_psd
-from eval import compare, report
+from eval import compare
 from eval.compare import CompareConfig
 from eval.measure.provenance import contract_hash
 from eval.metrics.intervals import holm
 from eval.metrics.spectrum import hf_gain_db, spectrum_of
 from eval.samples.sampling import Bench
 from eval.samples.sets import ImageSet
-from eval.study import pairing
+from eval.study import pairing, twins
 from eval.study import runs as arms
 from eval.study.controls import frozen_at_mean
 from eval.study.differences import _log_distance, conclude, paired
@@ -304,7 +304,7 @@ def test_machines_may_differ_for_both_commands_and_precision_for_neither():
         ({"precision": "bf16"}, ["launch.precision"]),
     ):
         other = dataclasses.replace(base, launch=dataclasses.replace(base.launch, **changes))
-        assert report.unequal(base, other) == unequal
+        assert twins.unequal(base, other) == unequal
         runs = [arms.Arm(name, Path(name), cfg, {}) for name, cfg in (("a", base), ("b", other))]
         with pytest.raises(config.ConfigError, match="precision") if unequal else contextlib.nullcontext():
             pairing._alike("dar", runs[0], "dar", runs[1], ())

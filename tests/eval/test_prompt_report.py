@@ -22,6 +22,7 @@ from eval.report import ReportConfig
 from eval.samples.images import UnfitError
 from eval.samples.parallel import Processes
 from eval.samples.sets import read_set
+from eval.study.inputs import sampled
 from tests.models.tiny_pipelines import tiny_sd3
 
 PROMPTS = ["a red cat", "dogs on the grass"]
@@ -87,13 +88,13 @@ def test_real_images_of_a_folder_stand_beside_the_samples(run, tmp_path):
             Image.fromarray(pixels.numpy()).save(tmp_path / name / f"{i}.png")
         (tmp_path / name / "samples.json").write_text(json.dumps({"labels": [0, 1] * 3}))
     ledger, device = Ledger(), torch.device("cpu")
-    inputs = report.sampled(asked(run, tmp_path, f"real={tmp_path / 'photographs'}"), device, ledger, Processes())
+    inputs = sampled(asked(run, tmp_path, f"real={tmp_path / 'photographs'}"), device, ledger, Processes())
     assert (inputs.real.name, inputs.real.count, inputs.real.role) == ("real", 6, "real") and not ledger.skipped
     assert (
         inputs.real.prompted and inputs.real.names == dict(enumerate(PROMPTS)) and inputs.everything[0] is inputs.real
     )
     with pytest.raises(UnfitError, match="real = .*large: images of 40 x 40 px, but the teacher's are of 32"):
-        report.sampled(asked(run, tmp_path, f"real={tmp_path / 'large'}"), device, ledger, Processes())
+        sampled(asked(run, tmp_path, f"real={tmp_path / 'large'}"), device, ledger, Processes())
 
 
 def test_a_folder_of_its_samples_knows_its_prompts(run, tmp_path, read):

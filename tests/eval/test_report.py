@@ -13,6 +13,7 @@ import torch
 from eval.measure import pair
 from eval.measure import suite as distances
 from eval.measure.pair import Compared, ImageSet, jsonable
+from eval.measure.results import Report
 from eval.measure.suite import Ledger, Sources, Suite, prepare
 from eval.metrics import features, perceptual
 from eval.metrics.power_map import Directions, sector_means
@@ -54,9 +55,15 @@ def suite(crops):
 
 
 @pytest.fixture(scope="module")
-def result(sets, suite):
+def report(sets, suite) -> Report:
     others = [sets["residual"], sets["hostile"]]
-    return measure(Compared(others, sets["teacher"], sets["real"], {0, 3, 4}, {6: HOSTILE}), 0, suite)
+    compared = Compared(others, sets["teacher"], sets["real"], {0, 3, 4}, {6: HOSTILE})
+    return Report(**vars(pair.measure(compared, 0, suite)))
+
+
+@pytest.fixture(scope="module")
+def result(report) -> dict:
+    return jsonable(report)
 
 
 def row(result: dict, name: str) -> dict:
@@ -107,7 +114,7 @@ def test_a_second_real_set_is_the_null_of_the_others_and_not_of_itself(crops, se
     assert own["null"] != pytest.approx(own["value"], rel=1e-3)
 
 
-def test_every_distance_stands_beside_its_null(result):
+def test_every_distance_stands_beside_its_null(report, result):
     """Also against the teacher, of which there is one set alone: its halves tell what another would read."""
     for name in ("residual", HOSTILE):
         against = row(result, name)["against"]["teacher"]
@@ -116,7 +123,7 @@ def test_every_distance_stands_beside_its_null(result):
         for near in against["neighbours"].values():
             assert abs(near["null"]["kid"]) < 3 * near["null"]["kid_std"] and near["null"]["images"] == 56
         assert 0 < against["lsd_null"] < against["lsd"] / (3 if name == "residual" else 1)  # the other hardly differs
-    metrics = {one.metric: one for one in numbers(result) if one.name == "residual" and one.against == "teacher"}
+    metrics = {one.metric: one for one in numbers(report) if one.name == "residual" and one.against == "teacher"}
     assert metrics["lsd"].null > 0 and metrics["kid.fd_wavelet"].null is not None
     assert metrics["recall.fd_wavelet"].null is None  # that of half as many images is no null
 
@@ -173,9 +180,9 @@ def test_sectors_divide_the_plane():
     assert means["B3"].y < 0.5 * math.sin(math.pi / 8)
 
 
-def test_every_number_is_in_the_csv(result):
-    rows = list(csv.DictReader(io.StringIO(as_csv(result))))
-    assert len(rows) == len(numbers(result))
+def test_every_number_is_in_the_csv(report):
+    rows = list(csv.DictReader(io.StringIO(as_csv(report))))
+    assert len(rows) == len(numbers(report))
     (gain,) = [r for r in rows if (r["set"], r["against"], r["metric"]) == ("residual", "teacher", "gain_db.y.HF")]
     assert float(gain["low"]) < float(gain["value"]) < float(gain["high"]) < -3 and gain["images"] == "112"
     (distance,) = [r for r in rows if (r["set"], r["against"], r["metric"]) == ("residual", "real", "fd_pca")]
@@ -278,7 +285,9 @@ def test_metrics_with_weights_stand_beside_the_others(sets, tmp_path, monkeypatc
     ledger, known = Ledger(), str(tmp_path / "known.npz")
     fit = sets["real"].images, None
     asked = prepare(("fid", "lpips", "clip"), fit, 0, ledger, Sources(statistics=known), "a photo of {}")
-    measured = measure(Compared([sets["residual"]], sets["teacher"], sets["real"], set(), NAMES), 0, asked, ledger)
+    compared = Compared([sets["residual"]], sets["teacher"], sets["real"], set(), NAMES)
+    report = Report(**vars(pair.measure(compared, 0, asked, ledger)))
+    measured = jsonable(report)
     assert {one.metric for one in ledger.skipped if one.requested} == {"precision and recall"} and not asked.small
     one = row(measured, "residual")
     assert one["against"]["real"]["fid"]["comparable_to_published"]
@@ -288,7 +297,7 @@ def test_metrics_with_weights_stand_beside_the_others(sets, tmp_path, monkeypatc
     assert one["against"]["teacher"]["lpips_paired"]["value"] > 0 and one["against"]["real"]["lpips_paired"] is None
     assert one["lpips_diversity"]["value"] < row(measured, "teacher")["lpips_diversity"]["value"]  # blurred
     assert one["clip"]["value"] == 1.0 and one["clip"]["standard_error"] == 0.0
-    metrics = {number.metric for number in numbers(measured) if number.name == "residual"}
+    metrics = {number.metric for number in numbers(report) if number.name == "residual"}
     assert {"fid", "fid_npz", "kid.fid", "lpips_paired", "lpips_diversity", "clip"} <= metrics
 
 
@@ -311,8 +320,8 @@ def test_statistics_without_fid_or_pickled_are_told(tmp_path, sets):
         assert any(reason in one.reason for one in ledger.skipped)
 
 
-def test_terminal_table(result):
-    table = terminal_table(result)
+def test_terminal_table(report, result):
+    table = terminal_table(report)
     assert "against teacher" in table and "against real" in table
     line = next(line for line in table.splitlines() if line.startswith("residual"))
     gain = row(result, "residual")["against"]["teacher"]["gain_db"]["HF"]["value"]

@@ -31,8 +31,9 @@ from eval.samples.images import UnfitError
 from eval.samples.parallel import Processes
 from eval.samples.real import open_fitting
 from eval.samples.sampling import Bench
-from eval.study import pairing
+from eval.study import inputs, pairing
 from eval.study import runs as arms
+from eval.study.checks import conclusions, student_checks
 from tests.data.test_latents import stored
 from tests.eval.opened import of, weights_opened
 from tests.tiny import TINY, tiny_sit
@@ -97,8 +98,8 @@ def test_real_and_reference_of_one_name_are_told_apart(tmp_path, crops, monkeypa
         (tmp_path / place).mkdir(parents=True)
         pixels[place] = crops(32, 2, seed)[0] // (1 + seed)
         np.save(tmp_path / place / "all.npy", pixels[place].numpy())
-    read_set = report.read_set
-    monkeypatch.setattr(report, "read_set", lambda path, *role: opened.append(path) or read_set(path, *role))
+    read_set = inputs.read_set
+    monkeypatch.setattr(inputs, "read_set", lambda path, *role: opened.append(path) or read_set(path, *role))
     argv = [f"images=[{tmp_path / 'ours'}]", f"reference={tmp_path / 'a' / 'x'}", f"real={tmp_path / real}"]
     report.report(config.load(ReportConfig, [*argv, f"out={tmp_path / 'report'}", "metrics=[offline]", "cpu=true"]))
     result = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -129,11 +130,10 @@ def test_a_report_of_fewer_images_than_classes_is_concluded(crops):
 
     reference = made("teacher", "teacher", 1)
     sets = [made("undistilled, Euler", "undistilled", 3), made("residual", "student", 2)]
-    result = jsonable(measure(Compared(sets, reference)))
-    read = [arms.Arm("residual", Path("residual"), CFG, {})]
-    report.conclude(result, report.Inputs(reference, None, sets, read, (images, None), "", None, {}))
-    assert result["checks"][0]["least_class_diversity"] is None
-    assert "class diversity is not known, since no class has two images" in result["conclusions"][0]
+    checks = student_checks(measure(Compared(sets, reference)).sets)
+    assert [jsonable(check)["least_class_diversity"] for check in checks] == [None]
+    (sentence,) = conclusions(checks, [arms.Arm("residual", Path("residual"), CFG, {})])
+    assert "class diversity is not known, since no class has two images" in sentence
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_the_data_of_a_run_are_opened_and_hashed_once_in_a_report(on_a_folder, m
     for module in (sources, folder):
         real = module.list_images
         monkeypatch.setattr(module, "list_images", lambda path, real=real: opened.append(path) or real(path))
-    inputs = report.sampled(options(on_a_folder), torch.device("cpu"), Ledger(), Processes())
+    made = inputs.sampled(options(on_a_folder), torch.device("cpu"), Ledger(), Processes())
     assert opened == [str(on_a_folder.parent / "images")]
-    assert inputs.real is not None and inputs.data_hash and inputs.class_names == {0: "cats", 1: "dogs"}
+    assert made.real is not None and made.data_hash and made.class_names == {0: "cats", 1: "dogs"}
 
 
 def test_latents_of_another_codec_are_not_beside_a_report(on_a_folder, tmp_path):

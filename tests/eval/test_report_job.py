@@ -26,11 +26,13 @@ from eval.samples.images import UnfitError
 from eval.samples.parallel import Processes
 from eval.samples.real import real_sets
 from eval.samples.sampling import Bench, Made
-from eval.study import forest
+from eval.study import forest, inputs, twins
 from eval.study import runs as arms
+from eval.study.checks import routing_comparisons
 from eval.study.forest import Pair
 from eval.study.students import student_set
 from tests.eval.opened import of, weights_opened
+from tests.eval.study.test_checks import checked
 from tests.tiny import tiny_teacher
 
 RECIPES = Path(__file__).parents[2] / "configs" / "photos32"
@@ -80,8 +82,8 @@ def options(root: Path, *names: str, **changes) -> ReportConfig:
     return config.load(ReportConfig, argv)
 
 
-def sampled(cfg: ReportConfig) -> report.Inputs:
-    return report.sampled(cfg, torch.device("cpu"), distances.Ledger(), Processes())
+def sampled(cfg: ReportConfig) -> inputs.Inputs:
+    return inputs.sampled(cfg, torch.device("cpu"), distances.Ledger(), Processes())
 
 
 def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
@@ -120,14 +122,14 @@ def test_without_real_images_features_are_fitted_to_other_samples_of_the_teacher
     def unfit(*_: object) -> None:
         raise UserError("no images of this kind")
 
-    monkeypatch.setattr(report, "open_fitting", unfit)
-    inputs = sampled(options(runs, "residual"))
-    images, labels = inputs.fit
-    assert inputs.real is None and inputs.fitted_to == report.OWN and torch.equal(labels, inputs.reference.labels)
-    same = (images == inputs.reference.images).flatten(1).float().mean(1)
+    monkeypatch.setattr(inputs, "open_fitting", unfit)
+    made = sampled(options(runs, "residual"))
+    images, labels = made.fit
+    assert made.real is None and made.fitted_to == inputs.OWN and torch.equal(labels, made.reference.labels)
+    same = (images == made.reference.images).flatten(1).float().mean(1)
     assert len(images) == 70 and same.max() < 0.5, "none of the images that are compared"
-    other = dataclasses.replace(inputs.bench, seed=inputs.bench.seed + 1)
-    teacher = arms.Teacher.of(inputs.read[0], torch.device("cpu"))
+    other = dataclasses.replace(made.bench, seed=made.bench.seed + 1)
+    teacher = arms.Teacher.of(made.arms[0], torch.device("cpu"))
     assert torch.equal(images, teacher.sample_set(other, 2).images)
 
 
@@ -208,7 +210,7 @@ def test_of_two_sets_with_one_name_the_first_is_drawn(tmp_path, crops, monkeypat
         np.save(tmp_path / place / "x" / "all.npy", kept)
     (tmp_path / "truth" / "x").rename(tmp_path / "truth" / "y")
 
-    def write(result, sets, out, title, facts, planes):
+    def write(result, sets, out, planes):
         shown.update(sets=[(one.name, one.count) for one in sets], planes=planes)
 
     monkeypatch.setattr(report, "write_report", write)
@@ -325,10 +327,10 @@ def test_seeds_in_pairs_make_the_forest(crops, blur, eight_bit, runs):
         for name, cfg in (("residual", arm.cfg), ("dar", routed)):
             read.append(dataclasses.replace(arm, name=f"{name}_{s}", cfg=dataclasses.replace(cfg, seed=s)))
     sets = [one for pair in pairs for one in (pair.residual, pair.dar)]
-    paired = [(pair.seed, pair.residual.name, pair.dar.name) for pair in report.seed_pairs(read, sets)]
+    paired = [(pair.seed, pair.residual.name, pair.dar.name) for pair in twins.seed_pairs(read, sets)]
     assert paired == [(s, f"residual_{s}", f"dar_{s}") for s in (0, 1)]
-    ledger, inputs = distances.Ledger(), report.Inputs(reference, None, sets, read, (images, labels), "", None, {})
-    assert report.seed_by_seed(options(runs, "residual"), inputs, ledger) is None  # one training, counted twice
+    ledger, made = distances.Ledger(), inputs.Inputs(reference, None, sets, read, (images, labels), "", None, {})
+    assert report.seed_by_seed(options(runs, "residual"), made, ledger) is None  # one training, counted twice
     assert "hold the same student" in ledger.skipped[0].reason and ledger.skipped[0].metric == "seed by seed"
     with pytest.raises(UnfitError, match="17 training seeds: an exact test takes 16 at the most"):
         forest.from_runs([dataclasses.replace(pairs[0], seed=s) for s in range(17)], reference, 0)
@@ -347,48 +349,6 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
         config.load(ReportConfig, ["out=/tmp/x"])
 
 
-def test_the_better_baseline_and_the_comparison_have_the_right_sign():
-    def check(name, gain, excess):
-        time = 3.0 if name == "dar" else 2.0
-        return {
-            "name": name,
-            "hf_gain_db": gain,
-            "fd_excess": excess,
-            "latency_ms_per_image": time,
-            "peak_memory_mb": 2 * time,
-        }
-
-    better = report.compare_pair(check("dar", -0.5, -0.2), check("residual", 2.0, 0.4))
-    assert "HF gain better (-0.50 dB, there +2.00)" in better and "above its null better (-0.20, there 0.40)" in better
-    assert "1.50 times its time and 1.50 times its peak memory" in better
-    worse = report.compare_pair(check("dar", 3.0, 0.05), check("residual", -2.0, -0.01))
-    assert "HF gain worse" in worse and "above its null worse" in worse
-    assert "HF gain equal" in report.compare_pair(check("dar", 1.0, 1.0), check("residual", -1.0, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("excess", "share", "said"),
-    [
-        (4.0, 0.25, "is 0.25 of that of 'Euler';"),
-        (0.1, None, "is 1.00, where 'Euler' is near its null already;"),
-        (-0.5, None, "is 1.00, where"),
-    ],
-)
-def test_a_share_of_hardly_anything_is_left_out(excess, share, said):
-    def row(name, role, excess):
-        against = {
-            "fd_wavelet": {"value": 0.2 + excess, "null": 0.2, "excess": excess},
-            "gain_db": {"HF": {"value": 0.0}},
-            "diversity_ratio": {"pixels": {"least": 1.0}},
-        }
-        facts = {"latency_ms_per_image": 1.0, "peak_memory_mb": 1.0}
-        return {"name": name, "role": role, "facts": facts, "against": {"teacher": against}}
-
-    rows = [row("Euler", "undistilled", excess), row("dar", "student", 1.0)]
-    (check,) = report.distillation_checks({"sets": rows}, "Euler")
-    assert check["fd_excess_share"] == share and said in report.check_sentence(check)
-
-
 def test_images_without_a_spectrum_are_refused_before_any_is_made(runs):
     small = SimpleNamespace(config=SimpleNamespace(input_size=16, in_channels=3, num_classes=7))
     with pytest.raises(UserError, match="images of 16 x 16 pixels .* needs 32 a side"):
@@ -396,10 +356,8 @@ def test_images_without_a_spectrum_are_refused_before_any_is_made(runs):
 
 
 def test_runs_that_differ_in_more_than_routing_are_not_called_a_comparison(runs):
-    read = arms.read_arms(tuple(str(runs / name) for name in ("regression", "dar")))
-    costs = {"latency_ms_per_image": 1.0, "peak_memory_mb": 1.0}
-    checks = [{"name": arm.name, "hf_gain_db": 0.0, "fd_excess": 0.0, **costs} for arm in read]
-    (sentence,) = report.routing_comparisons(checks, read)
+    both = arms.read_arms(tuple(str(runs / name) for name in ("regression", "dar")))
+    (sentence,) = routing_comparisons([checked(arm.name) for arm in both], both)
     assert "matching.weight" in sentence and "not a comparison" in sentence
 
 

@@ -3,19 +3,33 @@
 import html
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eval.measure.pair import Compared, ImageSet, measure
-from eval.metrics.record import jsonable
+from eval.measure.pair import Compared, measure
+from eval.measure.results import (
+    Bands,
+    Curve,
+    Forest,
+    ForestComparison,
+    Report,
+    SeedCurves,
+    SeedDifference,
+    Skipped,
+    jsonable,
+)
+from eval.metrics.intervals import Interval
 from eval.page import grids, sections, style
 from eval.page.figures import DAR, REAL, RESIDUAL, TEACHER, _shortened, styles
 from eval.page.html import breakable, templates, write_report
@@ -23,7 +37,7 @@ from eval.page.summaries import findings
 from eval.samples.cost import SamplingCost
 from eval.samples.facts import NetworkFacts, SetFacts
 from eval.samples.images import UnfitError
-from eval.samples.sets import ImageSet as Set
+from eval.samples.sets import ImageSet
 from eval.study.forest import from_file
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://x.test/a.png onerror=alert(1)>"
@@ -31,33 +45,34 @@ CHROMIUM = shutil.which("chromium")
 FIGURES = {"gain", "bands", "psd", "maps", "forest", "curves", "samples", "zoom", "detail"}
 
 
-def interval(value: float, low: float | None, high: float | None) -> dict:
-    return {"value": value, "low": low, "high": high}
+def forest() -> Forest:
+    gains, unbounded = {"residual": -1.0, "dar": 0.5}, Interval(0.5, -math.inf, math.inf)
+    comparison = ForestComparison(
+        baseline="residual",
+        method=HOSTILE,
+        pilot=True,
+        p=0.5,
+        seeds=[0, 1],
+        per_seed=[SeedDifference(seed, gains, Interval(0.5, 0.2, 0.8)) for seed in (0, 1)],
+        gain_db=gains,
+        difference_db=unbounded,
+    )
+    return Forest(source=HOSTILE, label="pilot", conclusion=HOSTILE, curve=seed_curves(), comparisons=[comparison])
 
 
-def forest() -> dict:
-    seeds = [
-        {"seed": s, "gain_db": {"residual": -1.0, "dar": 0.5}, "difference_db": interval(0.5, 0.2, 0.8)} for s in (0, 1)
-    ]
-    all_seeds = {"gain_db": {"residual": -1.0, "dar": 0.5}, "difference_db": interval(0.5, None, None)}
-    one = {"baseline": "residual", "seeds": [0, 1], "per_seed": seeds, **all_seeds, "method": HOSTILE, "pilot": True}
-    told = {"source": HOSTILE, "label": "pilot", "conclusion": HOSTILE, "comparisons": [{**one, "p": 0.5}]}
-    return {**told, "curve": seed_curve()}
-
-
-def seed_curve() -> dict:
+def seed_curves() -> SeedCurves:
     """Over two frequencies; the band of the difference is unbounded."""
-    band = {"value": [-0.25, -4.125], "low": [-1.0, -5.0], "high": [0.5, -3.0]}
-    bare = {"value": [0.75, 3.5], "low": [None, None], "high": [None, None]}
-    return {"frequencies": [0.1, 0.45], "residual": band, "dar": band, "difference": bare}
+    band = Curve([-0.25, -4.125], [-1.0, -5.0], [0.5, -3.0])
+    bare = Curve([0.75, 3.5], [-math.inf] * 2, [math.inf] * 2)
+    return SeedCurves([0.1, 0.45], {"residual": band, "dar": band, "difference": bare})
 
 
 @pytest.fixture(scope="module")
-def sets(crops, blur, eight_bit) -> list[Set]:
+def sets(crops, blur, eight_bit) -> list[ImageSet]:
     images, labels = crops(32, 4, 0)
     other, other_labels = crops(32, 4, 1)
     clean = images.double() / 255
-    cost = SamplingCost(2.0, (1.5, 2.5), 5, 16, 1.0, "", 1.0)
+    cost = SamplingCost(2.0, (1.5, 2.5), 5, 16, 1.0, HOSTILE, 1.0)
     facts = SetFacts(network=NetworkFacts(4, 1000, 0, "digest"), cost=cost)
     hostile = SetFacts(folder=HOSTILE, left_out=HOSTILE)
     return [
@@ -70,12 +85,17 @@ def sets(crops, blur, eight_bit) -> list[Set]:
 
 @pytest.fixture(scope="module")
 def folder(sets, tmp_path_factory):
-    result = jsonable(measure(Compared(sets[2:], sets[1], sets[0], {0, 3, 4}, {6: HOSTILE})))
-    result["forest"] = forest()
-    result["conclusions"] = [HOSTILE]
-    result["skipped"] = [{"metric": "fid", "name": HOSTILE, "reason": HOSTILE, "requested": True}]
+    measurements = measure(Compared(sets[2:], sets[1], sets[0], {0, 3, 4}, {6: HOSTILE}))
+    report = replace(
+        Report(**vars(measurements)),
+        forest=forest(),
+        conclusions=[HOSTILE],
+        skipped=[Skipped("fid", HOSTILE, HOSTILE)],
+        title=f"Title {HOSTILE}",
+        provenance={"command": HOSTILE, "git": {"commit": "a", "dirty": True}},
+    )
     out = tmp_path_factory.mktemp("report")
-    write_report(result, sets, out, f"Title {HOSTILE}", {"command": HOSTILE, "git": {"commit": "a", "dirty": True}})
+    write_report(report, sets, out)
     return out
 
 
@@ -177,13 +197,13 @@ def test_text_can_be_read(ink, words):
 
 
 def test_colours_say_what_a_set_is():
-    def row(name: str, role: str, **facts) -> dict:
-        return {"name": name, "role": role, "facts": facts}
+    def row(name: str, role: str, seed: int | None = None) -> SimpleNamespace:
+        return SimpleNamespace(name=name, role=role, facts=SetFacts(seed=seed))
 
-    rows = [row("real", "real"), row("teacher", "teacher"), row("residual", "student", seed=0)]
-    rows += [row("dar", "student", seed=0), row("dar_b", "student", seed=1), row("dar_c", "student", seed=1)]
+    rows = [row("real", "real"), row("teacher", "teacher"), row("residual", "student", 0)]
+    rows += [row("dar", "student", 0), row("dar_b", "student", 1), row("dar_c", "student", 1)]
     chosen = styles(rows)
-    assert [chosen[r["name"]].colour for r in rows[:5]] == [REAL, TEACHER, RESIDUAL, DAR, DAR]
+    assert [chosen[r.name].colour for r in rows[:5]] == [REAL, TEACHER, RESIDUAL, DAR, DAR]
     assert chosen["dar_c"].colour not in (REAL, TEACHER, RESIDUAL, DAR)
     assert len({(one.colour, one.marker) for one in chosen.values()}) == len(rows)
     assert chosen["residual"].dash != chosen["dar"].dash
@@ -213,33 +233,30 @@ def test_rows_share_their_noise_and_pixels_stay_pixels(folder, sets):
 
 
 def test_rows_without_classes_or_images(sets):
-    plain = [Set("a", sets[0].images, None, "teacher", False), Set("b", sets[0].images[:5], None, "images", False)]
+    plain = [
+        ImageSet("a", sets[0].images, None, "teacher", False),
+        ImageSet("b", sets[0].images[:5], None, "images", False),
+    ]
     rows = grids.chosen_rows(plain)
     assert [row.images["a"] for row in rows] == list(range(14)) and rows[4].images["b"] == 4
     assert rows[5].images["b"] is None
-    picture = Image.open(io.BytesIO(grids.grid({"class_names": {}}, plain, rows, grids.whole_tiles, 4))).convert("RGB")
+    picture = Image.open(io.BytesIO(grids.grid({}, plain, rows, grids.whole_tiles, 4))).convert("RGB")
     assert torch.equal(tile(picture, 1, 4, 4), sets[0].images[4]) and (tile(picture, 1, 5, 4) == 255).all()
 
 
 def test_a_comparison_file(tmp_path):
-    path = tmp_path / "compare.json"
-    told = forest()
-    (one,) = told["comparisons"]
-    whole = {
-        "primary": {**one, "curve": told["curve"]},
-        "controls": {"again": one},
-        "label": "pilot",
-        "conclusion": "none",
-    }
+    path, known = tmp_path / "compare.json", jsonable(forest())
+    (one,), curve = known["comparisons"], known["curve"]
+    whole = {"primary": {**one, "curve": curve}, "controls": {"again": one}, "label": "pilot", "conclusion": "none"}
     path.write_text(json.dumps(whole))
     read = jsonable(from_file(path))
     assert read["comparisons"] == [one, one] and read["source"] == str(path) and read["label"] == "pilot"
-    assert read["curve"] == told["curve"]
-    told["curve"]["dar"]["low"] = [0.0]
+    assert read["curve"] == curve
+    curve["dar"]["low"] = [0.0]
     path.write_text(json.dumps(whole))
     with pytest.raises(UnfitError, match="a curve of 1 values over 2 frequencies"):
         from_file(path)
-    told["curve"]["dar"]["low"] = [0.0, 1.0]
+    curve["dar"]["low"] = [0.0, 1.0]
     one["per_seed"][0]["gain_db"] = "much"
     path.write_text(json.dumps(whole))
     with pytest.raises(UnfitError, match=r"no compare\.json"):
@@ -251,9 +268,12 @@ def test_a_comparison_file(tmp_path):
 
 
 def test_the_answer_over_seeds_is_told_first():
-    result = {"forest": {"conclusion": "No difference: D = -0.5 dB. More."}, "conclusions": ["one"]}
-    assert findings(result) == ["No difference: D = \u22120.5 dB.", "one"]
-    assert findings({"forest": None}) == [] and findings({"conclusions": ["x."]}) == ["x."]
+    def told(conclusion: str | None, *conclusions: str) -> list[str]:
+        seeds = None if conclusion is None else replace(forest(), conclusion=conclusion)
+        return findings(SimpleNamespace(forest=seeds, conclusions=list(conclusions)))
+
+    assert told("No difference: D = -0.5 dB. More.", "one") == ["No difference: D = \u22120.5 dB.", "one"]
+    assert told(None) == [] and told(None, "x.") == ["x."] and told("", "x.") == ["x."]
 
 
 def browse(folder: Path, page: str, *flags: str, width: int = 1280) -> str:
@@ -315,5 +335,5 @@ def test_a_name_may_break_at_its_joints_and_stays_escaped():
 
 
 def test_bands_of_no_set_are_not_called_empty():
-    result = {"sets": [], "teacher": "teacher", "bands": {"names": ["B0", "HF"]}, "margins": {"gain_db": 0.5}}
-    assert "no frequency" not in sections.bands(result, b"").caption
+    report = SimpleNamespace(sets=[], bands=Bands(("B0", "HF"), (0.0, 0.5)))
+    assert "no frequency" not in sections.bands(report, b"").caption
