@@ -177,7 +177,7 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config.run_job(PretrainConfig, functools.partial(launch.run, pretrain), argv, description=__doc__)
+    config.run_job(PretrainConfig, functools.partial(launch.run, pretrain), argv, description=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmd_dar.spectrum import Channel
+
 from ..metrics import features, frechet, power_map, sliced, structure
 from ..metrics.features import Features
 from ..metrics.spectrum import Spectrum, as_floats, spectrum_of
@@ -19,7 +21,8 @@ from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
 from ..samples.sets import BATCH, ImageSet
 from .suite import Ledger, Suite, features_of
 
-LUMA, CHROMA = "y", ("cb", "cr")
+LUMA: Channel = "y"
+CHROMA: tuple[Channel, ...] = ("cb", "cr")
 DIVERSITY_IMAGES = 256  # of a class, whose pairs are looked at
 SLICED_IMAGES = 512  # of a set, whose patches are sorted
 

@@ -6,9 +6,11 @@ Legend: N images of a set, F radial bins. Everything is measured on 8-bit images
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dmd_dar.spectrum import BAND_NAMES, band_edges
 
@@ -295,7 +297,8 @@ def _diversity(samples: Samples) -> dict[str, DiversityRatio]:
     if known and all("fd_wavelet" in m.features for m in both):
         base = samples.other.features["fd_wavelet"].values
         pairs["wavelet"] = [
-            class_diversity(standardise(m.features["fd_wavelet"].values, base), m.source.labels) for m in both
+            class_diversity(standardise(m.features["fd_wavelet"].values, base), cast(Tensor, m.source.labels))
+            for m in both
         ]
     return {name: diversity_ratios(*pair) for name, pair in pairs.items()}
 

@@ -207,23 +207,25 @@ def neighbours_null(reference: Features, seed: int, ledger: Ledger) -> HalvesNul
 
 def clip_result(one: ImageSet, suite: Suite, class_names: dict[int, str], ledger: Ledger) -> ClipResult | None:
     """CLIP score of a set against its prompts; None where the suite has no CLIP."""
-    if suite.clip is None:
+    clip = suite.clip
+    if clip is None:
         return None
-    return ledger.attempt("clip", one.name, lambda: _clip(one, suite, class_names))
+    return ledger.attempt("clip", one.name, lambda: _clip(one, clip, suite.prompt, class_names))
 
 
 def diversity_result(one: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> LpipsDiversity | None:
     """LPIPS diversity of a set; None where the suite has no LPIPS."""
-    if suite.lpips is None:
+    lpips = suite.lpips
+    if lpips is None:
         return None
-    return ledger.attempt("lpips", one.name, lambda: _diversity(one, suite, seed))
+    return ledger.attempt("lpips", one.name, lambda: _diversity(one, lpips, seed))
 
 
-def _clip(one: ImageSet, suite: Suite, class_names: dict[int, str]) -> ClipResult:
+def _clip(one: ImageSet, clip: perceptual.Clip, prompt: str, class_names: dict[int, str]) -> ClipResult:
     images = one.first(MOST_PERCEPTUAL)
-    template = suite.prompt or (ITSELF if one.prompted else OF_CLASS)
+    template = prompt or (ITSELF if one.prompted else OF_CLASS)
     prompts = _prompts(one, template, one.names if one.prompted else one.names or class_names)[: len(images)]
-    score = perceptual.clip_score(suite.clip, images, prompts)
+    score = perceptual.clip_score(clip, images, prompts)
     error = float(score.per_image.std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else None
     return ClipResult(
         value=score.value,
@@ -245,10 +247,10 @@ def _prompts(one: ImageSet, template: str, names: dict[int, str]) -> list[str]:
     return [template.replace(ITSELF, names.get(label, "")) for label in labels]
 
 
-def _diversity(one: ImageSet, suite: Suite, seed: int) -> LpipsDiversity:
+def _diversity(one: ImageSet, lpips: perceptual.Lpips, seed: int) -> LpipsDiversity:
     images = one.first(MOST_PERCEPTUAL)
     labels = _classes(one, "LPIPS diversity")[: len(images)]
-    return perceptual.lpips_diversity(suite.lpips, images, labels, seed)
+    return perceptual.lpips_diversity(lpips, images, labels, seed)
 
 
 def _classes(one: ImageSet, what: str) -> Tensor:
@@ -260,19 +262,24 @@ def _classes(one: ImageSet, what: str) -> Tensor:
 def mean_lpips(one: ImageSet, other: ImageSet, suite: Suite, ledger: Ledger) -> LpipsPaired | None:
     """Mean LPIPS between images of equal noise and class."""
 
+    lpips = suite.lpips
+    if lpips is None:
+        return None
+
     def call() -> LpipsPaired:
-        return perceptual.lpips_paired(suite.lpips, one.first(MOST_PERCEPTUAL), other.first(MOST_PERCEPTUAL))
+        return perceptual.lpips_paired(lpips, one.first(MOST_PERCEPTUAL), other.first(MOST_PERCEPTUAL))
 
     return ledger.attempt("lpips", one.name, call)
 
 
 def modes_of(one: ImageSet, other: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> Modes | None:
     """The classes that a set holds beside those of another, as the classifier sees them."""
-    if suite.classifier is None:
+    classifier = suite.classifier
+    if classifier is None:
         return None
     ours, theirs = (x.first(MOST_CLASSIFIED) for x in (one, other))
     labels = None if one.labels is None else one.labels[: len(ours)].cpu()
-    return ledger.attempt("modes", one.name, lambda: modes(suite.classifier, ours, theirs, labels, seed))
+    return ledger.attempt("modes", one.name, lambda: modes(classifier, ours, theirs, labels, seed))
 
 
 def against_statistics(

@@ -3,13 +3,14 @@ images of a folder.
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.images import to_model_range
 from dmd_dar.data.latents import Latents
-from dmd_dar.data.sources import Source, open_data
+from dmd_dar.data.sources import Images, Source, open_data
 from dmd_dar.draws import Draws
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.models.codecs import sample_latents
@@ -90,7 +91,7 @@ def crops(data: Source, bench: Bench, phase: str) -> Made:
 
     def make(samples: Tensor) -> Made:
         if bench.codec is None:
-            return _pixels(data, bench, phase, samples)
+            return _pixels(cast(Images, data), bench, phase, samples)  # `open_fitting` refuses others
         draws, labels = Draws(bench.seed, phase, 0, samples), balanced_labels(samples, bench.num_classes)
         if isinstance(data, Latents):
             return bench.seen(data.latents(labels, draws), labels, phase, samples)
@@ -101,7 +102,7 @@ def crops(data: Source, bench: Bench, phase: str) -> Made:
     return bench.joined(make, f"{phase} images")
 
 
-def _pixels(data: Source, bench: Bench, phase: str, samples: Tensor) -> Made:
+def _pixels(data: Images, bench: Bench, phase: str, samples: Tensor) -> Made:
     labels = balanced_labels(samples, bench.num_classes)
     return Made(data.crops(labels, Draws(bench.seed, phase, 0, samples)).cpu(), labels.cpu())
 
