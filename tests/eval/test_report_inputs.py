@@ -57,7 +57,7 @@ def test_the_card_of_a_student_is_read_without_its_weights_being_loaded(run):
         pairing.different_networks("dar", [arm])
         assert arm.origin == {"steps": CFG.steps} and of(opened, run) == {"hash": 1}
         student = arm.student()
-        assert student.digest == arm.said.digest and of(opened, run) == {"hash": 1, "load": 1}
+        assert student.digest == arm.saved.digest and of(opened, run) == {"hash": 1, "load": 1}
         assert weight_count(run / "student") == sum(p.numel() for p in student.network.parameters())
 
 
