@@ -99,5 +99,5 @@ def test_real_images_of_a_folder_stand_beside_the_samples(run, tmp_path):
 
 def test_a_folder_of_its_samples_knows_its_prompts(run, tmp_path, read):
     sample(SampleConfig(student=str(run / "student"), out=str(tmp_path), n=4, cpu=True))
-    found = distances.alone(read_set(str(tmp_path)), Suite((), clip="clip"), {}, 0, Ledger())
-    assert read[4] == 2 * PROMPTS and found["clip"]["prompt"] == "{}"
+    score = distances.clip_result(read_set(str(tmp_path)), Suite((), clip="clip"), {}, Ledger())
+    assert read[4] == 2 * PROMPTS and score.prompt == "{}"
