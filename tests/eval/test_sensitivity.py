@@ -12,7 +12,7 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.spectrum import radial_psd
 from eval.measure.provenance import contract_hash
 from eval.metrics import spoil
-from eval.metrics.features import compare
+from eval.metrics.features import compare_features
 from eval.metrics.spectrum import band_gain_db
 from eval.sensitivity import (
     SPOILERS,
@@ -70,7 +70,9 @@ def test_features_are_fitted_and_compared_as_a_report_does():
     theirs, ours = (measure(one, extractors) for one in images)
     told = metrics(ours, theirs)
     for name in ("fd_wavelet", "fd_pca"):
-        assert told[name] == pytest.approx(compare(ours.features[name], theirs.features[name])["value"], rel=1e-12)
+        assert told[name] == pytest.approx(
+            compare_features(ours.features[name], theirs.features[name]).value, rel=1e-12
+        )
 
 
 def test_the_gate(result):
