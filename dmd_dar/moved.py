@@ -105,12 +105,13 @@ def install() -> None:
 
 
 def attribute(package: str, successor: str, name: str) -> object:
-    """`name` of a package that was a module before: taken from the module that holds its code now.
+    """`name` of a package that was a module before, or of a module that held it: from where its code is now.
 
     Raises AttributeError for names that it does not have either, for the package's own modules and for names of
     the import system.
     """
-    if name.startswith("__") or importlib.util.find_spec(f"{package}.{name}"):
+    inside = "__path__" in vars(sys.modules[package]) and importlib.util.find_spec(f"{package}.{name}")
+    if name.startswith("__") or inside:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(successor), name, None)
     if value is None:

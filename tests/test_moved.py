@@ -38,6 +38,7 @@ def test_an_old_name_is_the_new_module(old: str, new: str) -> None:
         "from dmd_dar.distill import distill",
         "from eval.measure import measure",
         "from eval import stats",
+        "from eval.metrics.frechet import fd_wavelet",
     ],
 )
 def test_the_warning_stands_at_the_importer_s_line(line: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dmd_dar.spectrum import Channel
 
-from ..metrics import features, frechet, power_map, sliced, structure
+from ..metrics import features, power_map, sliced, structure
+from ..metrics.diversity import class_diversity
 from ..metrics.features import Features
 from ..metrics.spectrum import Spectrum, as_floats, spectrum_of
 from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
@@ -130,9 +131,9 @@ def class_spread(one: ImageSet) -> dict[int, float]:
     of_class = [np.flatnonzero(one.classes == c)[:DIVERSITY_IMAGES] for c in np.unique(one.classes)]
     rows = np.sort(np.concatenate(of_class))
     pixels = [features.small_pixels(one.rows(rows[i : i + BATCH].tolist())) for i in range(0, len(rows), BATCH)]
-    return frechet.class_diversity(torch.cat(pixels), torch.from_numpy(one.classes[rows]))
+    return class_diversity(torch.cat(pixels), torch.from_numpy(one.classes[rows]))
 
 
 def _spread_of_all(one: ImageSet) -> dict[int, float]:
     pixels = features.small_pixels(one.first(DIVERSITY_IMAGES))
-    return frechet.class_diversity(pixels, torch.zeros(len(pixels)))
+    return class_diversity(pixels, torch.zeros(len(pixels)))

@@ -15,7 +15,8 @@ from torch import Tensor
 from dmd_dar.spectrum import BAND_NAMES, band_edges
 
 from ..metrics import structure
-from ..metrics.frechet import DiversityRatio, class_diversity, diversity_ratios, standardise
+from ..metrics.diversity import DiversityRatio, class_diversity, diversity_ratios
+from ..metrics.frechet import standardise
 from ..metrics.intervals import Interval, Sample, bootstrap_interval, images_for_half_width
 from ..metrics.power_map import grid_peaks, sector_means
 from ..metrics.spectrum import (
@@ -27,7 +28,7 @@ from ..metrics.spectrum import (
     labelled_pair,
     median_gains,
 )
-from ..metrics.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, verdict
+from ..metrics.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, verdict_of
 from ..samples.images import UnfitError
 from ..samples.parallel import one_thread, side_by_side
 from ..samples.sets import ImageSet, validate
@@ -255,7 +256,7 @@ def compare_sets(
         paired=paired,
         reference_images=len(other),
         class_share_gap=class_share_gap(energies[0].labels, energies[1].labels) if samples.both_known else None,
-        verdict=verdict(gains["HF"], kurtosis, flat_noise),
+        verdict=verdict_of(gains["HF"], kurtosis, flat_noise),
         gain_db=gains,
         gain_db_median=median_gains(*energies) if paired else None,
         images_for_quarter_db=images_for_half_width(gains["HF"], len(one), SANE_HALF_WIDTH_DB),

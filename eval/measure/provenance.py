@@ -14,23 +14,8 @@ import torch
 from dmd_dar import spectrum
 from dmd_dar.data.images import to_pixels
 
-from ..metrics import (
-    classifier,
-    features,
-    frechet,
-    neighbours,
-    sliced,
-    structure,
-    verdict,
-)
-from ..metrics import (
-    intervals as stats,
-)
-from ..metrics import (
-    power_map as maps,
-)
-from . import one_set as measured
-from . import suite as distances
+from ..metrics import classifier, features, frechet, intervals, neighbours, power_map, sliced, structure, verdict
+from . import one_set, suite
 from .machine import Machine, versions
 
 COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without its history
@@ -78,15 +63,15 @@ def contract() -> dict[str, Any]:
         "least_spread": frechet.LEAST_SPREAD,
         "flat_patches": (structure.PATCH, structure.FLAT_SHARE),
         "grid_lines": (spectrum.PERIODS, spectrum.OFFSETS, spectrum.LEAST_PERIODS),
-        "grid_peak_db": maps.PEAK_DB,
+        "grid_peak_db": power_map.PEAK_DB,
         "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST, sliced.BINOMIAL),
-        "sliced_images": measured.SLICED_IMAGES,
-        "diversity_images": measured.DIVERSITY_IMAGES,
+        "sliced_images": one_set.SLICED_IMAGES,
+        "diversity_images": one_set.DIVERSITY_IMAGES,
         "classifier": (classifier.SIDE, classifier.WIDTHS, classifier.STEPS, classifier.LEAST_SHARE),
-        "kid": (distances.KID_SUBSET_OFFLINE, distances.KID_SUBSET, neighbours.KID_SUBSETS),
+        "kid": (suite.KID_SUBSET_OFFLINE, suite.KID_SUBSET, neighbours.KID_SUBSETS),
         "neighbours": neighbours.NEIGHBOURS,
         "margins": (verdict.GAIN_MARGIN_DB, verdict.KURTOSIS_RANGE, verdict.FLAT_NOISE_DB),
-        "intervals": (stats.LEVEL, stats.RESAMPLES, stats.LEAST_IN_STRATUM),
+        "intervals": (intervals.LEVEL, intervals.RESAMPLES, intervals.LEAST_IN_STRATUM),
     }
 
 

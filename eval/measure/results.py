@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from ..metrics.classifier import Modes
+from ..metrics.diversity import DiversityRatio
 from ..metrics.features import FeatureDistance
-from ..metrics.frechet import DiversityRatio
 from ..metrics.intervals import Interval
 from ..metrics.neighbours import PlacedNeighbours
 from ..metrics.perceptual import LpipsDiversity, LpipsPaired

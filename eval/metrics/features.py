@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..samples.images import ImageStream, UnfitError
-from .frechet import feature_distance, null_distance, standardise, wavelet_features
+from .frechet import feature_distance, null_distance, standardise
 from .moments import Gaussian, Moments, finite, merged
 from .record import FLAT
+from .wavelet import wavelet_features
 
 PCA_COMPONENTS = 32
 PCA_SIDE = 32  # larger images are averaged down to it first

@@ -1,52 +1,23 @@
-"""Frechet distance between Gaussians fitted to features, in float64, and the features that need no network.
+"""Frechet distance between Gaussians fitted to features, in float64, and the null beside it.
 
     d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1^.5 S_2 S_1^.5)^.5
 
 Over features that need no network none of these numbers is an FID; each carries comparable_to_published = False.
+Ours rather than a library's, since each distance stands beside a null at its own sizes, which none gives.
 Legend: N images, D features, A = centred features / sqrt(N - 1), so that S = A^T A.
 """
-
-import math
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmd_dar.spectrum import QUANTISATION_POWER
+from dmd_dar import moved
 
 from ..samples.images import UnfitError
 from .moments import Gaussian, finite
-from .structure import details, luma
 
-LEVELS = 3
 NULL_SPLITS = 8
 LEAST_SPREAD = 1e-6  # features that do not vary over the reference are compared on this scale
-
-
-@dataclass(frozen=True)
-class Distance:
-    """A squared Frechet distance beside the value that two sets of the same source and the same sizes would show.
-
-    excess: the value over its null.
-    """
-
-    value: float
-    null: float
-    comparable_to_published: bool = False
-    excess: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "excess", self.value - self.null)
-
-
-@dataclass(frozen=True)
-class DiversityRatio:
-    """Diversity within classes as a ratio to a reference's, with the least and the median of the classes."""
-
-    by_class: dict[int, float]
-    least: float
-    median: float
 
 
 def validate_features(features: Tensor, name: str) -> Tensor:
@@ -130,26 +101,6 @@ def feature_distance(
     return _assemble(features.mean(0), a.square().sum(), mean, b.square().sum(), trace_term_nuclear(a, b))
 
 
-def wavelet_features(images: Tensor) -> Tensor:
-    """Wavelet statistics of float images in [0, 1], (N, 3, H, W) -> (N, 20) float64.
-
-    Columns, on luma: for each of 3 db2 levels from the finest, for LH, HL, HH, the pair (log energy, log kurtosis),
-    then the mean and the log standard deviation. Energy is m2 + q with q the power of 8-bit rounding, and kurtosis
-    (m4 + 6 q m2 + 3 q^2) / (m2 + q)^2: both as if Gaussian noise of that power were added, so an empty sub-band
-    reads a finite energy and the kurtosis 3.
-    """
-    plane = luma(images)
-    columns = []
-    for level in details(plane, LEVELS):
-        for band in level:
-            second, fourth = (band**2).mean((-2, -1)), (band**4).mean((-2, -1))
-            energy = second + QUANTISATION_POWER
-            noisy = fourth + 6 * QUANTISATION_POWER * second + 3 * QUANTISATION_POWER**2
-            columns += [np.log(energy), np.log(noisy / energy**2)]
-    columns += [plane.mean((-2, -1)), 0.5 * np.log(plane.var((-2, -1)) + QUANTISATION_POWER)]
-    return torch.from_numpy(np.stack(columns, axis=1))
-
-
 def standardise(features: Tensor, reference: Tensor, least_share: float = 0.0) -> Tensor:
     """(f - mean) / std of each feature over the reference set: no scale or unit dominates a distance.
 
@@ -158,18 +109,6 @@ def standardise(features: Tensor, reference: Tensor, least_share: float = 0.0) -
     std = reference.std(0)
     least = (least_share * std.square().mean().sqrt()).clamp(min=LEAST_SPREAD)
     return (features - reference.mean(0)) / std.maximum(least)
-
-
-def fd_wavelet(features: Tensor, reference: Tensor, null: float, names: tuple[str, str]) -> Distance:
-    """Squared Frechet distance over `wavelet_features` in units of the reference's spread, with its null."""
-    value = feature_distance(standardise(features, reference), standardise(reference, reference), names)
-    return Distance(value, null)
-
-
-def fd_null(reference: Tensor, size: int, rng: np.random.Generator, second: Tensor | None = None) -> float:
-    """`null_distance` over features in units of the reference's spread, as `fd_wavelet` reads them."""
-    scaled = None if second is None else standardise(second, reference)
-    return null_distance(standardise(reference, reference), size, rng, scaled)[0]
 
 
 def null_distance(
@@ -197,24 +136,6 @@ def null_distance(
     return value * (1 / size + 1 / len(reference)) / sum(1 / n for n in sizes), size
 
 
-def class_diversity(features: Tensor, labels: Tensor) -> dict[int, float]:
-    """Mean distance |x_i - x_j| over the pairs of each class, features (N, D); not for classes of one image."""
-    spread = {}
-    for label in labels.unique().tolist():
-        members = features[labels == label].double()
-        if len(members) > 1:
-            spread[int(label)] = torch.nn.functional.pdist(members).mean().item()
-    return spread
-
-
-def diversity_ratio(ours: dict[int, float], teachers: dict[int, float]) -> dict[int, float]:
-    """Diversity of each class as a ratio to the teacher's; classes in which the teacher is constant are left out."""
-    return {label: ours[label] / teachers[label] for label in ours if teachers.get(label, 0.0) > 0}
-
-
-def diversity_ratios(ours: dict[int, float], teachers: dict[int, float]) -> DiversityRatio:
-    """`diversity_ratio` by class, the least and the median of the classes; these are NaN where there is none."""
-    by_class = diversity_ratio(ours, teachers)
-    values = list(by_class.values())
-    median = float(np.median(values)) if values else math.nan
-    return DiversityRatio(by_class, min(values, default=math.nan), median)
+def __getattr__(name: str) -> object:
+    """Names that were in this module before."""
+    return moved.attribute(__name__, f"{__package__}.{'diversity' if 'diversity' in name else 'wavelet'}", name)

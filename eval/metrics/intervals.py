@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -117,11 +117,15 @@ def images_for_half_width(interval: Interval, images: int, target: float) -> int
     return max(2, math.ceil(images * (interval.half_width / target) ** 2))
 
 
+def _inexact(count: int) -> str:
+    return f"{count} seeds: the exact test enumerates all signs of 1 to {LARGEST_EXACT} differences"
+
+
 @lru_cache(maxsize=4)
 def _subsets(count: int) -> np.ndarray:
     """Every subset of `count` things as a row of zeros and ones, (2^count, count); the last column halves the rows."""
     if not 1 <= count <= LARGEST_EXACT:
-        raise ValueError(f"{count} seeds: the exact test enumerates all signs of 1 to {LARGEST_EXACT} differences")
+        raise ValueError(_inexact(count))
     return (np.arange(1 << count)[:, None] >> np.arange(count) & 1).astype(np.float64)
 
 
@@ -131,9 +135,19 @@ def sign_flip_p(differences: np.ndarray) -> float:
     The share of all 2^K sign patterns whose |mean| is at least the observed one: no less than 2 / 2^K, so that five
     seeds cannot reach 0.05. ValueError for no difference or more than LARGEST_EXACT.
     """
-    sums = (1 - 2 * _subsets(len(differences))) @ differences
-    rounding = 1e-12 * np.abs(differences).sum()
-    return float((np.abs(sums) >= abs(differences.sum()) - rounding).mean())
+    if not 1 <= len(differences) <= LARGEST_EXACT:
+        raise ValueError(_inexact(len(differences)))
+    if len(differences) == 1:
+        return 1.0  # both signs of one difference are as far from 0; SciPy takes two at least
+    observed, rounding = abs(differences.sum()), 1e-12 * np.abs(differences).sum()
+
+    def distance(flipped: np.ndarray, axis: int) -> np.ndarray:
+        """|sum|; ties up to rounding are made exact."""
+        sums = np.abs(flipped.sum(axis))
+        return np.where(np.abs(sums - observed) <= rounding, observed, sums)
+
+    every = {"permutation_type": "samples", "n_resamples": 1 << LARGEST_EXACT, "vectorized": True}
+    return float(stats.permutation_test((differences,), distance, alternative="greater", **every).pvalue)
 
 
 def sign_flip_interval(differences: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,7 @@ from dmd_dar.spectrum import QUANTISATION_POWER, to_channel
 
 from .intervals import UNDEFINED, Interval, Sample, bootstrap_interval
 from .spectrum import as_floats, band_gains, decibel, labelled_pair, same_size, spectrum_of
-from .verdict import Verdict
-from .verdict import verdict as word_of
+from .verdict import Verdict, verdict_of
 
 LEVELS = 3
 BANDS = ("LH", "HL", "HH")
@@ -204,7 +203,7 @@ def verdict(
 ) -> Verdict:
     """One word for what happened to fine detail: preserved, reduced, inflated, energy only or inconclusive.
 
-    From the HF gain, the ratio of `hf_kurtosis` and `flat_noise_db`, each with its 95 % interval; see `verdict`.
+    From the HF gain, the ratio of `hf_kurtosis` and `flat_noise_db`, each with its 95 % interval; see `verdict_of`.
     images (N, 3, H, W) and reference (M, 3, H, W): uint8 or floats in [0, 1], of one size. labels: classes (N,) within
     which the bootstrap resamples, see `labelled_pair`. paired: row i of both shares noise and class (N = M).
     UnfitError for NaN images.
@@ -220,4 +219,4 @@ def verdict(
     gains = band_gains(*samples(*(one.energies for one in spectra)), paired=paired, rng=rng)
     kurtosis = kurtosis_ratio(*samples(*(one.kurtosis for one in structures)), paired=paired, rng=rng)
     noise = flat_noise_db(*samples(*(one.flat for one in structures)), paired=paired, rng=rng)
-    return word_of(gains["HF"], kurtosis, noise)
+    return verdict_of(gains["HF"], kurtosis, noise)

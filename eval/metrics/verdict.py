@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dmd_dar import moved
+
 from .intervals import Interval
 
 Word = Literal["preserved", "reduced", "inflated", "energy only", "inconclusive"]
@@ -30,7 +32,7 @@ def side(interval: Interval, low: float, high: float) -> Side:
     return "above" if interval.low > high else "straddles"
 
 
-def verdict(gain_hf: Interval, kurtosis_ratio: Interval, flat_noise: Interval) -> Verdict:
+def verdict_of(gain_hf: Interval, kurtosis_ratio: Interval, flat_noise: Interval) -> Verdict:
     """preserved | reduced | inflated | energy only | inconclusive.
 
     gain_hf and flat_noise in dB. The gain decides first; where it is within the margin, structure has to be right
@@ -68,3 +70,11 @@ def _show(interval: Interval, unit: str = " dB", sign: str = "+") -> str:
     if not interval.defined:
         return "(undefined)"
     return f"{interval.value:{sign}.2f}{unit} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
+
+
+def __getattr__(name: str) -> object:
+    """The name that `verdict_of` had before `structure.verdict`, which takes images, was there beside it."""
+    if name != "verdict":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    moved.warn(f"{__name__}.verdict", f"{__name__}.verdict_of", 3)
+    return verdict_of

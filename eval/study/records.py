@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..measure.results import Curve, SeedCurves, SeedDifference
-from ..metrics.frechet import Distance
 from ..metrics.intervals import Interval
 from ..metrics.record import jsonable
+from ..metrics.wavelet import Distance
 from ..samples.cost import SamplingCost
 from ..samples.facts import NetworkFacts
 from ..samples.images import UnfitError

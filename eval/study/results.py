@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..measure.results import Curve, SeedCurves, SeedDifference
-from ..metrics.frechet import Distance
 from ..metrics.intervals import Interval
 from ..metrics.record import FLAT, OPTIONAL
+from ..metrics.wavelet import Distance
 from ..samples.cost import SamplingCost
 from ..samples.facts import NetworkFacts
 from .endpoint import Power

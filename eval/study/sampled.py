@@ -14,7 +14,8 @@ from dmd_dar.messages import LOGGER
 from dmd_dar.models.denoiser import network_time
 
 from ..measure.one_set import class_spread
-from ..metrics import frechet, structure
+from ..metrics import structure, wavelet
+from ..metrics.diversity import diversity_ratios
 from ..metrics.spectrum import BAND_NAMES, HF, Spectrum, as_floats, gain_curve, hf_gain_db, pooled_gains, spectrum_of
 from ..samples.cost import SamplingCost
 from ..samples.sampling import Bench, costs_of
@@ -51,7 +52,7 @@ class SampledSet:
         for batch in one.batches():
             unit = as_floats(batch)
             kurtosis.append(structure.hf_kurtosis(unit))
-            features.append(frechet.wavelet_features(unit))
+            features.append(wavelet.wavelet_features(unit))
         return SampledSet(
             labels=one.classes,  # type: ignore[arg-type]
             luma=spectrum_of(one.batches()),
@@ -79,7 +80,7 @@ class Yardstick:
     @staticmethod
     def of(reference: ImageSet, bench: Bench) -> "Yardstick":
         teacher = SampledSet.of(reference)
-        null = frechet.fd_null(teacher.features, bench.count, np.random.default_rng(bench.seed))
+        null = wavelet.fd_null(teacher.features, bench.count, np.random.default_rng(bench.seed))
         return Yardstick(teacher, null)
 
 
@@ -166,9 +167,9 @@ def against_teacher(ours: SampledSet, yardstick: Yardstick, name: str) -> Agains
         gain_db=dict(zip(BAND_NAMES, gains.tolist(), strict=True)),
         lsd=distance,
         lsd_signed=signed,
-        fd_wavelet=frechet.fd_wavelet(ours.features, teacher.features, yardstick.null, (name, "teacher")),
+        fd_wavelet=wavelet.fd_wavelet(ours.features, teacher.features, yardstick.null, (name, "teacher")),
         hf_kurtosis_ratio=float(kurtosis),
-        diversity_ratio=frechet.diversity_ratios(ours.diversity, teacher.diversity).least,
+        diversity_ratio=diversity_ratios(ours.diversity, teacher.diversity).least,
     )
 
 

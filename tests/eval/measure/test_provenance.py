@@ -3,24 +3,8 @@
 import pytest
 
 from dmd_dar import spectrum
-from eval.measure import one_set as measured
-from eval.measure import provenance
-from eval.measure import suite as distances
-from eval.metrics import (
-    classifier,
-    features,
-    frechet,
-    neighbours,
-    sliced,
-    structure,
-    verdict,
-)
-from eval.metrics import (
-    intervals as stats,
-)
-from eval.metrics import (
-    power_map as maps,
-)
+from eval.measure import one_set, provenance, suite
+from eval.metrics import classifier, features, frechet, intervals, neighbours, power_map, sliced, structure, verdict
 
 
 @pytest.mark.parametrize(
@@ -31,11 +15,11 @@ from eval.metrics import (
         (spectrum, "PERIODS"),
         (spectrum, "BAND_EDGES"),
         (spectrum, "POWER_FLOOR"),
-        (measured, "SLICED_IMAGES"),
-        (measured, "DIVERSITY_IMAGES"),
+        (one_set, "SLICED_IMAGES"),
+        (one_set, "DIVERSITY_IMAGES"),
         (classifier, "LEAST_SHARE"),
-        (distances, "KID_SUBSET"),
-        (distances, "KID_SUBSET_OFFLINE"),
+        (suite, "KID_SUBSET"),
+        (suite, "KID_SUBSET_OFFLINE"),
         (neighbours, "KID_SUBSETS"),
         (sliced, "PATCHES"),
         (sliced, "BINOMIAL"),
@@ -43,9 +27,9 @@ from eval.metrics import (
         (features, "PCA_SIDE"),
         (frechet, "LEAST_SPREAD"),
         (structure, "LEAST_KURTOSIS"),
-        (maps, "PEAK_DB"),
+        (power_map, "PEAK_DB"),
         (structure, "FLAT_SHARE"),
-        (stats, "LEAST_IN_STRATUM"),
+        (intervals, "LEAST_IN_STRATUM"),
         (verdict, "GAIN_MARGIN_DB"),
     ],
 )

@@ -10,6 +10,7 @@ from eval.metrics.classifier import fit_classifier, modes
 from eval.metrics.features import Extractor, Features, compare_features, extract, extract_moments, fit_pca, wavelet
 from eval.metrics.frechet import feature_distance, standardise
 from eval.metrics.moments import Gaussian, merged
+from eval.metrics.wavelet import fd_null, fd_wavelet, wavelet_features
 from eval.samples.images import UnfitError, open_images
 
 
@@ -68,11 +69,11 @@ def test_pca_depends_on_its_seed_alone_and_averages_large_images(real):
 
 def test_the_number_is_that_of_the_wavelet_distance(real):
     (images, _), (again, _), _ = real
-    a, b = (frechet.wavelet_features(x.float() / 255) for x in (again, images))
-    direct = frechet.fd_wavelet(a, b, 0.0, ("a", "b")).value
+    a, b = (wavelet_features(x.float() / 255) for x in (again, images))
+    direct = fd_wavelet(a, b, 0.0, ("a", "b")).value
     result = compare_features(of(wavelet(), again), of(wavelet(), images))
     assert result.value == pytest.approx(direct, rel=1e-12)
-    assert result.null == pytest.approx(frechet.fd_null(b, len(a), np.random.default_rng(0)), rel=1e-12)
+    assert result.null == pytest.approx(fd_null(b, len(a), np.random.default_rng(0)), rel=1e-12)
     assert result.null == pytest.approx(direct, rel=0.5)
 
 

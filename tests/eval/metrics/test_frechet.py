@@ -6,12 +6,9 @@ import scipy.linalg
 import torch
 
 from eval.metrics import frechet
+from eval.metrics.diversity import class_diversity, diversity_ratio
 from eval.metrics.frechet import (
     centred_root,
-    class_diversity,
-    diversity_ratio,
-    fd_null,
-    fd_wavelet,
     feature_distance,
     frechet_distance,
     null_distance,
@@ -19,9 +16,9 @@ from eval.metrics.frechet import (
     symmetric_root,
     trace_term_eigh,
     trace_term_nuclear,
-    wavelet_features,
 )
 from eval.metrics.moments import Gaussian
+from eval.metrics.wavelet import fd_null, fd_wavelet, wavelet_features
 from eval.samples.images import UnfitError
 
 

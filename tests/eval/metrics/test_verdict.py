@@ -9,7 +9,7 @@ from eval.metrics import spoil
 from eval.metrics.intervals import UNDEFINED, Interval
 from eval.metrics.spectrum import band_gain_db
 from eval.metrics.structure import verdict
-from eval.metrics.verdict import verdict as word_of
+from eval.metrics.verdict import verdict_of
 from eval.samples.images import UnfitError
 
 RIGHT = Interval(0.1, -0.1, 0.3)
@@ -36,7 +36,7 @@ SOUND, QUIET = Interval(1.0, 0.9, 1.1), Interval(0.0, -0.2, 0.2)
     ],
 )
 def test_words(gain, kurtosis, noise, word):
-    assert word_of(gain, kurtosis, noise).word == word
+    assert verdict_of(gain, kurtosis, noise).word == word
 
 
 @pytest.mark.parametrize("size", [32, 64])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eval.metrics.frechet import Distance
+from eval.metrics.wavelet import Distance
 from eval.samples.cost import SamplingCost
 from eval.samples.facts import NetworkFacts
 from eval.study.results import AgainstTeacher, NetworkRow
