@@ -196,7 +196,7 @@ def test_medians_are_the_mean_of_the_two_in_the_middle(monkeypatch):
     monkeypatch.setattr(teacher, "nearest_distance", lambda *_: distances)
     one = ImageSet("set", torch.zeros(7, 3, 32, 32, dtype=torch.uint8), torch.arange(7), "student", False)
     found = teacher.memorisation({"set": one}, teacher.Photos(32), 4, 0)["set"]
-    assert {row["median"] for row in found.values()} == {3.0} and {row["least"] for row in found.values()} == {1.0}
+    assert {row.median for row in found.values()} == {3.0} and {row.least for row in found.values()} == {1.0}
 
 
 def test_a_latent_distance_has_the_null_of_the_second_real_set():
