@@ -11,14 +11,22 @@ import pytest
 from dmd_dar.moved import MOVED
 
 ROOT = Path(__file__).parents[1]
-OLD = """
+LINES = (
+    "from dmd_dar.train.loop import Loop",
+    "from dmd_dar.train.runtime import Runtime",
+    "from dmd_dar.distill import distill",
+    "from eval.measure import measure",
+    "from eval import stats",
+)
+IMPORTER = """
 import warnings
-{before}
-warnings.simplefilter("always")
-with warnings.catch_warnings(record=True) as caught:
-    {line}
-assert [one.category for one in caught] == [DeprecationWarning], caught
-assert caught[0].filename == "<string>", caught[0].filename
+import dmd_dar.distillation.job, eval.report
+for line in LINES:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(compile(line, "importer.py", "exec"))
+    assert [one.category for one in caught] == [DeprecationWarning], (line, caught)
+    assert caught[0].filename == "importer.py", (line, caught[0].filename)
 """
 
 
@@ -30,20 +38,8 @@ def test_an_old_name_is_the_new_module(old: str, new: str) -> None:
         assert importlib.import_module(old) is importlib.import_module(new)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "from dmd_dar.train.loop import Loop",
-        "from dmd_dar.train.runtime import Runtime",
-        "from dmd_dar.distill import distill",
-        "from eval.measure import measure",
-        "from eval import stats",
-        "from eval.metrics.frechet import fd_wavelet",
-    ],
-)
-def test_the_warning_stands_at_the_importer_s_line(line: str) -> None:
-    before = "import dmd_dar.distillation.job, eval.report"
-    code = OLD.format(line=line, before=before.replace("; ", "\n"))
+def test_the_warning_stands_at_the_importer_s_line() -> None:
+    code = f"LINES = {LINES}\n{IMPORTER}"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
