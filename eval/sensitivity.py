@@ -27,8 +27,7 @@ from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
 
 from .measure.provenance import command_line, provenance
-from .metrics import features, sliced, spoil, structure
-from .metrics import power_map as maps
+from .metrics import features, power_map, sliced, spoil, structure
 from .metrics.frechet import feature_distance
 from .metrics.record import jsonable
 from .metrics.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains, spectrum_of
@@ -114,7 +113,7 @@ def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
     return Measured(
         luma=spectrum_of(images),
         structure=structure.structure_of(images),
-        lines=maps.grid_lines(images),
+        lines=power_map.grid_lines(images),
         slices=sliced.Slices(sliced.sliced_patches(images)),
         features={one.name: features.Features("set", one.extract(images), one, False) for one in extractors},
     )
@@ -128,21 +127,21 @@ def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
     gains = pooled_gains(ours.luma.energies, theirs.luma.energies)
     _, distance, signed = gain_curve(ours.luma, theirs.luma)
     slopes = np.subtract(ours.luma.slopes, theirs.luma.slopes)
-    heights = maps.line_heights(ours.lines) - maps.line_heights(theirs.lines)
-    found = {f"gain {band}, dB": gain for band, gain in zip(BAND_NAMES, gains, strict=True)}
+    heights = power_map.line_heights(ours.lines) - power_map.line_heights(theirs.lines)
+    values_by_name = {f"gain {band}, dB": gain for band, gain in zip(BAND_NAMES, gains, strict=True)}
     shares = hfer_difference(ours.luma.hfer_per_image, theirs.luma.hfer_per_image)
-    found |= {"lsd, dB": distance, "lsd signed, dB": signed, "hfer difference": shares}
-    found |= {"slope difference": slopes[0], "slope_hf difference": slopes[1]}
-    found |= {
+    values_by_name |= {"lsd, dB": distance, "lsd signed, dB": signed, "hfer difference": shares}
+    values_by_name |= {"slope difference": slopes[0], "slope_hf difference": slopes[1]}
+    values_by_name |= {
         "largest grid peak, dB": np.nanmax(np.abs(heights)),
         **_structure_metrics(ours.structure, theirs.structure),
     }
     levels = sliced.level_distances(ours.slices, theirs.slices)
-    found |= {f"sliced Wasserstein, level {i}": level for i, level in enumerate(levels)}
+    values_by_name |= {f"sliced Wasserstein, level {i}": level for i, level in enumerate(levels)}
     for name, values in ours.features.items():
         target = theirs.features[name]
-        found[name] = feature_distance(features.scaled(values, target), features.scaled(target, target))
-    return {name: float(value) for name, value in found.items() if not np.isnan(value)}
+        values_by_name[name] = feature_distance(features.scaled(values, target), features.scaled(target, target))
+    return {name: float(value) for name, value in values_by_name.items() if not np.isnan(value)}
 
 
 def _structure_metrics(ours: structure.Structure, theirs: structure.Structure) -> dict[str, float]:

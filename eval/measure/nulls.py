@@ -5,6 +5,7 @@ Legend: N images of a set, F radial bins.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,8 +147,9 @@ def over_features(one: MeasuredSet, target: Target, suite: Suite, ledger: Ledger
             distances[metric] = replace(distance, comparable_to_published=comparable)
         around = neighbours(*pair, target.seed, ledger)
         if around is not None:
-            placed = vars(around) | {"comparable_to_published": around.comparable_to_published and real}
-            near[metric] = PlacedNeighbours(**placed, null=target.null_of_neighbours(one, metric))
-    found = modes_of(one.source, other.source, suite, target.seed, ledger)
+            comparable, null = around.comparable_to_published and real, target.null_of_neighbours(one, metric)
+            fields: dict[str, Any] = {**vars(around), "comparable_to_published": comparable}
+            near[metric] = PlacedNeighbours(**fields, null=null)
+    modes = modes_of(one.source, other.source, suite, target.seed, ledger)
     paired = one.source.paired and other.source.paired and suite.lpips is not None
-    return OverFeatures(distances, near, found, mean_lpips(one.source, other.source, suite, ledger) if paired else None)
+    return OverFeatures(distances, near, modes, mean_lpips(one.source, other.source, suite, ledger) if paired else None)

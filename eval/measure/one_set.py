@@ -7,12 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from dmd_dar.spectrum import Channel
 
 from ..metrics import features, power_map, sliced, structure
 from ..metrics.diversity import class_diversity
@@ -22,8 +21,8 @@ from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
 from ..samples.sets import BATCH, ImageSet
 from .suite import Ledger, Suite, features_of
 
-LUMA: Channel = "y"
-CHROMA: tuple[Channel, ...] = ("cb", "cr")
+LUMA: Literal["y"] = "y"
+CHROMA: tuple[Literal["cb", "cr"], ...] = ("cb", "cr")
 DIVERSITY_IMAGES = 256  # of a class, whose pairs are looked at
 SLICED_IMAGES = 512  # of a set, whose patches are sorted
 
@@ -61,9 +60,9 @@ def read_one(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes |
     """Shared out among the processes, each of which gets all of it."""
     processes = processes or Processes()
     with one_thread(suite.small):
-        found = features_of(one, suite, ledger, processes)
+        features_by_name = features_of(one, suite, ledger, processes)
         rows = processes.joined(one.count, lambda rank, world: rows_of(one, rank, world))
-    return Reading(found, rows)
+    return Reading(features_by_name, rows)
 
 
 def rows_of(one: ImageSet, rank: int = 0, world: int = 1) -> Rows:

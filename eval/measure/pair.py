@@ -124,8 +124,12 @@ class Comparisons:
         for target in self.targets.values():
             target.prepare()
         rows = [self.alone(one) for one in self.measured]
-        pairs = [(i, key) for i in range(len(rows)) for key in self.targets]
-        pairs = [(i, key) for i, key in pairs if self.measured[i] is not self.targets[key].measured]
+        pairs: list[tuple[int, Reference]] = [
+            (i, key)
+            for i, one in enumerate(self.measured)
+            for key, target in self.targets.items()
+            if one is not target.measured
+        ]
         notes = [Ledger() for _ in pairs]
         calls = [
             partial(compare_sets, self.measured[i], self.targets[key], self.compared.colour_labels, self.suite, note)

@@ -81,10 +81,10 @@ def contract_hash() -> str:
 
 def command_line(module: str, differences: list[tuple[str, Any, Any]]) -> str:
     """The command that gives a configuration again; `differences` are its (key, default, value)."""
-    given = [
+    words = [
         (name, f"[{','.join(value)}]" if isinstance(value, list | tuple) else value) for name, _, value in differences
     ]
-    return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in given if value != "[]")])
+    return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in words if value != "[]")])
 
 
 def provenance(device: torch.device, seconds: float, **facts: Any) -> dict[str, Any]:

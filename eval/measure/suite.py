@@ -110,7 +110,7 @@ def wanted(metrics: Iterable[Metric], sources: Sources, ledger: Ledger) -> list[
         "lpips": ALEXNET,
     }
     own = {"fid": sources.inception, "patch_fid": sources.inception, "clip": sources.clip}
-    available = [name for name, weights in files.items() if own.get(name) or find(weights)]
+    available: list[Metric] = [name for name, weights in files.items() if own.get(name) or find(weights)]
     for name in files:
         if name not in available:
             ledger.add(name, "", missing_message(files[name]), requested=False)

@@ -130,8 +130,8 @@ def sliced_wasserstein(ours: Slices, reference: Slices, *, second: Slices | None
     distances = level_distances(ours, reference)
     nulls = _halves_null(reference) if second is None else level_distances(second, reference)
     images, others = len(ours.patches[0]), len(reference.patches[0])
-    given = 2 / (others // 2) if second is None else 1 / len(second.patches[0]) + 1 / others
-    scale = ((1 / images + 1 / others) / given) ** 0.5  # falls as the root of 1 / N + 1 / M, images being independent
+    of_null = 2 / (others // 2) if second is None else 1 / len(second.patches[0]) + 1 / others
+    scale = ((1 / images + 1 / others) / of_null) ** 0.5  # falls as the root of 1 / N + 1 / M, images being independent
     return [LevelDistance(value, scale * null) for value, null in zip(distances, nulls, strict=True)]
 
 
@@ -170,12 +170,12 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 
 def _halves_null(reference: Slices) -> list[float]:
     """Of each level the mean distance of random halves of the images."""
-    half, found = len(reference.patches[0]) // 2, []
+    half, nulls = len(reference.patches[0]) // 2, []
     for level, spread in enumerate(reference.spread):
         projected, values = reference.projected(level), []
         for split in range(NULL_SPLITS):
             samples = sample_range(0, len(projected), projected.device)
             order = Draws(reference.seed, "sliced null", split, samples).uniform("order").argsort()
             values.append(wasserstein(projected[order[:half]], projected[order[half : 2 * half]]))
-        found.append(sum(values) / NULL_SPLITS / spread)
-    return found
+        nulls.append(sum(values) / NULL_SPLITS / spread)
+    return nulls

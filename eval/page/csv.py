@@ -9,10 +9,10 @@ from ..measure.results import Comparison, LatentComparison, LatentRow, Report, S
 from ..metrics.features import FeatureDistance
 from ..metrics.intervals import Interval
 from ..metrics.power_map import GridLine
+from ..metrics.structure import BANDS
 from ..samples.facts import SetFacts
 from .cells import finite
 
-WAVELET_BANDS = ("LH", "HL", "HH")
 ALONE = ("hfer", "slope", "slope_hf", "hf_kurtosis", "gradient_kurtosis", "parent_child_corr")
 INTERVALS = (
     "hf_kurtosis_ratio",
@@ -129,7 +129,7 @@ def _costs(facts: SetFacts) -> Iterator[Value]:
 def _wavelet(metric: str, levels: Iterable[Iterable[float]]) -> Iterator[Value]:
     """(3, 3) numbers by level, the finest first, and sub-band."""
     for level, values in enumerate(levels, 1):
-        for band, value in zip(WAVELET_BANDS, values, strict=True):
+        for band, value in zip(BANDS, values, strict=True):
             yield Value(f"{metric}.{level}.{band}", value)
 
 

@@ -78,9 +78,9 @@ def page(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -> str:
 def templates() -> Environment:
     """The page's templates; they escape whatever they are given, and a name that they do not know is an error."""
     folder = Path(__file__).parent / "templates"
-    found = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
-    found.filters |= {"breakable": breakable, "base64": lambda png: base64.b64encode(png).decode("ascii")}
-    return found
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"breakable": breakable, "base64": lambda png: base64.b64encode(png).decode("ascii")}
+    return environment
 
 
 def breakable(text: str) -> Markup:

@@ -6,7 +6,7 @@ from ..measure.results import Comparison, Forest, LatentResult, Report, SeedCurv
 from ..metrics.intervals import Interval
 from ..metrics.power_map import DIRECTIONS, PEAK_DB, Directions, GridLine
 from .cells import NOTHING, Cell, Figure, Table, finite, interval_cell, minus, number, the
-from .columns import charted
+from .columns import REFERENCES, charted
 from .figures import forest_lines
 from .grids import Row, magnification, row_name, zoom_factor
 
@@ -115,7 +115,7 @@ def latent(latents: LatentResult, reference: str, png: bytes) -> Figure:
     )
     heads = ["set", "HF gain, dB", "LSD, dB", *(f"channel {c}" for c in range(latents.channels))]
     tables = []
-    for key, name in (("teacher", latents.teacher), ("real", latents.real)):
+    for key, name in zip(REFERENCES, (latents.teacher, latents.real), strict=True):
         cells = [
             [
                 row.name,
@@ -124,7 +124,7 @@ def latent(latents: LatentResult, reference: str, png: bytes) -> Figure:
                 *map(interval_cell, against.hf_gain_db_by_channel),
             ]
             for row in latents.sets
-            if (against := getattr(row.against, key))
+            if (against := row.against.of(key))
         ]
         if name and cells:
             tables.append(Table.of(f"latents, {key}", heads, cells, note=f"Against {the(name)}"))

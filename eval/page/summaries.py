@@ -93,7 +93,7 @@ def resolutions(report: Report) -> list[str]:
         if row.role == "null" and finite(gain.low) is not None:
             notes.append(
                 f"{row.name} is the null of an unpaired comparison: at {row.images} images its HF gain is known"
-                f" to ±{(gain.high - gain.low) / 2:.2f} dB; about {against.images_for_quarter_db} images bring"
+                f" to ±{gain.half_width:.2f} dB; about {against.images_for_quarter_db} images bring"
                 " that to ±0.25 dB."
             )
     return notes

@@ -50,7 +50,7 @@ class ImageStream:
     @property
     def others(self) -> str:
         """What is left out, in words; empty for nothing."""
-        return ", ".join(f"{count} {ending}" for ending, count in self.left_out.items())
+        return in_words(self.left_out)
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor]]:
         """(first row, uint8 (n, 3, H, W)) over the share of process `rank` of `world`, with a bar on a terminal."""
@@ -64,6 +64,11 @@ class ImageStream:
     def all(self) -> Tensor:
         """uint8 (N, 3, H, W)."""
         return self.read(0, self.count)
+
+
+def in_words(endings: dict[str, int]) -> str:
+    """How many files there are of each ending; empty for none."""
+    return ", ".join(f"{count} {ending}" for ending, count in endings.items())
 
 
 def open_images(source: Tensor | str | Path, name: str = "") -> ImageStream:
@@ -90,17 +95,15 @@ def _open_folder(path: Path, name: str) -> ImageStream:
     if (path / SAMPLES).is_file():
         held = [entry for entry in held if entry.name not in (SAMPLES, GRID)]
     files = [entry for entry in held if entry.suffix.lower() in KINDS and not entry.is_dir()]
-    others = Counter(
+    endings = Counter(
         "folder" if entry.is_dir() else entry.suffix.lower() or "no ending" for entry in held if entry not in files
     )
-    left_out = dict(sorted(others.items()))
+    left_out = dict(sorted(endings.items()))
     if not files:
-        others = ", ".join(f"{count} {ending}" for ending, count in left_out.items())
+        holds = f", which holds {in_words(left_out)}" if left_out else ""
         raise UnfitError(
-            f"{path}: no {' or '.join(KINDS)} in this folder"
-            + f", which holds {others}" * bool(others)
-            + "; name one that"
-            " holds images, of other kinds converted to 8-bit RGB PNG"
+            f"{path}: no {' or '.join(KINDS)} in this folder{holds}; name one that holds images, of other kinds"
+            " converted to 8-bit RGB PNG"
         )
     return _stream(name, files, left_out)
 
