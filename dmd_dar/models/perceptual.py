@@ -1,5 +1,9 @@
-"""LPIPS (arXiv:1801.03924) from weights on this machine; nothing is downloaded."""
+"""LPIPS (arXiv:1801.03924): the network over given weights, and the training loss by weights on this machine.
 
+Nothing is downloaded here.
+"""
+
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmd_dar.errors import MissingWeightsError
+from dmd_dar.errors import DamagedFileError, MissingWeightsError
 from dmd_dar.extras import needed
 
 TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, 233 MB; the linear heads come with the lpips package
+TRUNK_HASH = "7be5be79"  # first digits of its SHA-256
 SMALLEST = 64  # pixels; smaller images are enlarged, since AlexNet's last layers would see a single cell
 
 
@@ -29,10 +34,19 @@ def trunk_path() -> Path:
     )
 
 
+def trunk_weights() -> dict[str, Tensor]:
+    """The trunk's tensors by name. Raises DamagedFileError where the file is another than its name says."""
+    path = trunk_path()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(TRUNK_HASH):
+        raise DamagedFileError(f"{path}: sha256 {digest[:8]}..., not {TRUNK_HASH}...; delete it and fetch it again")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def lpips_loss(device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, target), both (B, 3, S, S) in about [-1, 1] -> scalar mean LPIPS, in float32."""
-    weights = torch.load(trunk_path(), map_location="cpu", weights_only=True)
-    metric = lpips_network(weights).to(device)
+    metric = lpips_network(trunk_weights()).to(device)
 
     def loss(x: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -44,14 +58,15 @@ def lpips_loss(device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]
     return loss
 
 
-def lpips_network(alexnet: dict[str, Tensor]) -> torch.nn.Module:
-    """The frozen metric with torchvision's AlexNet weights (keys features.N.weight and .bias) as its trunk.
+def lpips_network(trunk: dict[str, Tensor], net: str = "alex") -> torch.nn.Module:
+    """The frozen metric over torchvision's AlexNet ("alex") or VGG16 ("vgg"), whose weights are `trunk`.
 
-    Raises MissingPackageError where the package lpips is not installed.
+    trunk: by torchvision's names, features.N.weight and .bias. Raises MissingPackageError where the package lpips is
+    not installed.
     """
-    metric = needed("lpips").LPIPS(net="alex", pnet_rand=True, verbose=False)
+    metric = needed("lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
     for part in metric.net.children():
         for index, layer in part.named_children():
             if list(layer.parameters()):
-                layer.load_state_dict({name: alexnet[f"features.{index}.{name}"] for name in ("weight", "bias")})
+                layer.load_state_dict({name: trunk[f"features.{index}.{name}"] for name in ("weight", "bias")})
     return metric.eval().requires_grad_(False)

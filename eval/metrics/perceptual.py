@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.extras import needed
-from dmd_dar.models.perceptual import SMALLEST
+from dmd_dar.models.perceptual import SMALLEST, lpips_network
 
 from ..samples.images import UnfitError
 from .record import FLAT
@@ -188,13 +188,7 @@ def load_lpips(
     if net not in trunks:
         raise UserError(f"LPIPS: net = {net}; choose one of {', '.join(trunks)}")
     found = locate(trunks[net], path, allow_download)
-    network = needed("lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
-    state = load_state(found.path)
-    for part in network.net.children():
-        for index, layer in part.named_children():
-            if list(layer.parameters()):
-                layer.load_state_dict({name: state[f"features.{index}.{name}"] for name in ("weight", "bias")})
-    network = network.eval().requires_grad_(False).to(device)
+    network = lpips_network(load_state(found.path), net).to(device)
     return Lpips(network, device, {"net": net, "weights": trunks[net].file, "sha256": found.sha256})
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError
+from dmd_dar.models.perceptual import TRUNK, TRUNK_HASH
 
 VARIABLE = "DMD_DAR_WEIGHTS_DIR"
 CLIP_REPO = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
@@ -65,13 +66,13 @@ INCEPTION = Weights(
     other_names=("weights-inception-2015-12-05-6726825d.pth",),
 )
 ALEXNET = Weights(
-    file="alexnet-owt-7be5be79.pth",
+    file=TRUNK,
     owner="torchvision",
     megabytes=233,
-    sha256="7be5be79",
+    sha256=TRUNK_HASH,
     unlocks="LPIPS with net=alex: diversity and paired distance",
     instead="the class diversity in pixels and in wavelet features",
-    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    url=f"https://download.pytorch.org/models/{TRUNK}",
 )
 VGG16 = Weights(
     file="vgg16-397923af.pth",

@@ -1,10 +1,14 @@
 """LPIPS with random trunk weights: the weights given are the weights used, and nothing is downloaded."""
 
+import hashlib
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torchvision.models import alexnet
 
+from dmd_dar.errors import DamagedFileError
+from dmd_dar.models import perceptual
 from dmd_dar.models.perceptual import TRUNK, lpips_loss, lpips_network, trunk_path
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchvision")  # the lpips package's way to call it
@@ -20,6 +24,8 @@ def trunk() -> dict[str, torch.Tensor]:
 def loss(trunk, tmp_path, monkeypatch):
     torch.save(trunk, tmp_path / TRUNK)
     monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
+    digest = hashlib.sha256((tmp_path / TRUNK).read_bytes()).hexdigest()
+    monkeypatch.setattr(perceptual, "TRUNK_HASH", digest[:8])
     return lpips_loss("cpu")
 
 
@@ -81,6 +87,13 @@ def test_missing_weights_name_the_file_both_folders_and_the_remedy(tmp_path, mon
     said = str(error.value)
     folders = [str(tmp_path / name) for name in ("mine", "torch")]
     assert all(part in said for part in (TRUNK, *folders, "DMD_DAR_WEIGHTS_DIR", "regression.metric=mse"))
+
+
+def test_weights_of_another_hash_are_refused(trunk, tmp_path, monkeypatch):
+    torch.save(trunk, tmp_path / TRUNK)
+    monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
+    with pytest.raises(DamagedFileError, match=rf"{TRUNK}: sha256 .*, not 7be5be79\.\.\.; delete it"):
+        lpips_loss("cpu")
 
 
 def test_the_named_folder_comes_before_the_hub_s_cache(tmp_path, monkeypatch):
