@@ -18,16 +18,21 @@ from ..metrics import classifier, features, frechet, intervals, neighbours, powe
 from . import one_set, suite
 from .machine import Machine, versions
 
+ROOT = Path(__file__).parents[2]  # of the checkout; installed, this folder is the package's
 COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without its history
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
 
 
 def git_state() -> str | None:
-    """Commit, with -dirty where the tree differs from it; None outside a checkout."""
-    root = Path(__file__).parent.parent
+    """Commit, with -dirty where the tree differs from it; None outside a checkout.
+
+    An installed copy has none, although its environment may lie in another repository.
+    """
+    if not (ROOT / ".git").exists():
+        return None
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 ORIGIN = ("git", "contract_hash", "versions")  # what the small file of a run keeps of the provenance
 WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a file raises that is no compare.json
 
-UNDEFINED = ("training_step_seconds", "lsd", "lsd_signed", "hf_kurtosis_ratio", "diversity_ratio")  # may be, of a row
+MAY_BE_UNDEFINED = ("training_step_seconds", "lsd", "lsd_signed", "hf_kurtosis_ratio", "diversity_ratio")
 
 
 def text_of(result: StudyResult | RunRecord) -> str:
@@ -96,7 +96,7 @@ def _row(record: dict[str, Any]) -> NetworkRow:
     distance = {name: value for name, value in record["fd_wavelet"].items() if name != "excess"}
     numbers = {
         **record,
-        **{name: number(record[name]) for name in UNDEFINED},
+        **{name: number(record[name]) for name in MAY_BE_UNDEFINED},
         "latency_ms_range": tuple(record["latency_ms_range"]),
         "fd_wavelet": Distance(**distance),
         "gain_db": {band: number(value) for band, value in record["gain_db"].items()},

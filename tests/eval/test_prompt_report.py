@@ -50,7 +50,7 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def read(monkeypatch) -> dict[str, set[str]]:
+def read(monkeypatch) -> dict[int, list[str]]:
     """The texts that CLIP reads, by the number of images."""
     seen: dict[int, list[str]] = {}
 

@@ -1,5 +1,8 @@
 """The contract changes with every constant that a number of a report depends on."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from dmd_dar import spectrum
@@ -39,6 +42,13 @@ def test_another_constant_is_another_contract(monkeypatch, module, name):
     value = getattr(module, name)
     monkeypatch.setattr(module, name, value[::-1] + (1,) if isinstance(value, tuple) else value + 1)
     assert provenance.contract_hash() != before
+
+
+def test_a_copy_within_another_repository_has_no_commit_of_its_own(monkeypatch):
+    state = provenance.git_state()
+    assert state is None or re.match(r"[0-9a-f]{12}|.*-g[0-9a-f]{12}", state)
+    monkeypatch.setattr(provenance, "ROOT", Path(__file__).parent)
+    assert provenance.git_state() is None
 
 
 def test_a_commit_can_be_named_where_there_is_no_checkout(monkeypatch):
