@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -119,3 +119,11 @@ def attribute(package: str, successor: str, name: str) -> object:
     warn(f"{package}.{name}", f"{successor}.{name}", 4)
     setattr(sys.modules[package], name, value)  # one import asks twice
     return value
+
+
+def renamed(module: str, names: Mapping[str, str], name: str) -> object:
+    """`name` of a module that calls it `names[name]` now. Raises AttributeError for others."""
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warn(f"{module}.{name}", f"{module}.{names[name]}", 4)
+    return getattr(sys.modules[module], names[name])

@@ -24,7 +24,7 @@ from .study.differences import conclude
 from .study.pairing import ArmsConfig, RunsByArm, read_groups
 from .study.records import run_records, text_of
 from .study.results import StudyResult
-from .study.runs import Teacher, require_teacher
+from .study.runs import GuidedTeacher, require_teacher
 from .study.sampled import sample_and_measure
 from .study.wording import seed_table
 
@@ -71,7 +71,7 @@ def compare(cfg: CompareConfig) -> None:
     device = processes.device(cfg.cpu)
     groups = read_groups(cfg.arms)
     make_folder(cfg.out)
-    teacher = Teacher.of(groups["residual"][0], device)
+    teacher = GuidedTeacher.of(groups["residual"][0], device)
     require_teacher([run for runs in groups.values() for run in runs], teacher.weights)
     bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
     if processes.main:

@@ -133,7 +133,7 @@ def measured(cfg: ReportConfig, inputs: Inputs, readings: Readings, suite: Suite
         forest=seeds,
         fitted_to=inputs.fitted_to,
         checks=checks,
-        conclusions=conclusions(checks, inputs.arms),
+        conclusions=conclusions(checks, inputs.runs),
         title=cfg.title,
     )
 
@@ -144,10 +144,10 @@ def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> Forest | 
     """
     if cfg.compare:
         return ledger.attempt("seed by seed", cfg.compare, lambda: forest.from_file(cfg.compare))
-    pairs = seed_pairs(inputs.arms, inputs.sets)
+    pairs = seed_pairs(inputs.runs, inputs.sets)
     if not several_seeds(pairs):
         return None
-    return ledger.attempt("seed by seed", "", lambda: forest_of(pairs, inputs.arms, inputs.reference, cfg.seed))
+    return ledger.attempt("seed by seed", "", lambda: forest_of(pairs, inputs.runs, inputs.reference, cfg.seed))
 
 
 def origin_of(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def origin_of(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "command": command_line("eval.report", config.differences(ReportConfig(runs=("",)), cfg)),
         "checkpoints": {one.name: one.facts.network.network for one in sets if one.facts.network is not None},
-        "seeds": {"evaluation": cfg.seed, **{f"training of {arm.name}": arm.cfg.seed for arm in inputs.arms}},
+        "seeds": {"evaluation": cfg.seed, **{f"training of {run.name}": run.cfg.seed for run in inputs.runs}},
         "data_hash": inputs.data_hash,
-        "runs": {arm.name: arm.raw for arm in inputs.arms},
+        "runs": {run.name: run.raw for run in inputs.runs},
         "report": dataclasses.asdict(cfg),
     }
 

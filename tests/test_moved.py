@@ -17,6 +17,8 @@ LINES = (
     "from dmd_dar.distill import distill",
     "from eval.measure import measure",
     "from eval import stats",
+    "from eval.metrics.verdict import verdict",
+    "from eval.study.runs import read_arms",
 )
 IMPORTER = """
 import warnings

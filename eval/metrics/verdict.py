@@ -74,7 +74,4 @@ def _show(interval: Interval, unit: str = " dB", sign: str = "+") -> str:
 
 def __getattr__(name: str) -> object:
     """The name that `verdict_of` had before `structure.verdict`, which takes images, was there beside it."""
-    if name != "verdict":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    moved.warn(f"{__name__}.verdict", f"{__name__}.verdict_of", 3)
-    return verdict_of
+    return moved.renamed(__name__, {"verdict": "verdict_of"}, name)

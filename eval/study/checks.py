@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ..measure.results import Check, Comparison, SetRow
-from .runs import Arm
+from .runs import Run
 from .twins import routed, twins, unequal
 
 
@@ -69,9 +69,9 @@ def share_of_excess(excess: float, of_baseline: float, null: float) -> float | N
     return None if of_baseline <= null else excess / of_baseline
 
 
-def conclusions(checks: Sequence[Check], arms: Sequence[Arm]) -> list[str]:
-    """A sentence for each student, then one for each routed arm and its residual twin."""
-    return [*map(check_sentence, checks), *routing_comparisons(checks, arms)]
+def conclusions(checks: Sequence[Check], runs: Sequence[Run]) -> list[str]:
+    """A sentence for each student, then one for each routed run and its residual twin."""
+    return [*map(check_sentence, checks), *routing_comparisons(checks, runs)]
 
 
 def check_sentence(check: Check) -> str:
@@ -96,23 +96,23 @@ def check_sentence(check: Check) -> str:
     return sentence + "."
 
 
-def routing_comparisons(checks: Sequence[Check], arms: Sequence[Arm]) -> list[str]:
-    """One sentence for each routed arm and its residual twin, the arm that differs from it in routing alone."""
+def routing_comparisons(checks: Sequence[Check], runs: Sequence[Run]) -> list[str]:
+    """One sentence for each routed run and its residual twin, the run that differs from it in routing alone."""
     by_name = {check.name: check for check in checks}
     sentences = []
-    for arm in filter(routed, arms):
-        plain = [other for other in arms if not routed(other)]
-        same = twins(arm, arms)
+    for run in filter(routed, runs):
+        plain = [other for other in runs if not routed(other)]
+        same = twins(run, runs)
         if same:
-            sentences.append(compare_pair(by_name[arm.name], by_name[same[0].name]))
+            sentences.append(compare_pair(by_name[run.name], by_name[same[0].name]))
         elif plain:
-            keys = ", ".join(unequal(arm.cfg, plain[0].cfg))
-            sentences.append(f"{arm.name} and {plain[0].name} differ in {keys} too: not a comparison of routing.")
+            keys = ", ".join(unequal(run.cfg, plain[0].cfg))
+            sentences.append(f"{run.name} and {plain[0].name} differ in {keys} too: not a comparison of routing.")
     return sentences
 
 
 def compare_pair(routed: Check, plain: Check) -> str:
-    """HF gain, fd_wavelet above its null and cost of a routed arm against its residual twin, as plain words."""
+    """HF gain, fd_wavelet above its null and cost of a routed run against its residual twin, as plain words."""
 
     def word(ours: float, theirs: float) -> str:
         ours, theirs = round(ours, 2), round(theirs, 2)

@@ -18,7 +18,7 @@ from ..samples.parallel import Processes
 from ..samples.real import Real, named_real, open_fitting, read_real
 from ..samples.sampling import Bench, with_costs
 from ..samples.sets import ImageSet, read_set
-from .runs import Arm, Teacher, read_arms, require_teacher
+from .runs import GuidedTeacher, Run, read_runs, require_teacher
 from .students import student_set
 
 CROPS = "real crops that are not compared"
@@ -55,7 +55,7 @@ class Inputs:
     reference: ImageSet
     real: ImageSet | None
     sets: list[ImageSet]
-    arms: list[Arm]  # of the students that could be sampled
+    runs: list[Run]  # of the students that could be sampled
     fit: tuple[Tensor, Tensor | None]
     fitted_to: str
     colour_labels: set[int] | None
@@ -93,23 +93,23 @@ def read_inputs(keys: InputKeys, device: torch.device, ledger: Ledger, processes
 
 def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Processes) -> Inputs:
     """Every network of the runs on the same noise, and images of their data where these fit the teacher's."""
-    arms = read_arms(keys.runs)
-    teacher = Teacher.of(arms[0], device)
-    require_teacher(arms, teacher.weights)
+    runs = read_runs(keys.runs)
+    teacher = GuidedTeacher.of(runs[0], device)
+    require_teacher(runs, teacher.weights)
     bench = Bench.of(keys, teacher.network, device, teacher.codec, processes)
     named = named_real(keys.real, bench) if keys.real else None
-    data = None if named else data_of(arms[0].cfg, bench, teacher, ledger)
+    data = None if named else data_of(runs[0].cfg, bench, teacher, ledger)
     if processes.main:
-        LOGGER.info(f"sampling {keys.n} images of the teacher and of {len(arms)} students")
+        LOGGER.info(f"sampling {keys.n} images of the teacher and of {len(runs)} students")
     real = None if data is None else read_real(data, bench)
     reference = teacher.sample_set(bench, keys.solver_steps)
     baselines = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
-    students = {arm.name: _student(arm, bench, reference, ledger) for arm in arms}
+    students = {run.name: _student(run, bench, reference, ledger) for run in runs}
     inputs = Inputs(
         reference=reference,
         real=real.reference if real else named,
         sets=[*baselines, *(one for one in students.values() if one is not None)],
-        arms=[arm for arm in arms if students[arm.name] is not None],
+        runs=[run for run in runs if students[run.name] is not None],
         fit=real.fit if real else other_samples(teacher, bench, keys.solver_steps),
         fitted_to=CROPS if real else OWN,
         colour_labels=real.colour_labels if real else None,
@@ -120,17 +120,17 @@ def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Pr
     return with_names(inputs, teacher, real)
 
 
-def _student(arm: Arm, bench: Bench, reference: ImageSet, ledger: Ledger) -> ImageSet | None:
-    return ledger.attempt("every metric", arm.name, lambda: student_set(arm, bench, reference))
+def _student(run: Run, bench: Bench, reference: ImageSet, ledger: Ledger) -> ImageSet | None:
+    return ledger.attempt("every metric", run.name, lambda: student_set(run, bench, reference))
 
 
-def other_samples(teacher: Teacher, bench: Bench, solver_steps: int) -> tuple[Tensor, Tensor | None]:
+def other_samples(teacher: GuidedTeacher, bench: Bench, solver_steps: int) -> tuple[Tensor, Tensor | None]:
     """Images of the teacher from other noise than those that are compared, and their labels."""
     other = teacher.sample_set(replace(bench, seed=bench.seed + 1), solver_steps)
     return other.first(bench.count), other.labels
 
 
-def with_names(inputs: Inputs, teacher: Teacher, real: Real | None) -> Inputs:
+def with_names(inputs: Inputs, teacher: GuidedTeacher, real: Real | None) -> Inputs:
     """The same with the names of classes, or of prompts for a teacher that reads them."""
     prompts = prompts_of(teacher, inputs.reference)
     names = dict(enumerate(real.label_names if real else teacher.label_names)) or prompts or {}
@@ -144,13 +144,13 @@ def as_prompted(one: ImageSet, prompts: dict[int, str] | None) -> ImageSet:
     return one if prompts is None or one.names else replace(one, names=prompts, prompted=True)
 
 
-def data_of(cfg: DistillConfig, bench: Bench, teacher: Teacher, ledger: Ledger) -> Source | None:
+def data_of(cfg: DistillConfig, bench: Bench, teacher: GuidedTeacher, ledger: Ledger) -> Source | None:
     """The run's data where they can stand beside the samples; those that it names by default were not requested."""
     requested = cfg.needs_data or cfg.data.name != DataConfig().name
     return ledger.attempt("against real images", "", lambda: open_fitting(cfg.data, bench, teacher.loaded), requested)
 
 
-def prompts_of(teacher: Teacher, reference: ImageSet) -> dict[int, str] | None:
+def prompts_of(teacher: GuidedTeacher, reference: ImageSet) -> dict[int, str] | None:
     """The texts of the prompts that occur, as far as they are known; None for a teacher of labels."""
     if teacher.prompts is None or reference.labels is None:
         return None

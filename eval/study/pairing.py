@@ -9,11 +9,11 @@ from dmd_dar.keys import key
 from dmd_dar.models.saved import weight_count
 from dmd_dar.train.loop.optimise import OptimiserConfig
 
-from .runs import Arm, read_arm
+from .runs import Run, read_run
 from .wording import MATCHED_WITHIN
 
 ArmName = Literal["residual", "dar", "matched", "frozen"]
-RunsByArm = dict[ArmName, list[Arm]]  # every arm in the order of the training seeds
+RunsByArm = dict[ArmName, list[Run]]  # every arm in the order of the training seeds
 
 BOOK_KEEPING = (
     "out_dir",
@@ -68,9 +68,9 @@ def read_groups(arms: ArmsConfig) -> RunsByArm:
     return groups
 
 
-def _read(arm: ArmName, folders: Sequence[str]) -> list[Arm]:
+def _read(arm: ArmName, folders: Sequence[str]) -> list[Run]:
     try:
-        runs = sorted((read_arm(folder) for folder in folders), key=lambda run: run.cfg.seed)
+        runs = sorted((read_run(folder) for folder in folders), key=lambda run: run.cfg.seed)
     except config.ConfigError as error:
         raise config.ConfigError(f"arms.{arm}: {str(error).removeprefix('runs: ')}") from error
     for first, second in zip(runs, runs[1:], strict=False):
@@ -87,9 +87,9 @@ def _read(arm: ArmName, folders: Sequence[str]) -> list[Arm]:
     return runs
 
 
-def different_networks(arm: ArmName, runs: list[Arm]) -> None:
+def different_networks(arm: ArmName, runs: list[Run]) -> None:
     """Refuse a copy under another seed: it would count one training twice."""
-    seen: dict[str, Arm] = {}
+    seen: dict[str, Run] = {}
     for run in runs:
         other = seen.setdefault(run.saved.digest, run)
         if other is not run:
@@ -103,7 +103,7 @@ def _fits(arm: ArmName, query: str) -> bool:
     return query == ("static" if arm == "frozen" else "residual")
 
 
-def _same_seeds(arm: ArmName, runs: list[Arm], others: list[Arm]) -> None:
+def _same_seeds(arm: ArmName, runs: list[Run], others: list[Run]) -> None:
     ours, theirs = ({run.cfg.seed: run.folder for run in group} for group in (runs, others))
     for has, lacks, here, there in ((theirs, ours, "residual", arm), (ours, theirs, arm, "residual")):
         for seed in sorted(has.keys() - lacks.keys()):
@@ -112,7 +112,7 @@ def _same_seeds(arm: ArmName, runs: list[Arm], others: list[Arm]) -> None:
 
 
 def _alike(
-    arm: ArmName, run: Arm, other_arm: ArmName, other: Arm, own: tuple[str, ...], never: tuple[str, ...] = ()
+    arm: ArmName, run: Run, other_arm: ArmName, other: Run, own: tuple[str, ...], never: tuple[str, ...] = ()
 ) -> None:
     """Refuse a difference beyond the keys that the arm is made of (`own`, but for `never`), seed and book-keeping."""
     for name, ours, theirs in config.differences(run.cfg, other.cfg):
@@ -135,7 +135,7 @@ def same_data(groups: RunsByArm) -> None:
                 raise config.ConfigError(f"arms.{arm}: {fault}; train one of them anew")
 
 
-def _same_size(matched: Arm, routed: Arm) -> None:
+def _same_size(matched: Run, routed: Run) -> None:
     ours, theirs = (weight_count(run.folder / "student") for run in (matched, routed))
     if abs(ours / theirs - 1) > MATCHED_WITHIN:
         fault = f"{matched.folder} has {ours} parameters, {routed.folder} in arms.dar has {theirs}"

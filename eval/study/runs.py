@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dmd_dar import config
+from dmd_dar import config, moved
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
@@ -32,7 +32,7 @@ RESERVED = (*REAL_NAMES, "teacher")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Run:
     """One finished run, read from its folder."""
 
     name: str
@@ -61,13 +61,13 @@ class Arm:
         return 1 / rates[-1] if rates else math.nan
 
 
-def read_arm(run: str) -> Arm:
+def read_run(path: str) -> Run:
     """A finished run; a ConfigError where it is none, or its student is not what its configuration asks for."""
-    folder = Path(run)
+    folder = Path(path)
     if not (folder / "config.yaml").is_file():
-        raise config.ConfigError(f"runs: {run} holds no config.yaml; name run folders of distill.py")
+        raise config.ConfigError(f"runs: {path} holds no config.yaml; name run folders of distill.py")
     if not holds_network(folder / "student"):
-        raise config.ConfigError(f"runs: {run} has no student yet; let the run finish (the same command continues it)")
+        raise config.ConfigError(f"runs: {path} has no student yet; let the run finish (the same command continues it)")
     raw = config.read_saved(folder / "config.yaml")
     cfg, place = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml")), folder / "student"
     stamp = stamp_of(place)
@@ -75,14 +75,14 @@ def read_arm(run: str) -> Arm:
         saved = read_card(place)
         teachers.prompts_of(TeacherConfig(str(place)), saved.card.origin)  # fails here where they are gone
     except UserError as error:
-        raise config.ConfigError(f"runs: {run}: {error}") from error
+        raise config.ConfigError(f"runs: {path}: {error}") from error
     steps = saved.card.origin.get("steps")
     if steps != cfg.steps:
-        raise config.ConfigError(f"runs: {run} holds a student of {steps} of {cfg.steps} steps; let it finish")
+        raise config.ConfigError(f"runs: {path} holds a student of {steps} of {cfg.steps} steps; let it finish")
     name = Path(os.path.abspath(folder)).name  # of runs=[.] too
     if name in RESERVED:
-        raise config.ConfigError(f"runs: {run} has a name that the report uses itself; rename the folder")
-    return Arm(name, folder, cfg, raw, saved, stamp)
+        raise config.ConfigError(f"runs: {path} has a name that the report uses itself; rename the folder")
+    return Run(name, folder, cfg, raw, saved, stamp)
 
 
 def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -92,24 +92,24 @@ def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-def read_arms(runs: tuple[str, ...]) -> list[Arm]:
+def read_runs(folders: tuple[str, ...]) -> list[Run]:
     """The finished runs; a ConfigError where they do not share teacher, data, rungs and guidance."""
-    arms = [read_arm(run) for run in runs]
-    names = [arm.name for arm in arms]
+    read = [read_run(folder) for folder in folders]
+    names = [run.name for run in read]
     if len(set(names)) < len(names):
         raise config.ConfigError(f"runs: several folders are called {names}; give each a name of its own")
-    for arm in arms[1:]:
+    for run in read[1:]:
         for what in ("rungs", "guidance_scale", "data", "teacher"):
-            ours, theirs = getattr(arms[0].cfg, what), getattr(arm.cfg, what)
+            ours, theirs = getattr(read[0].cfg, what), getattr(run.cfg, what)
             if ours != theirs:
-                fault = f"{what} {theirs} in {arm.name}, {ours} in {arms[0].name}"
+                fault = f"{what} {theirs} in {run.name}, {ours} in {read[0].name}"
                 raise config.ConfigError(f"runs: {fault}; compare equals")
-    return arms
+    return read
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The teacher of all arms, guided as they were."""
+class GuidedTeacher:
+    """The teacher of all runs, guided as they were."""
 
     network: Denoiser
     velocity: Velocity
@@ -129,14 +129,14 @@ class Teacher:
         return self.network.prompts
 
     @staticmethod
-    def of(arm: Arm, device: torch.device) -> "Teacher":
-        """A ConfigError where it is not the one that the arm was distilled from."""
-        cfg = arm.cfg
+    def of(run: Run, device: torch.device) -> "GuidedTeacher":
+        """A ConfigError where it is not the one that the run was distilled from."""
+        cfg = run.cfg
         teacher, codec = open_teacher(cfg.teacher, cfg.data, device)
-        require_teacher([arm], teacher.digest)
+        require_teacher([run], teacher.digest)
         velocity = teachers.guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
         more = cfg.rungs, cfg.guidance_scale, teacher, codec
-        return Teacher(teacher.network, velocity, teacher.digest, *more)
+        return GuidedTeacher(teacher.network, velocity, teacher.digest, *more)
 
     def sample_set(self, bench: Bench, solver_steps: int) -> ImageSet:
         """The reference: Heun in `solver_steps` steps."""
@@ -157,10 +157,16 @@ class Teacher:
         return sets
 
 
-def require_teacher(arms: Iterable[Arm], digest: str) -> None:
+def require_teacher(runs: Iterable[Run], digest: str) -> None:
     """A ConfigError naming a run that was distilled from another teacher."""
-    for arm in arms:
-        if arm.origin.get("teacher") != digest:
+    for run in runs:
+        if run.origin.get("teacher") != digest:
             raise config.ConfigError(
-                f"runs: {arm.folder} was distilled from another teacher than {arm.cfg.teacher.path} holds now"
+                f"runs: {run.folder} was distilled from another teacher than {run.cfg.teacher.path} holds now"
             )
+
+
+def __getattr__(name: str) -> object:
+    """Names of before: an arm is all runs of one kind of routing."""
+    names = {"Arm": "Run", "read_arm": "read_run", "read_arms": "read_runs", "Teacher": "GuidedTeacher"}
+    return moved.renamed(__name__, names, name)

@@ -24,7 +24,7 @@ from .controls import frozen_at_mean, unfreezable
 from .endpoint import Arms
 from .pairing import RunsByArm
 from .results import AgainstTeacher, NetworkRow
-from .runs import Arm
+from .runs import Run
 from .students import Student
 
 AT_MEAN = "frozen_at_mean"  # the DAR students themselves, their routers held at the mean over the rungs
@@ -104,7 +104,7 @@ class Study:
         return Arms(baselines, routed, energies(self.teacher), self.teacher.labels)
 
 
-def seed_students(runs: Mapping[str, Arm], device: torch.device) -> dict[str, Student]:
+def seed_students(runs: Mapping[str, Run], device: torch.device) -> dict[str, Student]:
     """The networks of one training seed by arm, and DAR, where it can be, once more with its routers frozen over t."""
     students = {}
     for arm, run in runs.items():

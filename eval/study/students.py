@@ -21,7 +21,7 @@ from ..samples.facts import NetworkFacts, RouterUse, SetFacts
 from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
 from .controls import with_routers_reset
-from .runs import Arm
+from .runs import Run
 
 USAGE_IMAGES = 56
 ROUTER_USED_DB = 0.1  # HF gain that resetting the routers must move
@@ -31,13 +31,13 @@ ROUTER_USED_DB = 0.1  # HF gain that resetting the routers must move
 class Student:
     """The student of a run, loaded, or a variant of it. `routers`: what was done to them; empty: as trained."""
 
-    run: Arm
+    run: Run
     network: Denoiser
     saved: teachers.Teacher
     routers: str = ""
 
     @staticmethod
-    def of(run: Arm, device: torch.device) -> "Student":
+    def of(run: Run, device: torch.device) -> "Student":
         """Load it; a ConfigError where its files have changed since the run was read."""
         saved = run.student(device)
         return Student(run, saved.network, saved)
@@ -67,7 +67,7 @@ class Student:
         return replace(self, network=with_routers_reset(self.network), routers="reset")
 
 
-def student_set(run: Arm, bench: Bench, teacher: ImageSet) -> ImageSet:
+def student_set(run: Run, bench: Bench, teacher: ImageSet) -> ImageSet:
     """The student's images, with what its routers do and what made them."""
     student = Student.of(run, bench.device)
     images = student.sampled(bench, run.name)

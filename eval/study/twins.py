@@ -9,11 +9,11 @@ from ..measure.results import Forest
 from ..samples.sets import ImageSet
 from .forest import Pair, from_runs
 from .pairing import ROUTING, RunsByArm, book_keeping, different_networks, same_data
-from .runs import Arm
+from .runs import Run
 
 
-def routed(arm: Arm) -> bool:
-    return arm.cfg.student.routing.query != "residual"
+def routed(run: Run) -> bool:
+    return run.cfg.student.routing.query != "residual"
 
 
 def unequal(ours: DistillConfig, theirs: DistillConfig) -> list[str]:
@@ -22,20 +22,20 @@ def unequal(ours: DistillConfig, theirs: DistillConfig) -> list[str]:
     return [name for name in names if not name.startswith(ROUTING) and not book_keeping(name)]
 
 
-def twins(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:
-    """The residual ones among `arms` that differ from `arm` in routing alone."""
-    return [other for other in arms if not routed(other) and not unequal(arm.cfg, other.cfg)]
+def twins(run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The residual ones among `runs` that differ from `run` in routing alone."""
+    return [other for other in runs if not routed(other) and not unequal(run.cfg, other.cfg)]
 
 
-def seed_pairs(arms: Sequence[Arm], sets: Sequence[ImageSet]) -> list[Pair]:
+def seed_pairs(runs: Sequence[Run], sets: Sequence[ImageSet]) -> list[Pair]:
     """Routed students with their residual twins, of the form of routing with most seeds."""
     by_name = {one.name: one for one in sets}
     forms: dict[str, list[Pair]] = {}
-    for arm in arms:
-        others = twins(arm, arms) if routed(arm) else []
+    for run in runs:
+        others = twins(run, runs) if routed(run) else []
         if others:
-            pair = Pair(arm.cfg.seed, by_name[others[0].name], by_name[arm.name])
-            forms.setdefault(repr(arm.cfg.student.routing), []).append(pair)
+            pair = Pair(run.cfg.seed, by_name[others[0].name], by_name[run.name])
+            forms.setdefault(repr(run.cfg.student.routing), []).append(pair)
     return max(forms.values(), key=len, default=[])
 
 
@@ -44,17 +44,17 @@ def several_seeds(pairs: Sequence[Pair]) -> bool:
     return len({pair.seed for pair in pairs}) >= max(2, len(pairs))
 
 
-def forest_of(pairs: list[Pair], arms: Sequence[Arm], reference: ImageSet, seed: int) -> Forest:
+def forest_of(pairs: list[Pair], runs: Sequence[Run], reference: ImageSet, seed: int) -> Forest:
     """Gains of pairs seed by seed; a ConfigError where runs of one arm hold one network or their data differ.
 
     seed: of the resampling.
     """
     residual, dar = {pair.residual.name for pair in pairs}, {pair.dar.name for pair in pairs}
     groups: RunsByArm = {
-        "residual": [arm for arm in arms if arm.name in residual],
-        "dar": [arm for arm in arms if arm.name in dar],
+        "residual": [run for run in runs if run.name in residual],
+        "dar": [run for run in runs if run.name in dar],
     }
-    for name, runs in groups.items():
-        different_networks(name, runs)
+    for name, members in groups.items():
+        different_networks(name, members)
     same_data(groups)
     return from_runs(pairs, reference, seed)

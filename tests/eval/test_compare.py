@@ -103,8 +103,8 @@ def written(runs) -> dict:
 def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
     """Against images made here from the same noise: whatever the order on the command line, seeds meet."""
     cfg, device = options(runs), torch.device("cpu")
-    (arm,) = arms.read_arms((str(runs / "dar_0"),))
-    teacher = arms.Teacher.of(arm, device)
+    (arm,) = arms.read_runs((str(runs / "dar_0"),))
+    teacher = arms.GuidedTeacher.of(arm, device)
     bench = Bench.of(cfg, teacher.network, device)
     reference = teacher.sample_set(bench, 2).images
     powers = {"residual": [], "dar": []}
@@ -231,7 +231,7 @@ def test_a_matched_arm_of_another_size_is_refused(tmp_path):
     found = []
     for query in ("residual", "dynamic"):
         save_network(tmp_path / query / "student", with_routing(tiny_sit(), RoutingConfig(query, 2)), ModelCard())
-        found.append(arms.Arm(query, tmp_path / query, distill.DistillConfig(), {}))
+        found.append(arms.Run(query, tmp_path / query, distill.DistillConfig(), {}))
     with pytest.raises(config.ConfigError, match=r"arms\.matched: .*residual has \d+ parameters, .*dynamic .* has \d+"):
         pairing._same_size(*found)
     pairing._same_size(found[0], found[0])
@@ -305,7 +305,7 @@ def test_machines_may_differ_for_both_commands_and_precision_for_neither():
     ):
         other = dataclasses.replace(base, launch=dataclasses.replace(base.launch, **changes))
         assert twins.unequal(base, other) == unequal
-        runs = [arms.Arm(name, Path(name), cfg, {}) for name, cfg in (("a", base), ("b", other))]
+        runs = [arms.Run(name, Path(name), cfg, {}) for name, cfg in (("a", base), ("b", other))]
         with pytest.raises(config.ConfigError, match="precision") if unequal else contextlib.nullcontext():
             pairing._alike("dar", runs[0], "dar", runs[1], ())
 

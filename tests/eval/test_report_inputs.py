@@ -53,7 +53,7 @@ def run(tmp_path) -> Path:
 
 def test_the_card_of_a_student_is_read_without_its_weights_being_loaded(run):
     with weights_opened() as opened:
-        (arm,) = arms.read_arms((str(run),))
+        (arm,) = arms.read_runs((str(run),))
         pairing.different_networks("dar", [arm])
         assert arm.origin == {"steps": CFG.steps} and of(opened, run) == {"hash": 1}
         student = arm.student()
@@ -63,13 +63,13 @@ def test_the_card_of_a_student_is_read_without_its_weights_being_loaded(run):
 
 def test_a_run_is_called_as_its_folder_wherever_the_command_stands(run, monkeypatch):
     monkeypatch.chdir(run)
-    assert [arm.name for arm in (arms.read_arm("."), arms.read_arm("../dar/"), arms.read_arm("student/.."))] == 3 * [
+    assert [arm.name for arm in (arms.read_run("."), arms.read_run("../dar/"), arms.read_run("student/.."))] == 3 * [
         "dar"
     ]
 
 
 def test_a_student_that_changes_under_a_report_is_refused(run):
-    (arm,) = arms.read_arms((str(run),))
+    (arm,) = arms.read_runs((str(run),))
     weights = run / "student" / "transformer" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(config.ConfigError, match="dar/student has changed since this command began"):
@@ -77,13 +77,13 @@ def test_a_student_that_changes_under_a_report_is_refused(run):
     with pytest.raises(
         config.ConfigError, match=r"runs: .*dar: .*is not the network that denoiser.json was saved with"
     ):
-        arms.read_arms((str(run),))
+        arms.read_runs((str(run),))
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1", "1", "\x00", "a: 1\na: 2"])
 def test_a_damaged_configuration_of_a_run_is_named(run, text):
     (run / "config.yaml").write_text(text)
-    for read in (lambda: arms.read_arms((str(run),)), lambda: data_of(DiagnosticsConfig(run=str(run)))):
+    for read in (lambda: arms.read_runs((str(run),)), lambda: data_of(DiagnosticsConfig(run=str(run)))):
         with pytest.raises(
             config.ConfigError, match=r"dar/config.yaml is no configuration that a run wrote: .*restore"
         ):
@@ -132,7 +132,7 @@ def test_a_report_of_fewer_images_than_classes_is_concluded(crops):
     sets = [made("undistilled, Euler", "undistilled", 3), made("residual", "student", 2)]
     checks = student_checks(measure(Compared(sets, reference)).sets)
     assert [jsonable(check)["least_class_diversity"] for check in checks] == [None]
-    (sentence,) = conclusions(checks, [arms.Arm("residual", Path("residual"), CFG, {})])
+    (sentence,) = conclusions(checks, [arms.Run("residual", Path("residual"), CFG, {})])
     assert "class diversity is not known, since no class has two images" in sentence
 
 
@@ -204,9 +204,9 @@ def test_the_data_of_a_run_are_opened_and_hashed_once_in_a_report(on_a_folder, m
 
 
 def test_latents_of_another_codec_are_not_beside_a_report(on_a_folder, tmp_path):
-    arm, data = arms.read_arm(str(on_a_folder)), DataConfig("latents", path=str(stored(tmp_path / "latents")))
+    arm, data = arms.read_run(str(on_a_folder)), DataConfig("latents", path=str(stored(tmp_path / "latents")))
     closed = dataclasses.replace(arm.cfg, data=DataConfig("latents", path="nowhere"))  # a teacher needs no data
-    teacher = arms.Teacher.of(dataclasses.replace(arm, cfg=closed), torch.device("cpu"))
+    teacher = arms.GuidedTeacher.of(dataclasses.replace(arm, cfg=closed), torch.device("cpu"))
     bench = Bench.of(options(on_a_folder), teacher.network, torch.device("cpu"))
     loaded = dataclasses.replace(teacher.loaded, label_names=())
     with pytest.raises(UserError, match="its latents are those of another VAE"):

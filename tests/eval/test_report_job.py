@@ -129,7 +129,7 @@ def test_without_real_images_features_are_fitted_to_other_samples_of_the_teacher
     same = (images == made.reference.images).flatten(1).float().mean(1)
     assert len(images) == 70 and same.max() < 0.5, "none of the images that are compared"
     other = dataclasses.replace(made.bench, seed=made.bench.seed + 1)
-    teacher = arms.Teacher.of(made.arms[0], torch.device("cpu"))
+    teacher = arms.GuidedTeacher.of(made.runs[0], torch.device("cpu"))
     assert torch.equal(images, teacher.sample_set(other, 2).images)
 
 
@@ -162,8 +162,8 @@ def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
 
 
 def test_damaged_kept_images_are_made_anew(runs, tmp_path):
-    (arm,) = arms.read_arms((str(runs / "residual"),))
-    network = arms.Teacher.of(arm, torch.device("cpu")).network
+    (arm,) = arms.read_runs((str(runs / "residual"),))
+    network = arms.GuidedTeacher.of(arm, torch.device("cpu")).network
     maker = Bench.of(options(runs, "residual", cache=tmp_path), network, torch.device("cpu"))
     made = maker.cached({"a": 1}, lambda cond, draws, noise: noise)
     (kept,) = tmp_path.iterdir()
@@ -173,8 +173,8 @@ def test_damaged_kept_images_are_made_anew(runs, tmp_path):
 
 
 def test_images_of_other_code_are_not_found_again(runs, tmp_path, monkeypatch):
-    (arm,) = arms.read_arms((str(runs / "residual"),))
-    network = arms.Teacher.of(arm, torch.device("cpu")).network
+    (arm,) = arms.read_runs((str(runs / "residual"),))
+    network = arms.GuidedTeacher.of(arm, torch.device("cpu")).network
     maker = Bench.of(options(runs, "residual", cache=tmp_path), network, torch.device("cpu"))
     for digest in ("one", "one", "two"):
         monkeypatch.setattr(bench, "code_digest", lambda digest=digest: digest)
@@ -183,15 +183,15 @@ def test_images_of_other_code_are_not_found_again(runs, tmp_path, monkeypatch):
 
 
 def test_a_student_that_has_diverged_is_left_out_and_told(runs, tmp_path, monkeypatch):
-    saved = arms.Arm.student
+    saved = arms.Run.student
 
-    def student(arm: arms.Arm, device: torch.device | str = "cpu"):
+    def student(arm: arms.Run, device: torch.device | str = "cpu"):
         found = saved(arm, device)
         if arm.name == "broken":
             next(found.network.parameters()).data.fill_(math.nan)
         return found
 
-    monkeypatch.setattr(arms.Arm, "student", student)
+    monkeypatch.setattr(arms.Run, "student", student)
     broken = shutil.copytree(runs / "residual", tmp_path / "broken")
     cfg = options(runs, "residual", strict=True, cache=tmp_path / "cache")
     cfg = dataclasses.replace(cfg, runs=(str(broken), *cfg.runs), out=str(tmp_path / "report"))
@@ -320,7 +320,7 @@ def test_seeds_in_pairs_make_the_forest(crops, blur, eight_bit, runs):
         gains, nearer = seed["gain_db"], seed["difference_db"]
         assert gains["residual"] < gains["dar"] < 0 < nearer["low"] < nearer["value"] < nearer["high"]
         assert nearer["value"] == pytest.approx(abs(gains["residual"]) - abs(gains["dar"]))
-    (arm, *_) = arms.read_arms((str(runs / "residual"),))
+    (arm, *_) = arms.read_runs((str(runs / "residual"),))
     routed = dataclasses.replace(arm.cfg, student=dataclasses.replace(arm.cfg.student, routing=arms_routing(runs)))
     read = []
     for s in (0, 1):
@@ -337,14 +337,14 @@ def test_seeds_in_pairs_make_the_forest(crops, blur, eight_bit, runs):
 
 
 def arms_routing(runs: Path):
-    return arms.read_arm(str(runs / "dar")).cfg.student.routing
+    return arms.read_run(str(runs / "dar")).cfg.student.routing
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     with pytest.raises(config.ConfigError, match="no config.yaml"):
-        arms.read_arms((str(tmp_path),))
+        arms.read_runs((str(tmp_path),))
     with pytest.raises(config.ConfigError, match="several folders"):
-        arms.read_arms((str(runs / "dar"), str(runs / "dar")))
+        arms.read_runs((str(runs / "dar"), str(runs / "dar")))
     with pytest.raises(config.ConfigError, match="runs"):
         config.load(ReportConfig, ["out=/tmp/x"])
 
@@ -356,16 +356,16 @@ def test_images_without_a_spectrum_are_refused_before_any_is_made(runs):
 
 
 def test_runs_that_differ_in_more_than_routing_are_not_called_a_comparison(runs):
-    both = arms.read_arms(tuple(str(runs / name) for name in ("regression", "dar")))
+    both = arms.read_runs(tuple(str(runs / name) for name in ("regression", "dar")))
     (sentence,) = routing_comparisons([checked(arm.name) for arm in both], both)
     assert "matching.weight" in sentence and "not a comparison" in sentence
 
 
 def test_resetting_routers_that_add_detail_shows_as_a_negative_shift(runs, monkeypatch):
     """The shift is what resetting does: here it empties the images, so the gain must fall."""
-    (arm,) = arms.read_arms((str(runs / "dar"),))
+    (arm,) = arms.read_runs((str(runs / "dar"),))
     device = torch.device("cpu")
-    network = arms.Teacher.of(arm, device).network
+    network = arms.GuidedTeacher.of(arm, device).network
     maker = Bench.of(options(runs, "dar"), network, device)
     real, _ = real_sets(maker, Photos(32))
     given = iter([real.images, torch.div(real.images, 2, rounding_mode="floor")])
