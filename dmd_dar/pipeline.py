@@ -45,13 +45,12 @@ class StudentPipeline:
 
     @property
     def num_classes(self) -> int:
-        return self.student.network.config.num_classes
+        return self.student.network.num_conditions
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, S, S) of the noise."""
-        config = self.student.network.config
-        return config.in_channels, config.input_size, config.input_size
+        return self.student.network.shape
 
     @overload
     def __call__(

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from dmd_dar.distillation.networks import Networks, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
 from dmd_dar.models.frozen import block_layers
-from dmd_dar.models.shared_lora import Plain
+from dmd_dar.models.shared_lora import LoraDenoiser, Plain
 from dmd_dar.models.sit import build_sit
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 
@@ -123,7 +122,7 @@ def _added_up(
     )
 
 
-def footprint(network: nn.Module, batch: int, bf16: bool) -> Footprint:
+def footprint(network: Plain | LoraDenoiser, batch: int, bf16: bool) -> Footprint:
     """Of one call of the network with gradient, on `batch` samples.
 
     More than FEW are not traced, since the routing works through a large batch in many pieces.
@@ -137,9 +136,8 @@ def footprint(network: nn.Module, batch: int, bf16: bool) -> Footprint:
     return Footprint(kept, peak)
 
 
-def _traced(network: nn.Module, batch: int, bf16: bool) -> Footprint:
-    shape: Any = network.config
-    x = torch.zeros(batch, shape.in_channels, shape.input_size, shape.input_size)
+def _traced(network: Plain | LoraDenoiser, batch: int, bf16: bool) -> Footprint:
+    x = torch.zeros(batch, *network.shape)
     t, cond = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
 
     def call() -> Tensor:

@@ -197,7 +197,7 @@ def sample_sets(cfg: TeacherReportConfig, saved: Saved, network: Denoiser, data:
     real, null = real_sets(bench, data)
     samples = sample_range(0, cfg.n, data.device)
     labels = balanced_labels(samples, len(NAMES))
-    held_out = Photos(network.config.input_size, data.device, held_out=True)
+    held_out = Photos(network.shape[-1], data.device, held_out=True)
     crops = held_out.crops(labels, Draws(cfg.seed, "held_out", 0, samples)).cpu()
     return TeacherSets(
         made.as_set("teacher", "teacher", paired=False),
@@ -213,7 +213,7 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
     saved, network = read_card(cfg.path), read_network(Path(cfg.path)).to(device)
     judgeable(cfg.path, saved, network)
-    out, data = make_folder(cfg.out), Photos(network.config.input_size, device)
+    out, data = make_folder(cfg.out), Photos(network.shape[-1], device)
     sets = sample_sets(cfg, saved, network, data)
     compared = Compared(
         [sets.null, sets.held_out], sets.teacher, sets.real, set(Photos.colour_labels), dict(enumerate(NAMES))
@@ -231,7 +231,7 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
         provenance=provenance(device, time.monotonic() - began, command=command, config=asdict(cfg)),
     )
     write_atomic(out / "quality.json", json.dumps(jsonable(quality), indent=1))
-    columns = network.config.num_classes
+    columns = network.num_conditions
     pictures = torch.cat([one.first(GRID_ROWS * columns) for one in (sets.teacher, sets.real)])
     write_atomic(out / "grid.png", png_bytes(tile(pictures, columns=columns)))
     print_judgement(quality)

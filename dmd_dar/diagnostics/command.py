@@ -83,7 +83,7 @@ def data_of(cfg: DiagnosticsConfig, given: bool = False) -> DataConfig:
 
 
 def name_of(run: str, network: Denoiser) -> str:
-    routing = network.config.routing
+    routing = network.routing
     whole = not isinstance(network, SiT) and network.dar is not None and network.dar.plan.granularity == "block"
     form = f"DAR{' of whole blocks' if whole else ''} {routing.query}, S = {routing.chunk_size}, {routing.scale}"
     kind = "residual" if network.dar is None else form
@@ -108,16 +108,17 @@ def open_subject(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
         raise
     except UserError as error:
         raise config.ConfigError(f"{name} = {run}: {error}") from error
-    shape, wanted = saved.network.config, cfg.data
-    side = shape.input_size * (1 if codec is None else codec.factor)
+    network, wanted = saved.network, cfg.data
+    channels, size, _ = network.shape
+    side = size * (1 if codec is None else codec.factor)
     data = open_data(replace(wanted, size=side) if wanted.name == "photos" else wanted, device)
-    given = 3 if codec is not None and not isinstance(data, Latents) else shape.in_channels
-    fits = (given, shape.input_size if isinstance(data, Latents) else side) == (data.shape[0], data.shape[-1])
-    if not fits or shape.num_classes != data.num_classes:
+    given = 3 if codec is not None and not isinstance(data, Latents) else channels
+    fits = (given, size if isinstance(data, Latents) else side) == (data.shape[0], data.shape[-1])
+    if not fits or network.num_conditions != data.num_classes:
         raise config.ConfigError(
-            f"{name} = {run}: {shape.in_channels} channels of {shape.input_size} x {shape.input_size} and"
-            f" {shape.num_classes} classes, but data.name = {wanted.name} gives {' x '.join(map(str, data.shape))} and"
-            f" {data.num_classes} classes; set data.name and its keys"
+            f"{name} = {run}: {channels} channels of {size} x {size} and {network.num_conditions} classes, but"
+            f" data.name = {wanted.name} gives {' x '.join(map(str, data.shape))} and {data.num_classes} classes;"
+            " set data.name and its keys"
         )
     names = tuple(saved.label_names)
     if names and data.label_names and names != tuple(data.label_names):
@@ -149,8 +150,7 @@ def diagnose_one(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
         return velocity_of(partial(network, observe=observe), saved.prediction)
 
     draws = Draws(cfg.seed, "diagnostics", 0, sample_range(0, cfg.samples, device))
-    routing = network.config.routing
-    facts = measure(observed, places, routing, *subject.x0(draws), draws, cfg.times, cfg.batch_size, tick)
+    facts = measure(observed, places, network.routing, *subject.x0(draws), draws, cfg.times, cfg.batch_size, tick)
     wrong = next(not_finite(facts), None)
     if wrong is not None:
         raise DivergedError(f"{name} = {run}: {wrong} is not finite; its weights have diverged, name another network")

@@ -16,7 +16,7 @@ from dmd_dar.routing.layout import RoutingConfig
 
 @dataclass(frozen=True)
 class Networks:
-    """Three modules of one surface: forward (x, t, cond), `config`, `router_parameters`, `backbone_parameters`."""
+    """The three networks of a distillation, each a `denoiser.ConditionalNetwork`."""
 
     teacher: Plain
     student: Plain | LoraDenoiser

@@ -55,7 +55,7 @@ def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: 
     if routers:
         write_atomic(folder / ROUTERS, _bytes(routers))
     said = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
-    said |= {"routing": asdict(student.config.routing), "heads": getattr(student.config, "heads", 0)}
+    said |= {"routing": asdict(student.routing), "heads": getattr(student.config, "heads", 0)}
     write_atomic(folder / CARD, json.dumps(said, indent=1))
 
 

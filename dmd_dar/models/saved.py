@@ -101,7 +101,7 @@ def write_network(folder: Path, network: Denoiser, card: ModelCard, codec: Codec
 
 def _index(network: Denoiser, card: ModelCard, scheduler: str, codec: Codec | None) -> dict[str, Any]:
     """model_index.json: DiTPipeline where that class can use all parts, else a class that diffusers does not have."""
-    ours, residual = isinstance(network, SiT), network.config.routing.query == "residual"
+    ours, residual = isinstance(network, SiT), network.routing.query == "residual"
     kind = ["dmd_dar", SIT_CLASS] if ours else ["diffusers", type(network.transformer).__name__]
     chain = meaning_of(card.prediction).schedule is not None
     theirs = kind[1] == "DiTTransformer2DModel" and residual and codec is not None and chain

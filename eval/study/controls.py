@@ -19,14 +19,14 @@ def unfreezable(network: Denoiser) -> str:
     """Why `frozen_at_mean` cannot be made of a student; empty where it can."""
     if not isinstance(network, SiT):
         return f"it is made of SiT students only, and these are {type(network).__name__}"
-    query = network.config.routing.query
+    query = network.routing.query
     return "" if query == "timestep" else f"routing.query {query}: only timestep routers have a mean over t"
 
 
 def with_routers_reset(network: Denoiser) -> Denoiser:
     """A copy that adds plainly, all other weights as they are: what it makes otherwise, its routers do."""
     plain = copy.deepcopy(network)
-    if isinstance(plain, SiT) and plain.config.routing.scale == "stream":
+    if isinstance(plain, SiT) and plain.routing.scale == "stream":
         plain.dar = None  # that form at equal weights is the residual network bit for bit, which is sooner computed
     else:
         plain.dar.reset()  # type: ignore[union-attr]

@@ -59,7 +59,7 @@ def readme(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
 
 
 def _front(config: dict[str, Any], network: Denoiser, card: ModelCard) -> ModelCardData:
-    routed = network.config.routing.query != "residual"
+    routed = network.routing.query != "residual"
     tags = ["diffusion", *(["few-step", "distillation"] if card.rungs else []), *(["dar"] if routed else [])]
     path = _teacher(config)
     public = HUB_ID.fullmatch(path) and not Path(path).exists()  # a local path means nothing on the hub
@@ -77,10 +77,10 @@ def _teacher(config: dict[str, Any]) -> str:
 
 
 def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard, digest: str) -> str:
-    routing, steps = network.config.routing, len(card.rungs)
+    routing, steps = network.routing, len(card.rungs)
     kind = "plain residual additions" if routing.query == "residual" else f"routed, query {routing.query}"
     what = f"A few-step diffusion transformer, {steps} network calls an image" if steps else "A diffusion transformer"
-    shape = f"{network.config.in_channels} x {network.config.input_size} x {network.config.input_size}"
+    shape = " x ".join(map(str, network.shape))
     origin, licence = card.origin, _license(config)
     note = " (that of the teacher applies)" if licence == UNKNOWN and steps else ""
     facts = {
@@ -91,7 +91,7 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
         if "guidance_scale" in origin
         else None,
         "Steps of training": origin.get("steps"),
-        "Labels": _names(card.label_names) or f"{network.config.num_classes}, without names",
+        "Labels": _names(card.label_names) or f"{network.num_conditions}, without names",
         "License": _plain(licence) + note,
     }
     return CHAPTERS.format(

@@ -90,13 +90,13 @@ def check_teacher(teacher: Teacher, data: Source, codec: Codec | None = None, se
     network, meaning = teacher.network, meaning_of(teacher.prediction)
     x0, labels = first_batch(data, seed)
     check_data(x0)
-    shape = (network.config.in_channels, network.config.input_size, network.config.input_size)
+    shape = network.shape
     if codec is not None and x0.shape[1] == 3 and x0.shape[-1] == shape[-1] * codec.factor:
         x0, _ = codec.encode(x0)
     if tuple(x0.shape[1:]) != shape:
         return f"preflight left out: data is {tuple(x0.shape[1:])}, and the teacher makes {shape}"
-    if data.num_classes != network.config.num_classes:
-        classes = f"{data.num_classes} classes, and the teacher's have {network.config.num_classes}"
+    if data.num_classes != network.num_conditions:
+        classes = f"{data.num_classes} classes, and the teacher's have {network.num_conditions}"
         return f"preflight left out: data has {classes}: it is not what the teacher was trained on"
     if not teacher.knows(data.label_names):
         return "preflight left out: the data's classes are not the teacher's prompts"
