@@ -83,11 +83,12 @@ class DarBank(nn.Module):
         self._thread = threading.local()
 
     @property
-    def _pass(self) -> Pass | None:
+    def current(self) -> Pass | None:
+        """The pass that runs in this thread; None outside of one."""
         return getattr(self._thread, "now", None)
 
-    @_pass.setter
-    def _pass(self, now: Pass | None) -> None:
+    @current.setter
+    def current(self, now: Pass | None) -> None:
         self._thread.now = now
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,11 +187,11 @@ class DarBank(nn.Module):
 
     def run(self, model: Any, args: tuple, kwargs: dict, *, routed: bool) -> Any:
         """The model's forward, routed or plain, past the hooks of its call: for use before or within one."""
-        self._pass = _started(model, routed)
+        self.current = _started(model, routed)
         try:
             return model.forward(*args, **kwargs)
         finally:
-            self._pass = None
+            self.current = None
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         func = getattr(model, "_gradient_checkpointing_func", None)
@@ -203,7 +204,7 @@ class DarBank(nn.Module):
             self._warn_if_frozen(model)
         now = _started(model)
         now.cache = block_cache(model, self.plan.blocks)
-        self._pass = now
+        self.current = now
 
     def _warn_if_frozen(self, model: Any) -> None:
         if any(x.requires_grad for x in model.dar.parameters()) or not any(x.requires_grad for x in model.parameters()):
@@ -217,15 +218,15 @@ class DarBank(nn.Module):
         )
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._pass = None
+        self.current = None
 
     def _embed_t(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self._pass is not None and self._pass.t_embedding is None:
-            self._pass.t_embedding = output.squeeze(1) if output.ndim == 3 else output  # Krea 2's is (B, 1, d)
+        if self.current is not None and self.current.t_embedding is None:
+            self.current.t_embedding = output.squeeze(1) if output.ndim == 3 else output  # Krea 2's is (B, 1, d)
 
     def _note_dtype(self, module: nn.Module, args: tuple) -> None:
-        if self._pass is not None:
-            self._pass.dtype = args[0].dtype
+        if self.current is not None:
+            self.current.dtype = args[0].dtype
 
     def _route(self, stream: str, router: int, name: str, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook of a consumer or block: h_l in place of the stream that it was to read."""
@@ -263,8 +264,8 @@ class DarBank(nn.Module):
         return h
 
     def _note_outputs(self, stream: str, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._pass is not None and self._pass.routed and isinstance(output, tuple):
-            self._pass.outputs[stream] = output
+        if self.current is not None and self.current.routed and isinstance(output, tuple):
+            self.current.outputs[stream] = output
 
     def _last_block(self, stream: str, router: int, module: nn.Module, args: tuple, output: Any):
         """Forward hook of the last block, block granularity: the head's state in place of the stream it returns."""
@@ -289,12 +290,12 @@ class DarBank(nn.Module):
         return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
 
     def _running(self) -> Pass:
-        if self._pass is None:
+        if self.current is None:
             raise RuntimeError(
                 "a block of a routed transformer ran outside of the model's call, without its history: call the model"
                 " itself, and checkpoint through enable_gradient_checkpointing"
             )
-        return self._pass
+        return self.current
 
     def _state(self, now: Pass, stream: str, router: int, x: Tensor) -> Tensor:
         """h_l (B, T, d) of `stream` from the stream x_l that its consumer was to read."""

@@ -300,7 +300,7 @@ def test_nothing_of_a_forward_is_kept(name, monkeypatch):
     assert born and not any(reference() for reference in born)
     with pytest.raises(TypeError):
         model(**inputs, unknown=1)
-    assert model.dar._pass is None
+    assert model.dar.current is None
 
 
 def controlled(name: str, model: nn.Module) -> dict:
