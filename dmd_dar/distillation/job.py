@@ -1,7 +1,7 @@
 """Distil a few-step student from a teacher: python distill.py config=FILE.yaml [key=value ...]"""
 
 import functools
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -140,11 +140,11 @@ def planned(cfg: DistillConfig) -> str:
         return f"no plan: {error}"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     config.run_job(
         DistillConfig,
         functools.partial(launch.run, distill),
-        sys.argv[1:] if argv is None else argv,
+        argv,
         description=__doc__ or "",
         plan=planned,
     )
