@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.memory import SETTLED, alone
 from benchmarks.record import ratio, save, spread
 from dmd_dar import config
+from dmd_dar.device import chosen_device
 from dmd_dar.errors import UserError
 from dmd_dar.flow import interpolate
 from dmd_dar.keys import key
@@ -46,7 +47,7 @@ class RoutingBenchmark:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+        return chosen_device(self.cpu)
 
     def batch(self, requested: int, cpu: int, gpu: int) -> int:
         return requested or (gpu if self.device.type == "cuda" else cpu)

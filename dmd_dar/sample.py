@@ -12,6 +12,7 @@ from torch import Tensor
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import png_bytes, tile
+from dmd_dar.device import chosen_device
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.pipeline import StudentPipeline, load_pipeline
@@ -78,7 +79,7 @@ def names_of(pipe: StudentPipeline, labels: Tensor) -> dict[str, Any]:
 
 def sample(cfg: SampleConfig) -> None:
     """Write the images, a grid of the first ones, and what they were made with."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    device = chosen_device(cfg.cpu)
     pipe = load_pipeline(cfg.student, device, prompts=cfg.prompts, base=cfg.base)
     check_rungs(cfg, pipe.rungs)
     if cfg.label >= pipe.num_classes:

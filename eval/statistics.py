@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dmd_dar import config
 from dmd_dar.atomic import make_folder
+from dmd_dar.device import chosen_device
 from dmd_dar.keys import key
 
 from .metrics import inception
@@ -34,7 +33,7 @@ class StatisticsConfig:
 
 def statistics(cfg: StatisticsConfig) -> None:
     """Write mean and covariance of the features, batch by batch, so that a set may be larger than memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    device = chosen_device(cfg.cpu)
     stream = open_images(cfg.images)
     extractor = inception.fid(cfg.inception or None, cfg.allow_download, device)
     gaussian = extract_moments(stream, extractor, cfg.batch_size).gaussian()

@@ -21,6 +21,7 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.config import MOST_PHOTOS
 from dmd_dar.data.images import png_bytes, tile
 from dmd_dar.data.photos import NAMES, Photos, data_hash
+from dmd_dar.device import chosen_device
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels, ode_generator
@@ -210,7 +211,7 @@ def sample_sets(cfg: TeacherReportConfig, saved: Saved, network: Denoiser, data:
 def judge_teacher(cfg: TeacherReportConfig) -> None:
     """Sample, measure, judge; write quality.json and a grid, print the judgement."""
     began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    device = chosen_device(cfg.cpu)
     saved, network = read_card(cfg.path), read_network(Path(cfg.path)).to(device)
     judgeable(cfg.path, saved, network)
     out, data = make_folder(cfg.out), Photos(network.shape[-1], device)

@@ -14,6 +14,7 @@ GROUND = {
     "messages",
     "keys",
     "atomic",
+    "device",
     "draws",
     "flow",
     "guidance",

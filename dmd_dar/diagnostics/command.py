@@ -17,6 +17,7 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.latents import Latents
 from dmd_dar.data.sources import open_data
+from dmd_dar.device import chosen_device
 from dmd_dar.diagnostics.figures import figures
 from dmd_dar.diagnostics.measure import measure, not_finite, rounded
 from dmd_dar.diagnostics.probe import timestep_probe
@@ -172,7 +173,7 @@ def diagnose_one(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
 
 def diagnose(cfg: DiagnosticsConfig, data_given: bool = False) -> None:
     """Measure, write diagnostics.json and the figures, and say what was found; `data_given` as in `data_of`."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu")
+    device = chosen_device(cfg.cpu)
     runs = {name: run for name in ("run", "compare") if (run := getattr(cfg, name))}
     for name, run in runs.items():
         network_folder(run, name)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dmd_dar.device import chosen_device
 from dmd_dar.errors import UserError
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from dmd_dar.train.processes.world import MEETING, launched
@@ -61,7 +62,7 @@ class Processes:
     def device(self, cpu: bool) -> torch.device:
         if self.runtime is not None:
             return self.runtime.device
-        return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+        return chosen_device(cpu)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
