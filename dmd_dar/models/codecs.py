@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, read_json, resolve, variant_of
+from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, local_safetensors, read_json, resolve
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
 CHUNK = 8  # images at a time through the VAE, whose activations are far larger than a denoiser's
@@ -107,7 +107,7 @@ def load_codec(path: str, revision: str = "") -> Codec:
     name = read_json(folder / "config.json").get("_class_name")
     if name not in (None, *CLASSES):
         raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(CLASSES)}")
-    given = {"variant": variant_of(folder, DIFFUSERS), "use_safetensors": True, "local_files_only": True}
+    given = local_safetensors(folder, DIFFUSERS)
     try:
         vae, info = getattr(diffusers, name or CLASSES[0]).from_pretrained(
             folder, low_cpu_mem_usage=False, output_loading_info=True, **given

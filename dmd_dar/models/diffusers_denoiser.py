@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
-from dmd_dar.models.hub import DIFFUSERS, read_json, variant_of
+from dmd_dar.models.hub import DIFFUSERS, local_safetensors, read_json
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.rungs import HookedRungs
 from dmd_dar.routing.attach import attach, load_routed
@@ -209,7 +209,7 @@ def _load_plain(folder: Path, prompts: Prompts | None) -> Any:
             f"{folder} holds no safetensors; pickled weights are not read: name a revision that has them, or save the"
             " pipeline again with diffusers' save_pretrained (safetensors is its default)"
         )
-    given = {"variant": variant_of(folder, DIFFUSERS), "use_safetensors": True, "local_files_only": True}
+    given = local_safetensors(folder, DIFFUSERS)
     try:
         model, info = getattr(diffusers, name).from_pretrained(
             folder, low_cpu_mem_usage=False, output_loading_info=True, **given

@@ -59,6 +59,11 @@ def _snapshot(name: str, revision: str, more: tuple[str, ...]) -> Path:
         raise MissingWeightsError(f"{at}: {remedy} ({type(error).__name__})") from error
 
 
+def local_safetensors(folder: Path, stem: str) -> dict[str, Any]:
+    """The arguments with which from_pretrained reads a folder's own safetensors and nothing else; see `variant_of`."""
+    return {"variant": variant_of(folder, stem), "use_safetensors": True, "local_files_only": True}
+
+
 def variant_of(folder: Path, stem: str) -> str | None:
     """The variant ("fp16") of a folder's safetensors, as from_pretrained takes it; None where the plain ones are there.
 

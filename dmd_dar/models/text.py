@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, read_json, resolve, variant_of
+from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, local_safetensors, read_json, resolve
 
 SANA = "SanaPipeline"
 # The pipelines whose prompts are known, and the most tokens that they read where nothing else is asked for.
@@ -119,7 +119,7 @@ def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
 
     if not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(f"{folder} holds no safetensors; pickled weights are not read")
-    given = {"variant": variant_of(folder, TRANSFORMERS), "use_safetensors": True, "local_files_only": True}
+    given = local_safetensors(folder, TRANSFORMERS)
     try:
         model, info = getattr(transformers, name).from_pretrained(
             folder, dtype=dtype, output_loading_info=True, **given

@@ -43,8 +43,7 @@ class Planes:
 class OfPlanes(nn.Module):
     """Their exact denoiser, the mean over the image, as a network of the given form."""
 
-    config = SiTConfig(SIZE, 3, 8, 16, 2, 2, num_classes=7)
-    prompts = None
+    shape, num_conditions, prompts = (3, SIZE, SIZE), 7, None
 
     def __init__(self, form: str):
         super().__init__()
