@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dmd_dar.draws import Draws, philox, sample_range
+from dmd_dar.draws import Draws, Habits, philox, sample_range
 
 
 def draws(seed=0, phase="student", step=3, samples=None, count=64) -> Draws:
@@ -116,3 +116,33 @@ def test_shared_integer_is_uniform_over_steps_and_knows_no_sample(high):
     assert (counts - 6000 / high).square().sum() / (6000 / high) < 16
     assert abs(correlation(drawn[1:], drawn[:-1])) < 4 / math.sqrt(6000) if high > 1 else True
     assert all(draws(step=s, samples=[s + 9]).shared_integer("rung", high) == drawn[s] for s in range(20))
+
+
+def a_step(step: int, habits: Habits | None, count: int = 6) -> list[torch.Tensor]:
+    """The draws of a step that draws otherwise at each of three rungs, and more at step 7."""
+    here = Draws(3, "student", step, sample_range(0, count), habits)
+    rung = here.shared_integer("rung", 3)
+    made = [here.integers("label", 10), here.normal("noise", 3, 5, 5)]
+    made += [here.normal(f"renoise_{j}", 3, 5, 5) for j in range(rung)]
+    made += [here.uniform("score_t"), here.normal("score_eps", 7 if step == 7 else 9, dtype=torch.float64)]
+    return [*made, here.normal("noise", 3, 5, 5)]  # a name drawn twice gives the same again
+
+
+def test_foreseen_draws_are_those_that_are_not_and_take_one_pass_a_step(monkeypatch):
+    passes, habits = [], Habits()
+    monkeypatch.setattr("dmd_dar.draws.philox", lambda *given: passes.append(1) or philox(*given))
+    for step in range(12):
+        expected = a_step(step, None)
+        passes.clear()
+        assert all(map(torch.equal, a_step(step, habits), expected))
+    assert len(habits.of_kind) == 3 and len(passes) == 2  # all of the step, and the name that was drawn again
+
+
+def test_many_numbers_are_not_made_together(monkeypatch):
+    monkeypatch.setattr("dmd_dar.draws.TOGETHER", 64)
+    passes, habits = [], Habits()
+    monkeypatch.setattr("dmd_dar.draws.philox", lambda *given: passes.append(1) or philox(*given))
+    for _ in range(2):
+        passes.clear()
+        assert all(map(torch.equal, a_step(0, habits), a_step(0, None)))
+    assert len(passes) == 2 * len(a_step(0, None))

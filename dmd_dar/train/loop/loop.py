@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd_dar.draws import Draws
+from dmd_dar.draws import Draws, Habits
 from dmd_dar.errors import UserError, users_line
 from dmd_dar.stop import StopRequest
 from dmd_dar.train.disk import checkpoint
@@ -35,6 +35,7 @@ class Phase:
     loss: Callable[[Draws], tuple[Tensor, Metrics]]
     ema: Ema | None = None
     steps: int = field(default=0, init=False)  # optimiser steps made
+    habits: Habits = field(default_factory=Habits, init=False, repr=False)
 
     def held(self) -> dict[str, Any]:
         """All that training changes, as this process holds it: sharded tensors are in parts."""
@@ -77,7 +78,7 @@ def gradients(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> Met
     total: Metrics = {}
     for samples in parts:
         with runtime.autocast():
-            loss, metrics = phase.loss(Draws(seed, phase.name, phase.steps, samples))
+            loss, metrics = phase.loss(Draws(seed, phase.name, phase.steps, samples, phase.habits))
         with runtime.averaging(phase.optimiser.parameters, last=samples is parts[-1]):
             (loss / len(parts)).backward()
         for name, value in {"loss": loss, **metrics}.items():
