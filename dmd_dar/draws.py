@@ -47,7 +47,7 @@ class Habits:
     """
 
     def __init__(self) -> None:
-        self.of_kind: dict[tuple[int, ...], dict[str, int]] = {}  # name -> blocks, by the shared integers
+        self.of_kind: dict[tuple[str, *tuple[int, ...]], dict[str, int]] = {}  # name -> blocks, by (phase, *integers)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Draws:
     step: int
     samples: Tensor
     habits: Habits | None = field(default=None, repr=False, compare=False)
+    part: int = field(default=0, compare=False)  # which micro-batch of the step; no draw depends on it
     _shared: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
     _drawn: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _ready: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -82,7 +83,7 @@ class Draws:
     def _foreseen(self) -> dict[str, int]:
         """What the last step of this kind drew; from here on the record is this step's."""
         assert self.habits is not None
-        kind = tuple(self._shared)
+        kind = self.phase, *self._shared
         before = self.habits.of_kind.get(kind, {})
         self.habits.of_kind[kind] = self._drawn
         return before if sum(before.values()) * 4 * len(self.samples) <= TOGETHER else {}

@@ -107,6 +107,9 @@ class DistillConfig:
     student_input: Literal["simulate", "data"] = key(
         "simulate", "in training: its own rollout from noise to the rung, or noised data"
     )
+    rollouts: Literal["shared", "fresh"] = key(
+        "shared", "where student_input is simulate: one for all rungs' updates of a turn, or one for every update"
+    )
     weights: Weights = key(
         "full", "full: three networks; shared_lora: one frozen base, with adapters for student and fake score"
     )
@@ -151,6 +154,12 @@ class DistillConfig:
     @property
     def trains_fake_score(self) -> bool:
         return self.matching.weight > 0 or (self.gan.used and self.gan.features == "fake_score")
+
+    @property
+    def updates(self) -> dict[str, int]:
+        """Optimiser steps of each phase for one of the student, in their order."""
+        fake_score = self.fake_score.updates if self.trains_fake_score else 0
+        return {"fake_score": fake_score, "discriminator": self.gan.updates if self.gan.used else 0, "student": 1}
 
     @property
     def needs_data(self) -> bool:

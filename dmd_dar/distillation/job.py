@@ -84,11 +84,11 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
         (fake_score.rung_parameters(), cfg.fake_score.rung_lr),
     )
     fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
-    cycle = [fake_phase] * (cfg.fake_score.updates if cfg.trains_fake_score else 0)
+    cycle = [fake_phase] * cfg.updates["fake_score"]
     if method.gan is not None:
         heads = cast(nn.Module, method.gan.heads)  # which the method only calls
         optimiser = Optimiser(cfg.gan, heads.parameters())
-        cycle += [Phase("discriminator", heads, optimiser, method.discriminator_loss)] * cfg.gan.updates
+        cycle += [Phase("discriminator", heads, optimiser, method.discriminator_loss)] * cfg.updates["discriminator"]
     return (*cycle, student_phase)
 
 

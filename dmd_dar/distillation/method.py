@@ -14,6 +14,7 @@ from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.dmd import DMD, Guidance, Regression
 from dmd_dar.methods.gan import GAN, Batch
+from dmd_dar.methods.turns import Turns
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, chosen_layers, features_of, width_of
@@ -37,8 +38,12 @@ def build_method(
         guidance = Guidance(unguided, cfg.matching.guidance_time)
     if real is not None and cfg.gan.used:
         gan = build_gan(cfg, prediction, networks, real, runtime.device)
+    student = calls.watch("student", velocity_of(networks.student, prediction))
+    turns = None
+    if cfg.rollouts == "shared" and cfg.student_input == "simulate":
+        turns = Turns(cfg.updates, student, cfg.rungs, recipe.num_classes, recipe.shape, cfg.sampler)
     return DMD(
-        student=calls.watch("student", velocity_of(networks.student, prediction)),
+        student=student,
         teacher=calls.watch("teacher", guided),
         fake_score=calls.watch("fake_score", velocity_of(networks.fake_score, prediction)),
         rungs=cfg.rungs,
@@ -52,6 +57,7 @@ def build_method(
         guidance=guidance,
         regression=build_regression(cfg.regression, recipe, guided, runtime, inputs.codec),
         gan=gan,
+        turns=turns,
     )
 
 

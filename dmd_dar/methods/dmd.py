@@ -16,6 +16,7 @@ from dmd_dar.losses import LossWeight
 from dmd_dar.methods import rollout
 from dmd_dar.methods.gan import GAN, Batch
 from dmd_dar.methods.trajectories import Pairs
+from dmd_dar.methods.turns import Turns
 
 Metrics = dict[str, Tensor]
 Loss = Callable[[Tensor], Tensor]  # x0_student -> scalar
@@ -87,10 +88,15 @@ class DMD:
     guidance: Guidance | None = None
     regression: Regression | None = None
     gan: GAN | None = None
+    turns: Turns | None = None  # if given, the student's samples are of roll-outs that a turn's updates share
+
+    def rung_of(self, draws: Draws) -> int:
+        """The index of the rung of a training step, one for the whole batch."""
+        return rollout.rung_of(draws, self.rungs) if self.turns is None else self.turns.place(draws).rung
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Distribution matching + regression + GAN, jointly, at one rung (arXiv:2311.18828 Eq. 9)."""
-        rung = rollout.rung_of(draws, self.rungs)
+        rung = self.rung_of(draws)
         gan_weight = self.gan.weight.at(draws.step) if self.gan is not None else 0.0
         terms, metrics = [], {}
         if self.matching_weight or gan_weight:
@@ -128,16 +134,22 @@ class DMD:
         return rollout.predict_x0(self.student, x_t, self.rungs[rung], cond), cond
 
     @torch.no_grad()
+    def samples(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(x0_student, cond) as `generate` makes them, without gradient."""
+        return self.generate(rung, draws) if self.turns is None else self.turns.sample(draws)
+
+    @torch.no_grad()
     def simulate(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
         """(x_t, cond): the student's own way from pure noise to the rung (arXiv:2405.14867 4.5)."""
+        if self.turns is not None:
+            return self.turns.state(draws)
         cond, noise = draws.integers("label", self.num_classes), draws.normal("noise", *self.shape)
-        return rollout.state_at(self.student, cond, self.rungs, rung, draws, noise, self.sampler), cond
+        return rollout.Rollout(self.student, cond, self.rungs, draws, noise, self.sampler).state(rung), cond
 
     def fake_score_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Flow matching on the student's own samples, which get no gradient (arXiv:2311.18828 Eq. 6)."""
-        rung = rollout.rung_of(draws, self.rungs)
-        with torch.no_grad():
-            x0_student, cond = self.generate(rung, draws)
+        rung = self.rung_of(draws)
+        x0_student, cond = self.samples(rung, draws)
         x_t, t, eps = rollout.renoise(x0_student, self.renoise, "score", draws)
         weight = t.square() if self.x0_space else 1.0
         loss = losses.flow_matching_loss(self.fake_score(x_t, t, cond, rung), x0_student, eps, weight)
@@ -149,9 +161,8 @@ class DMD:
     def discriminator_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """The heads', on real data and the student's own samples; neither they nor the features get a gradient."""
         assert self.gan is not None
-        rung = rollout.rung_of(draws, self.rungs)
-        with torch.no_grad():
-            x0_student, cond = self.generate(rung, draws)
+        rung = self.rung_of(draws)
+        x0_student, cond = self.samples(rung, draws)
         return self.gan.heads_loss(x0_student, cond, rung, draws)
 
 

@@ -39,25 +39,38 @@ def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | N
     return (1 - t_next) * x0 + t_next * eps
 
 
-def state_at(
-    student: Velocity,
-    cond: Tensor,
-    rungs: tuple[float, ...],
-    rung: int,
-    draws: Draws,
-    noise: Tensor,
-    sampler: Sampler = "stochastic",
-) -> Tensor:
-    """The student's input at rungs[rung], simulated from pure noise by the student itself (DMD2, arXiv:2405.14867 4.5).
+class Rollout:
+    """A student's way from pure noise down its rungs: its input and its output at each, computed when first asked for.
 
-    Calls the student `rung` times; wrap in no_grad for training.
+    noise (B, ...), cond (B,); the draws give the noise that is added again. Wrap in no_grad for training.
     """
-    x_t = noise
-    for j, (t, t_next) in enumerate(pairwise(rungs[: rung + 1])):
-        x0 = predict_x0(student, x_t, t, cond)
-        eps = draws.normal(f"renoise_{j + 1}", *noise.shape[1:]) if sampler == "stochastic" else None
-        x_t = next_state(x0, x_t, t, t_next, eps)
-    return x_t
+
+    def __init__(
+        self,
+        student: Velocity,
+        cond: Tensor,
+        rungs: tuple[float, ...],
+        draws: Draws,
+        noise: Tensor,
+        sampler: Sampler = "stochastic",
+    ):
+        self.student, self.cond, self.rungs, self.draws, self.sampler = student, cond, rungs, draws, sampler
+        self.states, self.outputs = [noise], list[Tensor]()
+
+    def state(self, rung: int) -> Tensor:
+        """x_t (B, ...) at rungs[rung], simulated by the student itself (DMD2, arXiv:2405.14867 4.5)."""
+        for j in range(len(self.states) - 1, rung):
+            x0, x_t = self.output(j), self.states[j]
+            again = self.sampler == "stochastic"
+            eps = self.draws.normal(f"renoise_{j + 1}", *x_t.shape[1:]) if again else None
+            self.states.append(next_state(x0, x_t, self.rungs[j], self.rungs[j + 1], eps))
+        return self.states[rung]
+
+    def output(self, rung: int) -> Tensor:
+        """x0 (B, ...) from the state at rungs[rung]."""
+        for j in range(len(self.outputs), rung + 1):
+            self.outputs.append(predict_x0(self.student, self.state(j), self.rungs[j], self.cond))
+        return self.outputs[rung]
 
 
 def sample(
@@ -69,8 +82,7 @@ def sample(
     sampler: Sampler = "stochastic",
 ) -> Tensor:
     """x0 (B, ...) after len(rungs) calls of the student."""
-    x_t = state_at(student, cond, rungs, len(rungs) - 1, draws, noise, sampler)
-    return predict_x0(student, x_t, rungs[-1], cond)
+    return Rollout(student, cond, rungs, draws, noise, sampler).output(len(rungs) - 1)
 
 
 def solve_ode(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> list[Tensor]:

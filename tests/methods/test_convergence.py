@@ -1,182 +1,24 @@
-"""Distillation from teachers whose score is known exactly, by the code that real runs use: phases, draws, losses.
-
-The student and the fake score are the teacher's velocity plus a small network that starts at zero: they start as the
-teacher, as in a real run.
-"""
-
-import copy
-import math
+"""Distillation from teachers whose score is known exactly; see benchmarks/analytic.py."""
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from benchmarks.analytic import (
+    SIDE,
+    Filter,
+    Perceptron,
+    distilled,
+    field_velocity,
+    four_step_student_of_a_field,
+    four_step_student_of_a_mixture,
+    mixture_samples,
+    mixture_velocity,
+    mmd,
+    modes_found,
+    octaves,
+    samples_of,
+)
 from dmd_dar import flow
-from dmd_dar.draws import Draws, sample_range
-from dmd_dar.guidance import Velocity
-from dmd_dar.methods import rollout
-from dmd_dar.methods.dmd import DMD
-from dmd_dar.methods.generate import few_step_generator
-from dmd_dar.train.loop.ema import Ema
-from dmd_dar.train.loop.loop import Phase, update
-from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
-
-FAKE_UPDATES = 5
-MODES = torch.stack([torch.tensor([math.cos(a), math.sin(a)]) for a in torch.arange(8) * math.pi / 4])  # (8, 2)
-SPREAD = 0.12  # of a mode
-SIDE = 16
-RUNGS = 4  # at most
-FEATURES = 7 + RUNGS
-
-
-def mixture_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-    """E[eps - x0 | x_t], x0 of the mixture of N(mode, SPREAD^2): shapes (B, 2, 1, 1)."""
-    t, x = t[:, None, None], x_t.flatten(1)[:, None]  # (B, 1, 1), (B, 1, 2)
-    variance = (1 - t) ** 2 * SPREAD**2 + t**2
-    residual = x - (1 - t) * MODES  # (B, 8, 2)
-    share = torch.softmax(-residual.square().sum(-1, keepdim=True) / (2 * variance), dim=1)
-    x0 = (share * (MODES + (1 - t) * SPREAD**2 / variance * residual)).sum(1)
-    eps = (share * (t / variance * residual)).sum(1)
-    return (eps - x0).reshape_as(x_t)
-
-
-def field_power() -> Tensor:
-    """(SIDE, SIDE / 2 + 1): the variance of a 1/f^2 field's orthonormal real DFT, 1 on average over the plane."""
-    f = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.rfftfreq(SIDE).square()).clamp(min=SIDE**-2.0)
-    whole = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.fftfreq(SIDE).square()).clamp(min=SIDE**-2.0)
-    return f.reciprocal() / whole.reciprocal().mean()
-
-
-POWER = field_power()
-
-
-def field_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-    """E[eps - x0 | x_t], x0 the Gaussian field of that power: shapes (B, 1, SIDE, SIDE)."""
-    t = t[:, None, None, None]
-    gain = (t - (1 - t) * POWER) / ((1 - t) ** 2 * POWER + t**2)
-    return torch.fft.irfft2(gain * torch.fft.rfft2(x_t), s=(SIDE, SIDE))
-
-
-def features_of(t: Tensor, rung: int) -> Tensor:
-    """Of the time (B,) and of a rung -> (B, FEATURES)."""
-    rate, rung = math.pi * torch.tensor([1.0, 2.0, 4.0]), nn.functional.one_hot(torch.full((len(t),), rung), RUNGS)
-    return torch.cat([t[:, None], (t[:, None] * rate).sin(), (t[:, None] * rate).cos(), rung], dim=1)
-
-
-class Corrected(nn.Module):
-    """The teacher's velocity plus `correction`(x_t, features of t and rung)."""
-
-    def __init__(self, teacher: Velocity, correction: nn.Module):
-        super().__init__()
-        self.teacher, self.correction = teacher, correction
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, rung: int = 0) -> Tensor:
-        return self.teacher(x_t, t, cond) + self.correction(x_t, features_of(t.float(), rung))
-
-
-class Perceptron(nn.Module):
-    """Of x_t (B, 2, 1, 1) through sines and cosines, fine enough for the edges between modes."""
-
-    def __init__(self, width: int = 96):
-        super().__init__()
-        self.rate = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
-        layers = [
-            nn.Linear(2 + 20 + FEATURES, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 2),
-        ]
-        self.layers = nn.Sequential(*layers)
-        nn.init.zeros_(layers[-1].weight)
-        nn.init.zeros_(layers[-1].bias)
-
-    def forward(self, x_t: Tensor, features: Tensor) -> Tensor:
-        angles = (x_t.flatten(1)[:, :, None] * self.rate).flatten(1)
-        given = torch.cat([x_t.flatten(1), angles.sin(), angles.cos(), features], dim=1)
-        return self.layers(given).reshape_as(x_t)
-
-
-class Filter(nn.Module):
-    """A linear filter of x_t whose gain at a frequency is a small network of that frequency and t."""
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        radius = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.rfftfreq(SIDE).square()).sqrt()
-        self.radius = (radius + 1 / SIDE).log2()[None, ..., None]
-        self.by_time, self.by_frequency = nn.Linear(FEATURES, width), nn.Linear(1, width)
-        self.out = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
-
-    def forward(self, x_t: Tensor, features: Tensor) -> Tensor:
-        gain = self.out(self.by_time(features)[:, None, None] + self.by_frequency(self.radius)).squeeze(-1)[:, None]
-        return torch.fft.irfft2(gain * torch.fft.rfft2(x_t), s=(SIDE, SIDE))
-
-
-def distilled(
-    teacher: Velocity,
-    correction: nn.Module,
-    shape: tuple[int, ...],
-    rungs: tuple[float, ...],
-    updates: int,
-    batch_size: int,
-    lr: float,
-    shift: float = 1.0,
-    per_rung: bool = True,
-) -> Velocity:
-    """The averaged student after `updates` updates."""
-    student, fake_score = (Corrected(teacher, copy.deepcopy(correction)) for _ in range(2))
-    method = DMD(
-        student=student,
-        teacher=teacher,
-        fake_score=fake_score if per_rung else lambda x_t, t, cond, rung: fake_score(x_t, t, cond),
-        rungs=rungs,
-        renoise=flow.TimeLaw(low=0.02, high=0.98, shift=shift),
-        num_classes=1,
-        shape=shape,
-    )
-    ema, runtime = Ema(student, 0.98), Runtime(LaunchConfig(cpu=True))
-    config = OptimiserConfig(lr=lr, betas=(0.0, 0.99), decay_start=updates // 2, decay_steps=updates // 2 + 1)
-    student_phase = Phase("student", student, Optimiser(config, student.parameters()), method.student_loss, ema)
-    fakes = FAKE_UPDATES * updates
-    config = OptimiserConfig(2 * lr, betas=(0.0, 0.99), clip=10.0, decay_start=fakes // 2, decay_steps=6 * fakes // 10)
-    fake_phase = Phase("fake_score", fake_score, Optimiser(config, fake_score.parameters()), method.fake_score_loss)
-    for _ in range(updates):
-        for phase in (*[fake_phase] * FAKE_UPDATES, student_phase):
-            update(phase, 0, batch_size, runtime)
-    return ema.module
-
-
-@torch.no_grad()
-def samples_of(velocity: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
-    draws = Draws(1, "sample", 0, sample_range(0, 2048))
-    return few_step_generator(velocity, rungs)(torch.zeros_like(draws.samples), draws, draws.normal("noise", *shape))
-
-
-def mixture_samples() -> Tensor:
-    draws = Draws(2, "truth", 0, sample_range(0, 2048))
-    return MODES[draws.integers("mode", 8)] + SPREAD * draws.normal("spread", 2)
-
-
-def mmd(a: Tensor, b: Tensor) -> float:
-    """sqrt of the unbiased squared maximum mean discrepancy of (n, d), Gaussian kernels of widths 0.1, 0.4 and 1.6."""
-
-    def mean_kernel(x: Tensor, y: Tensor, same: bool) -> float:
-        distance = torch.cdist(x, y).square()
-        total = sum(torch.exp(-distance / (2 * w**2)).double().sum().item() for w in (0.1, 0.4, 1.6))
-        n = len(x)
-        return (total - 3 * n) / (n * (n - 1)) if same else total / (n * len(y))
-
-    return math.sqrt(max(mean_kernel(a, a, True) + mean_kernel(b, b, True) - 2 * mean_kernel(a, b, False), 0.0))
-
-
-def modes_found(x: Tensor) -> int:
-    """How many modes have at least a third of their share of the samples (n, 2) within 3 spreads."""
-    distance, nearest = torch.cdist(x, MODES).min(dim=1)
-    counts = torch.bincount(nearest[distance < 3 * SPREAD], minlength=8)
-    return int((counts >= len(x) / 8 / 3).sum())
 
 
 def test_a_one_step_student_of_a_mixture_finds_its_modes():
@@ -189,14 +31,6 @@ def test_a_one_step_student_of_a_mixture_finds_its_modes():
     assert mmd(after, truth) <= 0.1 * mmd(before, truth)
 
 
-def octaves(x: Tensor) -> Tensor:
-    """Mean power of (n, 1, SIDE, SIDE) over the truth's, in dB, in the octaves from f = 1/16, 1/8 and 1/4 to 1/2."""
-    power = torch.fft.rfft2(x, norm="ortho").abs().square().mean((0, 1)) / POWER
-    f = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.rfftfreq(SIDE).square()).sqrt()
-    bands = [(f >= low) & (f < 2 * low + (low == 0.25) * 1e-6) for low in (1 / 16, 1 / 8, 1 / 4)]
-    return torch.stack([10 * power[band].mean().log10() for band in bands])
-
-
 def test_a_one_step_student_of_a_field_has_its_spectrum():
     torch.manual_seed(0)
     shape = (1, SIDE, SIDE)
@@ -204,26 +38,6 @@ def test_a_one_step_student_of_a_field_has_its_spectrum():
     student = distilled(field_velocity, Filter(), shape, (1.0,), updates=300, batch_size=48, lr=5e-3)
     after = octaves(samples_of(student, (1.0,), shape))
     assert after[-1].abs() <= 1 and after.abs().max() <= 2
-
-
-def octaves_by_rung(student: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
-    """(rungs + 1, octaves): of the outputs at each rung, and of all of them together."""
-    draws = Draws(1, "sample", 0, sample_range(0, 2048))
-    cond, noise, outputs = torch.zeros_like(draws.samples), draws.normal("noise", *shape), []
-    for rung, t in enumerate(rungs):
-        x_t = rollout.state_at(student, cond, rungs, rung, draws, noise)
-        outputs.append(rollout.predict_x0(student, x_t, t, cond))
-    return torch.stack([octaves(x) for x in (*outputs, torch.cat(outputs))])
-
-
-def four_step_student_of_a_field(seed: int, per_rung: bool) -> Tensor:
-    """`octaves_by_rung` of it."""
-    torch.manual_seed(seed)
-    shape, rungs = (1, SIDE, SIDE), flow.default_rungs(4)
-    recipe = dict(updates=400, batch_size=48, lr=5e-3, shift=0.5)
-    student = distilled(field_velocity, Filter(), shape, rungs, **recipe, per_rung=per_rung)
-    with torch.no_grad():
-        return octaves_by_rung(student, rungs, shape)
 
 
 def test_a_four_step_student_of_a_field_has_its_spectrum():
@@ -240,10 +54,5 @@ def test_rungs_that_are_not_told_apart_match_the_field_together_and_need_not_eac
 
 @pytest.mark.slow
 def test_a_four_step_student_of_a_mixture_finds_its_modes():
-    torch.manual_seed(0)
-    shape, truth, rungs = (2, 1, 1), mixture_samples(), flow.default_rungs(4)
-    before = samples_of(mixture_velocity, rungs, shape).flatten(1)
-    student = distilled(mixture_velocity, Perceptron(), shape, rungs, updates=2000, batch_size=256, lr=3e-3, shift=0.25)
-    after = samples_of(student, rungs, shape).flatten(1)
-    assert modes_found(after) >= 7
-    assert mmd(after, truth) <= 0.1 * mmd(before, truth)
+    modes, distance = four_step_student_of_a_mixture(0, updates=2000)
+    assert modes >= 7 and distance <= 0.1

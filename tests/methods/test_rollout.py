@@ -88,7 +88,7 @@ def test_the_states_at_the_rungs_are_those_that_sampling_passes(sampler):
     assert [t.unique().item() for _, t in calls] == list(RUNGS)
     for rung, (x_t, _) in enumerate(calls):
         again = []
-        state = rollout.state_at(recorded(velocity, again), cond, RUNGS, rung, there, noise, sampler)
+        state = rollout.Rollout(recorded(velocity, again), cond, RUNGS, there, noise, sampler).state(rung)
         assert torch.equal(state, x_t) and len(again) == rung
 
 

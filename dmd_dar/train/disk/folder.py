@@ -30,6 +30,8 @@ from dmd_dar.keys import differences
 
 MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir")
 GROW_ONLY = ("steps",)
+# What a distillation did whose configuration was written before the key existed.
+BEFORE = {"rollouts": "fresh"}
 
 
 class FolderError(UserError):
@@ -177,7 +179,7 @@ def _admit(
         raise FolderError(f"out_dir '{path}' already holds a run; use another out_dir, or allow resuming")
     refused = [
         f"{key}: {json.dumps(old)} -> {json.dumps(new)}" + (" (may only grow)" if key in grow_only else "")
-        for key, old, new in differences(_read(saved), cfg)
+        for key, old, new in differences({name: BEFORE[name] for name in BEFORE if name in cfg} | _read(saved), cfg)
         if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)
         and not (key in grow_only and _grows(old, new))
     ]

@@ -76,9 +76,9 @@ def gradients(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> Met
     """Gradients of the mean loss over the global batch, summed over micro-batches; the mean metrics."""
     parts = runtime.micro_batches(batch_size)
     total: Metrics = {}
-    for samples in parts:
+    for part, samples in enumerate(parts):
         with runtime.autocast():
-            loss, metrics = phase.loss(Draws(seed, phase.name, phase.steps, samples, phase.habits))
+            loss, metrics = phase.loss(Draws(seed, phase.name, phase.steps, samples, phase.habits, part))
         with runtime.averaging(phase.optimiser.parameters, last=samples is parts[-1]):
             (loss / len(parts)).backward()
         for name, value in {"loss": loss, **metrics}.items():

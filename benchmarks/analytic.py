@@ -1,0 +1,275 @@
+"""Are students as good where roll-outs are shared? Against teachers whose score is known exactly:
+
+    python -m benchmarks.analytic
+
+Four-step students of a 1/f^2 field and of a mixture are distilled by the code that real runs use (phases, draws,
+losses), at equal updates. Student and fake score are the teacher's velocity plus a small network that starts at zero:
+they start as the teacher, as in a real run.
+"""
+
+import copy
+import math
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.record import save
+from dmd_dar import config, flow
+from dmd_dar.draws import Draws, sample_range
+from dmd_dar.guidance import Velocity
+from dmd_dar.keys import key
+from dmd_dar.methods import rollout
+from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.generate import few_step_generator
+from dmd_dar.methods.turns import Turns
+from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.loop import Phase, update
+from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+
+FAKE_UPDATES = 5
+MODES = torch.stack([torch.tensor([math.cos(a), math.sin(a)]) for a in torch.arange(8) * math.pi / 4])  # (8, 2)
+SPREAD = 0.12  # of a mode
+SIDE = 16
+RUNGS = 4  # at most
+FEATURES = 7 + RUNGS
+FIELD_UPDATES = 400  # of the student
+
+
+def mixture_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    """E[eps - x0 | x_t], x0 of the mixture of N(mode, SPREAD^2): shapes (B, 2, 1, 1)."""
+    t, x = t[:, None, None], x_t.flatten(1)[:, None]  # (B, 1, 1), (B, 1, 2)
+    variance = (1 - t) ** 2 * SPREAD**2 + t**2
+    residual = x - (1 - t) * MODES  # (B, 8, 2)
+    share = torch.softmax(-residual.square().sum(-1, keepdim=True) / (2 * variance), dim=1)
+    x0 = (share * (MODES + (1 - t) * SPREAD**2 / variance * residual)).sum(1)
+    eps = (share * (t / variance * residual)).sum(1)
+    return (eps - x0).reshape_as(x_t)
+
+
+def field_power() -> Tensor:
+    """(SIDE, SIDE / 2 + 1): the variance of a 1/f^2 field's orthonormal real DFT, 1 on average over the plane."""
+    f = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.rfftfreq(SIDE).square()).clamp(min=SIDE**-2.0)
+    whole = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.fftfreq(SIDE).square()).clamp(min=SIDE**-2.0)
+    return f.reciprocal() / whole.reciprocal().mean()
+
+
+POWER = field_power()
+
+
+def field_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    """E[eps - x0 | x_t], x0 the Gaussian field of that power: shapes (B, 1, SIDE, SIDE)."""
+    t = t[:, None, None, None]
+    gain = (t - (1 - t) * POWER) / ((1 - t) ** 2 * POWER + t**2)
+    return torch.fft.irfft2(gain * torch.fft.rfft2(x_t), s=(SIDE, SIDE))
+
+
+def features_of(t: Tensor, rung: int) -> Tensor:
+    """Of the time (B,) and of a rung -> (B, FEATURES)."""
+    rate, rung = math.pi * torch.tensor([1.0, 2.0, 4.0]), nn.functional.one_hot(torch.full((len(t),), rung), RUNGS)
+    return torch.cat([t[:, None], (t[:, None] * rate).sin(), (t[:, None] * rate).cos(), rung], dim=1)
+
+
+class Corrected(nn.Module):
+    """The teacher's velocity plus `correction`(x_t, features of t and rung)."""
+
+    def __init__(self, teacher: Velocity, correction: nn.Module):
+        super().__init__()
+        self.teacher, self.correction = teacher, correction
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, rung: int = 0) -> Tensor:
+        return self.teacher(x_t, t, cond) + self.correction(x_t, features_of(t.float(), rung))
+
+
+class Perceptron(nn.Module):
+    """Of x_t (B, 2, 1, 1) through sines and cosines, fine enough for the edges between modes."""
+
+    def __init__(self, width: int = 96):
+        super().__init__()
+        self.rate = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
+        layers = [
+            nn.Linear(2 + 20 + FEATURES, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
+        ]
+        self.layers = nn.Sequential(*layers)
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+
+    def forward(self, x_t: Tensor, features: Tensor) -> Tensor:
+        angles = (x_t.flatten(1)[:, :, None] * self.rate).flatten(1)
+        given = torch.cat([x_t.flatten(1), angles.sin(), angles.cos(), features], dim=1)
+        return self.layers(given).reshape_as(x_t)
+
+
+class Filter(nn.Module):
+    """A linear filter of x_t whose gain at a frequency is a small network of that frequency and t."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        radius = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.rfftfreq(SIDE).square()).sqrt()
+        self.radius = (radius + 1 / SIDE).log2()[None, ..., None]
+        self.by_time, self.by_frequency = nn.Linear(FEATURES, width), nn.Linear(1, width)
+        self.out = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+
+    def forward(self, x_t: Tensor, features: Tensor) -> Tensor:
+        gain = self.out(self.by_time(features)[:, None, None] + self.by_frequency(self.radius)).squeeze(-1)[:, None]
+        return torch.fft.irfft2(gain * torch.fft.rfft2(x_t), s=(SIDE, SIDE))
+
+
+def distilled(
+    teacher: Velocity,
+    correction: nn.Module,
+    shape: tuple[int, ...],
+    rungs: tuple[float, ...],
+    updates: int,
+    batch_size: int,
+    lr: float,
+    shift: float = 1.0,
+    per_rung: bool = True,
+    shared: bool = True,
+) -> Velocity:
+    """The averaged student after `updates` updates; `shared`: roll-outs, as `rollouts: shared` says."""
+    student, fake_score = (Corrected(teacher, copy.deepcopy(correction)) for _ in range(2))
+    counts = {"fake_score": FAKE_UPDATES, "student": 1}
+    method = DMD(
+        student=student,
+        teacher=teacher,
+        fake_score=fake_score if per_rung else lambda x_t, t, cond, rung: fake_score(x_t, t, cond),
+        rungs=rungs,
+        renoise=flow.TimeLaw(low=0.02, high=0.98, shift=shift),
+        num_classes=1,
+        shape=shape,
+        turns=Turns(counts, student, rungs, 1, shape) if shared else None,
+    )
+    ema, runtime = Ema(student, 0.98), Runtime(LaunchConfig(cpu=True))
+    config = OptimiserConfig(lr=lr, betas=(0.0, 0.99), decay_start=updates // 2, decay_steps=updates // 2 + 1)
+    student_phase = Phase("student", student, Optimiser(config, student.parameters()), method.student_loss, ema)
+    fakes = FAKE_UPDATES * updates
+    config = OptimiserConfig(2 * lr, betas=(0.0, 0.99), clip=10.0, decay_start=fakes // 2, decay_steps=6 * fakes // 10)
+    fake_phase = Phase("fake_score", fake_score, Optimiser(config, fake_score.parameters()), method.fake_score_loss)
+    for _ in range(updates):
+        for phase in (*[fake_phase] * FAKE_UPDATES, student_phase):
+            update(phase, 0, batch_size, runtime)
+    return ema.module
+
+
+@torch.no_grad()
+def samples_of(velocity: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
+    draws = Draws(1, "sample", 0, sample_range(0, 2048))
+    return few_step_generator(velocity, rungs)(torch.zeros_like(draws.samples), draws, draws.normal("noise", *shape))
+
+
+def mixture_samples() -> Tensor:
+    draws = Draws(2, "truth", 0, sample_range(0, 2048))
+    return MODES[draws.integers("mode", 8)] + SPREAD * draws.normal("spread", 2)
+
+
+def mmd(a: Tensor, b: Tensor) -> float:
+    """sqrt of the unbiased squared maximum mean discrepancy of (n, d), Gaussian kernels of widths 0.1, 0.4 and 1.6."""
+
+    def mean_kernel(x: Tensor, y: Tensor, same: bool) -> float:
+        distance = torch.cdist(x, y).square()
+        total = sum(torch.exp(-distance / (2 * w**2)).double().sum().item() for w in (0.1, 0.4, 1.6))
+        n = len(x)
+        return (total - 3 * n) / (n * (n - 1)) if same else total / (n * len(y))
+
+    return math.sqrt(max(mean_kernel(a, a, True) + mean_kernel(b, b, True) - 2 * mean_kernel(a, b, False), 0.0))
+
+
+def modes_found(x: Tensor) -> int:
+    """How many modes have at least a third of their share of the samples (n, 2) within 3 spreads."""
+    distance, nearest = torch.cdist(x, MODES).min(dim=1)
+    counts = torch.bincount(nearest[distance < 3 * SPREAD], minlength=8)
+    return int((counts >= len(x) / 8 / 3).sum())
+
+
+def octaves(x: Tensor) -> Tensor:
+    """Mean power of (n, 1, SIDE, SIDE) over the truth's, in dB, in the octaves from f = 1/16, 1/8 and 1/4 to 1/2."""
+    power = torch.fft.rfft2(x, norm="ortho").abs().square().mean((0, 1)) / POWER
+    f = (torch.fft.fftfreq(SIDE)[:, None].square() + torch.fft.rfftfreq(SIDE).square()).sqrt()
+    bands = [(f >= low) & (f < 2 * low + (low == 0.25) * 1e-6) for low in (1 / 16, 1 / 8, 1 / 4)]
+    return torch.stack([10 * power[band].mean().log10() for band in bands])
+
+
+def octaves_by_rung(student: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
+    """(rungs + 1, octaves): of the outputs at each rung, and of all of them together."""
+    draws = Draws(1, "sample", 0, sample_range(0, 2048))
+    cond, noise, outputs = torch.zeros_like(draws.samples), draws.normal("noise", *shape), []
+    for rung, t in enumerate(rungs):
+        x_t = rollout.Rollout(student, cond, rungs, draws, noise).state(rung)
+        outputs.append(rollout.predict_x0(student, x_t, t, cond))
+    return torch.stack([octaves(x) for x in (*outputs, torch.cat(outputs))])
+
+
+def four_step_student_of_a_field(seed: int, per_rung: bool = True, shared: bool = True) -> Tensor:
+    """`octaves_by_rung` of it."""
+    torch.manual_seed(seed)
+    shape, rungs = (1, SIDE, SIDE), flow.default_rungs(4)
+    recipe = dict(updates=FIELD_UPDATES, batch_size=48, lr=5e-3, shift=0.5)
+    student = distilled(field_velocity, Filter(), shape, rungs, **recipe, per_rung=per_rung, shared=shared)
+    with torch.no_grad():
+        return octaves_by_rung(student, rungs, shape)
+
+
+def four_step_student_of_a_mixture(seed: int, updates: int, shared: bool = True) -> tuple[int, float]:
+    """The modes that it finds, and its distance from the truth over that of the teacher in four steps."""
+    torch.manual_seed(seed)
+    shape, truth, rungs = (2, 1, 1), mixture_samples(), flow.default_rungs(4)
+    before = samples_of(mixture_velocity, rungs, shape).flatten(1)
+    recipe = dict(updates=updates, batch_size=256, lr=3e-3, shift=0.25)
+    student = distilled(mixture_velocity, Perceptron(), shape, rungs, **recipe, shared=shared)
+    after = samples_of(student, rungs, shape).flatten(1)
+    return modes_found(after), mmd(after, truth) / mmd(before, truth)
+
+
+@dataclass(frozen=True)
+class AnalyticBenchmark:
+    """python -m benchmarks.analytic"""
+
+    seeds: int = key(6, "training seeds of each target and form", least=2)
+    updates: int = key(800, "student updates on the mixture", unit="steps", least=1)
+    workers: int = key(2, "processes, of one thread each", least=1)
+
+
+def outcome(target: str, seed: int, shared: bool, updates: int) -> dict[str, float]:
+    """What one student reaches."""
+    torch.set_num_threads(1)
+    if target == "mixture":
+        modes, distance = four_step_student_of_a_mixture(seed, updates, shared)
+        return {"modes": modes, "distance": distance}
+    by_rung = four_step_student_of_a_field(seed, shared=shared)
+    return {"worst octave": by_rung[:-1].abs().max().item(), "top octave": by_rung[:-1, -1].abs().mean().item()}
+
+
+def measure(bench: AnalyticBenchmark) -> None:
+    """Each seed's outcomes in both forms, and the mean of the paired differences with its standard error."""
+    cases = [(t, s, f) for t in ("field", "mixture") for s in range(bench.seeds) for f in (False, True)]
+    with ProcessPoolExecutor(bench.workers) as pool:
+        made = list(pool.map(outcome, *zip(*cases, strict=True), [bench.updates] * len(cases)))
+    found = dict(zip(cases, made, strict=True))
+    result: dict[str, Any] = {"seeds": bench.seeds, "updates": {"field": FIELD_UPDATES, "mixture": bench.updates}}
+    for target in ("field", "mixture"):
+        fresh, shared = ([found[target, seed, form] for seed in range(bench.seeds)] for form in (False, True))
+        result[target] = {name: paired([x[name] for x in fresh], [x[name] for x in shared]) for name in fresh[0]}
+        print(target, result[target])
+    print(save("analytic_cpu", torch.device("cpu"), result))
+
+
+def paired(fresh: list[float], shared: list[float]) -> dict[str, Any]:
+    """Both forms by seed, and shared - fresh: its mean and standard error."""
+    gaps = [b - a for a, b in zip(fresh, shared, strict=True)]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return {"fresh": fresh, "shared": shared, "shared - fresh": statistics.mean(gaps), "standard error": error}
+
+
+if __name__ == "__main__":
+    config.run_job(AnalyticBenchmark, measure, description=__doc__ or "")

@@ -1,0 +1,92 @@
+"""Roll-outs that the updates of a turn share.
+
+A turn is one update of the student and those of the fake score and the heads before it, in all of which the student is
+the same. A roll-out through R rungs passes a sample at every one of them, so it can serve R updates; it is computed as
+far as they need it. Each update still sees one rung, uniform over the turns, and noise and labels that no earlier turn
+saw. What is not as with a roll-out for every update: within a turn, rungs are drawn without replacement, and samples at
+different rungs come from the same noise and labels.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dmd_dar.draws import Draws, Habits
+from dmd_dar.flow import Sampler
+from dmd_dar.guidance import Velocity
+from dmd_dar.methods.rollout import Rollout
+
+PHASE = "rollout"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the roll-outs an update finds its samples."""
+
+    rollout: int  # counted from the first of the run
+    rung: int
+
+
+@dataclass
+class Turns:
+    """The student's samples for the updates of a turn, by phase: `updates` says how many each phase makes, in order."""
+
+    updates: dict[str, int]
+    student: Velocity
+    rungs: tuple[float, ...]
+    num_classes: int
+    shape: tuple[int, ...]  # (C, S, S)
+    sampler: Sampler = "stochastic"
+    turn: int = field(default=-1, init=False)
+    rollouts: dict[tuple[int, int], Rollout] = field(default_factory=dict, init=False)  # of this turn, by micro-batch
+    habits: Habits = field(default_factory=Habits, init=False)
+
+    def place(self, draws: Draws) -> Place:
+        """The roll-out and the rung of a step's update."""
+        turn, slot = divmod(draws.step, self.updates[draws.phase])
+        for phase, count in self.updates.items():
+            if phase == draws.phase:
+                break
+            slot += count
+        row, column = divmod(slot, len(self.rungs))
+        number = turn * self.per_turn + row
+        return Place(number, self.order(number, draws)[column])
+
+    @property
+    def per_turn(self) -> int:
+        """Roll-outs in a turn."""
+        return -(-sum(self.updates.values()) // len(self.rungs))
+
+    def order(self, number: int, draws: Draws) -> list[int]:
+        """The order in which a roll-out's updates take its rungs, uniform over all (Fisher and Yates)."""
+        there, order = Draws(draws.seed, PHASE, number, draws.samples), list(range(len(self.rungs)))
+        for last in range(len(order) - 1, 0, -1):
+            other = there.shared_integer(f"order_{last}", last + 1)
+            order[last], order[other] = order[other], order[last]
+        return order
+
+    def state(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(x_t, cond): the student's input at the update's rung."""
+        place = self.place(draws)
+        rollout = self._rollout(place, draws)
+        with torch.no_grad():
+            return rollout.state(place.rung), rollout.cond
+
+    def sample(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(x0_student, cond): its output from there."""
+        place = self.place(draws)
+        rollout = self._rollout(place, draws)
+        with torch.no_grad():
+            return rollout.output(place.rung), rollout.cond
+
+    def _rollout(self, place: Place, draws: Draws) -> Rollout:
+        turn = place.rollout // self.per_turn
+        if turn != self.turn:  # the student is another one
+            self.turn, self.rollouts = turn, {}
+        at = place.rollout, draws.part
+        if at not in self.rollouts:
+            there = replace(draws, phase=PHASE, step=place.rollout, habits=self.habits)
+            cond, noise = there.integers("label", self.num_classes), there.normal("noise", *self.shape)
+            self.rollouts[at] = Rollout(self.student, cond, self.rungs, there, noise, self.sampler)
+        return self.rollouts[at]
