@@ -63,7 +63,11 @@ class Lora(nn.Module):
 
     def add(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of the layer. A bound method, so that a deep copy's hook is the copy's own."""
-        update = F.linear(F.linear(args[0].to(self.A.dtype), self.A), self.B)
+        x, dtype = args[0], self.A.dtype
+        if x.dtype == output.dtype == dtype or torch.is_autocast_enabled(output.device.type):
+            inner = F.linear(x, self.A).flatten(0, -2)  # (M, r), M all but the last dimension
+            return torch.addmm(output.flatten(0, -2), inner, self.B.t(), alpha=self.scale).view_as(output)
+        update = F.linear(F.linear(x.to(dtype), self.A), self.B)
         return output + (self.scale * update).to(output.dtype)
 
     def merge(self, linear: nn.Linear) -> None:

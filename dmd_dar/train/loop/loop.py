@@ -1,5 +1,6 @@
 """The training loop: cycles of optimiser steps, checkpoints, logs, a clean stop."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,10 +63,14 @@ def update(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> dict[s
     Raises FloatingPointError where the loss or gradient is not finite; the network's weights are then untouched.
     """
     metrics = gradients(phase, seed, batch_size, runtime)
-    if not torch.isfinite(metrics["loss"]):
-        raise FloatingPointError(f"the loss is {metrics['loss'].item()}")
+    norm = phase.optimiser.norm()
+    loss, size = torch.stack([metrics["loss"].double(), norm.double()]).tolist()  # the step's one wait for the device
+    for name, value in (("loss", loss), ("gradient norm", size)):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} is {value}")
     runtime.settle(phase.network, *(phase.ema.modules.values() if phase.ema is not None else ()))
-    metrics["gradient_norm"] = torch.tensor(phase.optimiser.step(phase.steps))
+    phase.optimiser.step(phase.steps, norm)
+    metrics["gradient_norm"] = torch.tensor(size)
     phase.steps += 1
     if phase.ema is not None:
         phase.ema.update(phase.network, phase.steps)

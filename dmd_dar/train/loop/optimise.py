@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmd_dar.keys import key
 
@@ -43,19 +43,18 @@ class Optimiser:
         self.config = config
         groups = [{"params": list(backbone), "base_lr": config.lr, "weight_decay": config.weight_decay}]
         groups += [{"params": list(own), "base_lr": lr, "weight_decay": 0.0} for own, lr in others if own]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.parameters = [p for group in groups for p in group["params"]]
 
-    def step(self, step: int) -> float:
-        """Clip, update, clear. Returns the gradient norm before clipping; raises FloatingPointError if not finite."""
+    def norm(self) -> Tensor:
+        """The gradient norm over all parameters, of which a process may hold a part; a scalar on the device."""
         total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        total = getattr(total, "full_tensor", lambda: total)()  # of sharded gradients, each process has a part
-        norm = total.item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
-        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, total)
+        return getattr(total, "full_tensor", lambda: total)()
+
+    def step(self, step: int, norm: Tensor) -> None:
+        """Clip the gradient, whose norm is `norm`, update, clear."""
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * self.config.factor(step)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norm
