@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -180,7 +180,10 @@ def _storages(state: Any) -> Iterator[torch.UntypedStorage]:
 
 
 class _Hashed:
-    """What torch.save writes to: hashes the bytes on their way to the file, so nothing is held or read twice."""
+    """What torch.save writes to: hashes the bytes on their way to the file, so nothing is held or read twice.
+
+    Of a file's methods it has the two that torch.save calls.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
@@ -224,7 +227,7 @@ def _require_content(path: Path) -> None:
 def _write(folder: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
     with atomic.synced(folder / STATE) as file:
         hashed = _Hashed(file)
-        torch.save(state, hashed)
+        torch.save(state, cast(IO[bytes], hashed))
     files = {STATE: {"bytes": hashed.bytes, "sha256": hashed.sha256.hexdigest()}}
     with atomic.synced(folder / MANIFEST) as file:
         file.write(json.dumps({**manifest, "files": files}, indent=1).encode())

@@ -86,10 +86,10 @@ def fill_folder(cfg: FillConfig, prepare: Prepare, wanted: dict[str, Any] | None
     with StopRequest() as stop, ShardFolder(cfg.out, work.layout) as folder:
         folder.require_space()
         made = folder.samples_made()
-        report = progress(work, made) if rank == 0 else None
         if workers > 1 and made < work.layout.n:
-            finished = share(cfg, prepare, workers, folder, stop, report)
+            finished = share(cfg, prepare, workers, folder, stop, progress(work, made))
         else:
+            report = progress(work, made) if rank == 0 else None
             finished = fill(
                 folder, work.make, stopped=lambda: stop.asked, report=report, rank=rank, processes=processes
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,13 @@ class LaunchConfig:
     timeout: int = key(30, "how long a process waits for the others in an exchange", unit="minutes", least=1)
     checkpointing: bool = key(False, "keep each block's input only and compute its activations again: less memory")
     offload: bool = key(False, "keep frozen weights in CPU memory; every layer's are copied over when it computes")
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A network that says which of its modules are gathered by themselves."""
+
+    def shards(self) -> list[nn.Module]: ...
 
 
 class Runtime:
@@ -98,9 +105,9 @@ class Runtime:
     def shard(self, *networks: nn.Module) -> None:
         """Under fsdp2, leave each process its part of every network, in place; before optimisers are made.
 
-        A network says by `shards()` which of its modules are gathered by themselves; the rest, routers included, is
+        The modules that a network's `shards()` names are gathered by themselves; the rest, routers included, is
         gathered for the whole forward. Called on torch, since accelerate's `prepare` takes one model and one optimiser.
-        Raises UserError for a network without `shards`.
+        Raises UserError for a network that is not Shardable.
         """
         if not self.sharded:
             return
@@ -110,12 +117,12 @@ class Runtime:
         halved = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         for network in networks:
-            if not hasattr(network, "shards"):
+            if not isinstance(network, Shardable):
                 raise UserError(
                     f"launch.sharding = fsdp2: a {type(network).__name__} cannot be sharded; use launch.sharding=none"
                 )
             self.outlines[network] = outline(network)
-            for module in network.shards():  # type: ignore[operator]
+            for module in network.shards():
                 fully_shard(module, mesh=self.mesh, mp_policy=halved if bf16 else exact, reshard_after_forward=True)
             # The rest stays gathered until its gradients are made: they may come of features alone, without the output
             # whose gradient would gather it again.
@@ -162,53 +169,60 @@ class Runtime:
         if self.processes == 1:
             return metrics
         values = torch.tensor([metrics[name] for name in metrics], dtype=torch.float64, device=self.device)
-        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        return dict(zip(metrics, self._reduced(values, "mean").tolist(), strict=True))
 
     def gather_rows(self, part: Tensor) -> Tensor:
         """The rows (n, ...) of every process joined in the order of ranks, (sum n, ...), in each of them."""
         if self.processes == 1:
             return part
-        counts = self.accelerator.gather(torch.tensor([len(part)], device=self.device)).tolist()
+        counts = self._joined(torch.tensor([len(part)], device=self.device)).tolist()
         most = max(counts)
         if not most:
             return part
         padded = torch.zeros(most, *part.shape[1:], dtype=part.dtype, device=self.device)
         padded[: len(part)] = part
-        rows = self.accelerator.gather(padded).split(most)
+        rows = self._joined(padded).split(most)
         return torch.cat([one[:count] for one, count in zip(rows, counts, strict=True)]).to(part.device)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         if self.processes == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+        return bool(self._reduced(torch.tensor(float(flag), device=self.device), "sum").item())
 
     def of_main(self, value: int) -> int:
         """The main process's value."""
         if self.processes == 1:
             return value
         held = torch.tensor(float(value if self.is_main else 0), dtype=torch.float64, device=self.device)
-        return int(self.accelerator.reduce(held, "sum").item())
+        return int(self._reduced(held, "sum").item())
 
     def together(self, work: Callable[[], T]) -> T:
         """work(), which exchanges nothing, in every process; all wait for the last.
 
         Where it raises in any, all end: that one with its error, the others with exit code 2.
         """
-        result, fault = None, None
         try:
             result = work()
-        except Exception as error:
-            fault = error
-        if self.any(fault is not None):
-            raise fault or SystemExit(2)
-        return result  # type: ignore[return-value]
+        except Exception:
+            self.any(True)
+            raise
+        if self.any(False):
+            raise SystemExit(2)
+        return result
 
     def of_all(self, values: Tensor) -> Tensor:
         """(N,) -> (processes, N), on the CPU; N is the same everywhere."""
         if self.processes == 1:
             return values[None].cpu()
-        return self.accelerator.gather(values.to(self.device)[None]).cpu()
+        return self._joined(values.to(self.device)[None]).cpu()
+
+    def _reduced(self, values: Tensor, how: Literal["mean", "sum"]) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(values, how))  # accelerate's own type is any container's
+
+    def _joined(self, rows: Tensor) -> Tensor:
+        """Rows (n, ...) of every process joined, (n * processes, ...); n is the same everywhere."""
+        return cast(Tensor, self.accelerator.gather(rows))
 
     @property
     def part(self) -> int:
