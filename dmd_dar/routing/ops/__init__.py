@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from torch import Tensor, compiler
+from torch import Tensor, compiler, is_grad_enabled
 from torch import dtype as Dtype
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from dmd_dar.routing.ops import naive
+from dmd_dar.routing.ops.forward import ForwardReader
 from dmd_dar.routing.ops.listed import ListedReader
 from dmd_dar.routing.ops.torch import TorchReader
 from dmd_dar.routing.router import RouterBank
 
 BACKENDS = ("torch", "naive", "triton")
 VARIABLE = "DMD_DAR_ROUTING_BACKEND"
-Reader = ListedReader | TorchReader
+Reader = ListedReader | TorchReader | ForwardReader
 _preferred: ContextVar[str | None] = ContextVar("preferred routing backend", default=None)
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def reader(bank: RouterBank, v_0: Tensor, t_embedding: Tensor | None, dtype: Dty
         name = give_way("triton", "torch", reason)
     if name == "torch" and _functorch.peek_interpreter_stack() is not None:
         name = give_way("torch", "naive", "it does not work inside torch.func transforms")
+    if name == "torch" and bank.config.query != "dynamic" and not is_grad_enabled():
+        return ForwardReader(bank, v_0, t_embedding, dtype)
     if name == "torch":
         return TorchReader(bank, v_0, t_embedding, dtype)
     return ListedReader(bank, v_0.device, t_embedding, naive.route)
