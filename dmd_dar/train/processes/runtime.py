@@ -16,9 +16,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
@@ -75,6 +72,8 @@ class Runtime:
         self.outlines: dict[nn.Module, nn.Module] = {}
 
     def _mesh(self, parts: int) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
         if self.processes % parts:
             raise UserError(f"launch.shard_among {parts} does not divide {self.processes} processes: use a divisor")
         if parts == self.processes:
@@ -111,6 +110,8 @@ class Runtime:
         """
         if not self.sharded:
             return
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes as long to import as torch itself
+
         bf16 = self.accelerator.mixed_precision == "bf16"
         # Autocast decides who computes in bf16, as without sharding; the blocks' weights only travel in it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into an output
@@ -131,8 +132,8 @@ class Runtime:
     def settle(self, *networks: nn.Module) -> None:
         """Before weights are changed: drop what is still gathered of them, so that the next forward sees the change."""
         for network in networks:
-            if isinstance(network, FSDPModule):
-                network.reshard()
+            if hasattr(network, "reshard"):  # fsdp2 gives it
+                network.reshard()  # type: ignore[operator]
 
     def whole(self, network: nn.Module) -> nn.Module:
         """The network with all its weights: itself, or if sharded a copy on the CPU, filled in the main process alone.
@@ -153,7 +154,7 @@ class Runtime:
         They are exchanged while the backward pass goes on. A parameter without gradient counts as zero. Sharded ones
         are left to fsdp2, which averages in every backward pass, so that no process ever holds whole gradients.
         """
-        held = [p for p in parameters if not isinstance(p, DTensor)]
+        held = [p for p in parameters if not is_part(p)]
         if self.processes == 1 or not last or not held:
             yield
             return
@@ -337,7 +338,7 @@ def gathered(state: Any) -> Any:
         return {name: gathered(value) for name, value in state.items()}
     if isinstance(state, list | tuple):
         return type(state)(gathered(value) for value in state)
-    if not isinstance(state, DTensor):
+    if not is_part(state):
         return state
     whole = state.full_tensor()
     return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
@@ -345,17 +346,21 @@ def gathered(state: Any) -> Any:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[operator]
 
 
-def is_part(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+def is_part(value: Any) -> bool:
+    """Whether it is a sharded tensor, told by its name: importing the class costs seconds."""
+    return type(value).__name__ == "DTensor"
 
 
 def like(own: Tensor, whole: Any) -> Any:
     """A whole tensor sharded as `own` is, without an exchange; anything else as it is."""
-    if not (isinstance(own, DTensor) and isinstance(whole, Tensor) and whole.shape == own.shape):
+    if not (is_part(own) and isinstance(whole, Tensor) and whole.shape == own.shape):
         return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(own, DTensor)
     return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
