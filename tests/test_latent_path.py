@@ -93,6 +93,7 @@ def test_a_student_is_trained_with_every_loss_and_sampled_as_images(runs, tmp_pa
         assert np.abs(image - (expected[i].permute(1, 2, 0).numpy() + 1) * 127.5).max() < 0.51
 
 
+@pytest.mark.slow
 def test_both_arms_are_reported_in_pixels_and_in_latents(made, runs, monkeypatch):
     monkeypatch.setattr(distances, "fit_classifier", partial(fit_classifier, steps=5))
     given = [f"runs=[{runs['residual']},{runs['timestep']}]", f"out={made / 'report'}", f"cache={made / 'cache'}"]

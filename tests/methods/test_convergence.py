@@ -31,6 +31,7 @@ def test_a_one_step_student_of_a_mixture_finds_its_modes():
     assert mmd(after, truth) <= 0.1 * mmd(before, truth)
 
 
+@pytest.mark.slow
 def test_a_one_step_student_of_a_field_has_its_spectrum():
     torch.manual_seed(0)
     shape = (1, SIDE, SIDE)

@@ -189,7 +189,7 @@ SHALLOW = {
 }
 
 
-@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in THREE[:2]] + [THREE[2]])
 def test_the_whole_model_compiles_to_one_graph(name):
     model = tiny_model(name, torch.float64, **SHALLOW[name])
     shaken(attach(model, query="timestep", chunk_size=2))

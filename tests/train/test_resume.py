@@ -168,6 +168,7 @@ def killed_at_random(runs: Runs, name: str, kills: int, seed: int) -> None:
     ends_the_same(runs, name, runs.contents("long"), LONG)
 
 
+@pytest.mark.slow
 def test_killed_at_five_random_moments(runs):
     killed_at_random(runs, "random", 5, seed=1)
 

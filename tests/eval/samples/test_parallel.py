@@ -72,6 +72,7 @@ def test_an_error_in_one_process_is_raised_in_all():
         Processes(Line([told])).joined(5, lambda rank, world: {"x": torch.zeros(3)})
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_report_of_one(tmp_path, crops):
     """The networks' images, the features and with them every number, up to a level of rounding in an image; of images
     from a file, up to rounding."""
