@@ -17,6 +17,7 @@ from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
 
 from .measure.provenance import command_line, provenance
+from .measure.results import Origin
 from .metrics.intervals import LARGEST_EXACT
 from .samples.parallel import Processes
 from .samples.sampling import Bench
@@ -52,13 +53,19 @@ class CompareConfig:
                 )
 
 
-def origin(cfg: CompareConfig, groups: RunsByArm) -> dict[str, Any]:
-    """Command and configurations: what this command knows of where its numbers come from."""
+@dataclass(frozen=True)
+class CompareOrigin(Origin):
+    """Command and configurations of a comparison."""
+
+    configs: dict[str, dict[str, Any]]  # of each run by its folder, as that holds it
+
+
+def origin_of(cfg: CompareConfig, groups: RunsByArm) -> CompareOrigin:
     nothing = CompareConfig(ArmsConfig(residual=("", ""), dar=("", "")))
-    return {
-        "command": command_line("eval.compare", config.differences(nothing, cfg)),
-        "configs": {str(run.folder): run.raw for runs in groups.values() for run in runs},
-    }
+    return CompareOrigin(
+        command_line("eval.compare", config.differences(nothing, cfg)),
+        configs={str(run.folder): run.raw for runs in groups.values() for run in runs},
+    )
 
 
 def compare(cfg: CompareConfig) -> None:
@@ -80,8 +87,8 @@ def compare(cfg: CompareConfig) -> None:
     study = sample_and_measure(groups, reference, bench)
     if study is not None:
         result = conclude(study, cfg.n, cfg.seed)
-        origins = provenance(device, time.monotonic() - began, **origin(cfg, groups))
-        publish(replace(result, reference=reference.facts.as_json(), provenance=origins), Path(cfg.out))
+        origin = provenance(device, time.monotonic() - began, origin_of(cfg, groups))
+        publish(replace(result, reference=reference.facts, provenance=origin), Path(cfg.out))
 
 
 def publish(result: StudyResult, out: Path) -> None:

@@ -1,6 +1,5 @@
 """Did the detail survive? python -m eval.report runs=[RUN_A,RUN_B,...] out=DIR"""
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from .measure.latent import latent_spectra, read_latents
 from .measure.one_set import Reading, mean_plane, read_one
 from .measure.pair import Compared, fitting, measure
 from .measure.provenance import command_line, provenance
-from .measure.results import Forest, Report, Skipped
+from .measure.results import Forest, Origin, Report, Skipped
 from .measure.suite import Ledger, Metric, Sources, Suite, prepare
 from .page.columns import terminal_table
 from .page.html import write_report
@@ -99,7 +98,7 @@ def report(cfg: ReportConfig) -> None:
     if processes.main:
         inputs = inputs.with_costs()
         whole = measured(cfg, inputs, readings, suite, ledger)
-        origin = provenance(device, time.monotonic() - began, **origin_of(cfg, inputs))
+        origin = provenance(device, time.monotonic() - began, origin_of(cfg, inputs))
         publish(cfg, replace(whole, provenance=origin), inputs, readings)
 
 
@@ -150,17 +149,27 @@ def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> Forest | 
     return ledger.attempt("seed by seed", "", lambda: forest_of(pairs, inputs.runs, inputs.reference, cfg.seed))
 
 
-def origin_of(cfg: ReportConfig, inputs: Inputs) -> dict[str, Any]:
-    """Command, weights, seeds and configurations: what this command knows of where its numbers come from."""
+@dataclass(frozen=True)
+class ReportOrigin(Origin):
+    """Command, weights, seeds and configurations of a report."""
+
+    checkpoints: dict[str, str]  # hash of the weights of each set that a network made
+    seeds: dict[str, int]
+    data_hash: str | None
+    runs: dict[str, dict[str, Any]]  # configuration of each run, as its folder holds it
+    report: ReportConfig
+
+
+def origin_of(cfg: ReportConfig, inputs: Inputs) -> ReportOrigin:
     sets = [inputs.reference, *inputs.sets]
-    return {
-        "command": command_line("eval.report", config.differences(ReportConfig(runs=("",)), cfg)),
-        "checkpoints": {one.name: one.facts.network.network for one in sets if one.facts.network is not None},
-        "seeds": {"evaluation": cfg.seed, **{f"training of {run.name}": run.cfg.seed for run in inputs.runs}},
-        "data_hash": inputs.data_hash,
-        "runs": {run.name: run.raw for run in inputs.runs},
-        "report": dataclasses.asdict(cfg),
-    }
+    return ReportOrigin(
+        command_line("eval.report", config.differences(ReportConfig(runs=("",)), cfg)),
+        checkpoints={one.name: one.facts.network.network for one in sets if one.facts.network is not None},
+        seeds={"evaluation": cfg.seed, **{f"training of {run.name}": run.cfg.seed for run in inputs.runs}},
+        data_hash=inputs.data_hash,
+        runs={run.name: run.raw for run in inputs.runs},
+        report=cfg,
+    )
 
 
 def publish(cfg: ReportConfig, whole: Report, inputs: Inputs, readings: Readings) -> None:

@@ -11,8 +11,8 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
 
+from .measure.one_set import LUMA, chosen_rows
 from .measure.provenance import command_line, provenance
+from .measure.results import Origin, Provenance
 from .metrics import features, power_map, sliced, spoil, structure
 from .metrics.frechet import feature_distance
 from .metrics.record import jsonable
-from .metrics.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains, spectrum_of
+from .metrics.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains
 from .metrics.verdict import Verdict
+from .samples.sets import ImageSet
 
 SCHEMA_VERSION = 1
 SEEN = 3.0  # |z| from which a metric is said to see a change
@@ -110,12 +113,15 @@ def extractors_of(draw: Callable[[str], Labelled], seed: int) -> list[features.E
 
 
 def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
+    """By the code that measures a set of a report; seeds of patches and of their directions are always 0."""
+    one = ImageSet("set", images, None, "images", paired=False)
+    rows = chosen_rows(one, LUMA, "structure", "grid")
     return Measured(
-        luma=spectrum_of(images),
-        structure=structure.structure_of(images),
-        lines=power_map.grid_lines(images),
+        luma=rows.spectrum(),
+        structure=rows.structure,
+        lines=rows.lines,
         slices=sliced.Slices(sliced.sliced_patches(images)),
-        features={one.name: features.Features("set", one.extract(images), one, False) for one in extractors},
+        features={extractor.name: features.extract(one.stream, extractor) for extractor in extractors},
     )
 
 
@@ -198,7 +204,7 @@ class Sensitivity:
     config: SensitivityConfig
     null: dict[str, Null]
     spoiled: dict[str, Spoiled]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance | None = None
 
 
 def sensitivity(cfg: SensitivityConfig) -> Sensitivity:
@@ -289,9 +295,8 @@ def run(cfg: SensitivityConfig) -> None:
     """Measure, print the table, write it with its figure."""
     began, folder = time.monotonic(), make_folder(cfg.out)
     result = sensitivity(cfg)
-    command = command_line("eval.sensitivity", config.differences(SensitivityConfig(), cfg))
-    origin = provenance(torch.device("cpu"), time.monotonic() - began, command=command)
-    result = replace(result, provenance=origin)
+    origin = Origin(command_line("eval.sensitivity", config.differences(SensitivityConfig(), cfg)))
+    result = replace(result, provenance=provenance(torch.device("cpu"), time.monotonic() - began, origin))
     write_atomic(folder / "sensitivity.json", json.dumps(jsonable(result), indent=1) + "\n")
     write_atomic(folder / "sensitivity.csv", as_csv(result))
     write_atomic(folder / "sensitivity.png", figure(result))

@@ -8,9 +8,8 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from dmd_dar.models.saved import Denoiser, Saved, read_card, read_network
 
 from .measure.pair import Compared, measure
 from .measure.provenance import command_line, provenance
-from .measure.results import Comparison, Measurements, jsonable
+from .measure.results import Comparison, Measurements, Origin, Provenance, jsonable
 from .metrics.features import FeatureDistance
 from .metrics.intervals import Interval
 from .metrics.record import FLAT
@@ -107,6 +106,13 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class TeacherOrigin(Origin):
+    """Command and configuration of a judgement."""
+
+    config: TeacherReportConfig
+
+
+@dataclass(frozen=True)
 class Quality:
     """All that quality.json holds."""
 
@@ -116,7 +122,7 @@ class Quality:
     evaluations: int
     network: str  # hash of the teacher's weights
     data_hash: str
-    provenance: dict[str, Any]
+    provenance: Provenance
 
 
 def judge(measurements: Measurements, teacher: str) -> Judgement:
@@ -221,7 +227,7 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
     )
     judgement = judge(measure(compared, cfg.seed), sets.teacher.name)
     read = {"teacher": sets.teacher, "held-out": sets.held_out, "training": sets.null}
-    command = command_line("eval.teacher", config.differences(TeacherReportConfig(), cfg))
+    origin = TeacherOrigin(command_line("eval.teacher", config.differences(TeacherReportConfig(), cfg)), cfg)
     quality = Quality(
         judgement,
         memorisation(read, data, cfg.neighbours, cfg.seed),
@@ -229,7 +235,7 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
         evaluations=2 * cfg.solver_steps,
         network=saved.digest,
         data_hash=data_hash(),
-        provenance=provenance(device, time.monotonic() - began, command=command, config=asdict(cfg)),
+        provenance=provenance(device, time.monotonic() - began, origin),
     )
     write_atomic(out / "quality.json", json.dumps(jsonable(quality), indent=1))
     columns = network.num_conditions

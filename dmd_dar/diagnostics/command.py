@@ -21,7 +21,7 @@ from dmd_dar.device import chosen_device
 from dmd_dar.diagnostics.figures import figures
 from dmd_dar.diagnostics.measure import measure, not_finite, rounded
 from dmd_dar.diagnostics.probe import timestep_probe
-from dmd_dar.diagnostics.states import places_of
+from dmd_dar.diagnostics.states import Inputs, places_of
 from dmd_dar.diagnostics.summary import lines
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError
@@ -151,12 +151,14 @@ def diagnose_one(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
         return velocity_of(partial(network, observe=observe), saved.prediction)
 
     draws = Draws(cfg.seed, "diagnostics", 0, sample_range(0, cfg.samples, device))
-    facts = measure(observed, places, network.routing, *subject.x0(draws), draws, cfg.times, cfg.batch_size, tick)
+    inputs = Inputs(*subject.x0(draws), draws, cfg.batch_size)
+    facts = measure(observed, places, network.routing, inputs, cfg.times, tick)
     wrong = next(not_finite(facts), None)
     if wrong is not None:
         raise DivergedError(f"{name} = {run}: {wrong} is not finite; its weights have diverged, name another network")
     draws = Draws(cfg.seed, "diagnostics_probe", 0, sample_range(0, cfg.probe_pairs, device))
-    facts["probe"] = timestep_probe(observed(None), places, *subject.x0(draws), draws, cfg.probe_times, cfg.batch_size)
+    pairs = Inputs(*subject.x0(draws), draws, cfg.batch_size)
+    facts["probe"] = timestep_probe(observed(None), places, pairs, cfg.probe_times)
     meaning = saved.prediction if isinstance(saved.prediction, str) else asdict(saved.prediction)
     card = {"prediction": meaning, "rungs": saved.rungs, "label_names": saved.label_names, "origin": saved.origin}
     return {

@@ -4,13 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dmd_dar.diagnostics.mixing import AlphaSums, GateSums, source_spans
-from dmd_dar.diagnostics.states import Places, trace
+from dmd_dar.diagnostics.states import Inputs, Places, trace
 from dmd_dar.diagnostics.symptoms import SymptomSums
-from dmd_dar.draws import Draws
 from dmd_dar.guidance import Velocity
 from dmd_dar.routing.history import Observer
 from dmd_dar.routing.layout import RoutingConfig
@@ -22,28 +18,25 @@ def measure(
     observed: Callable[[Observer | None], Velocity],
     places: Places,
     routing: RoutingConfig,
-    x0: Tensor,
-    cond: Tensor,
-    draws: Draws,
+    inputs: Inputs,
     times: Sequence[float],
-    batch_size: int,
     tick: Callable[[], Any] = lambda: None,
 ) -> Facts:
-    """The symptoms and the source mixing at each of `times` (t = 0 data, t = 1 noise), on x0 (N, C, S, S), cond (N,).
+    """The symptoms and the source mixing at each of `times` (t = 0 data, t = 1 noise).
 
     `observed(observe)` is the network's velocity that shows its alpha to `observe`; a residual one gets None.
     `symptoms`: see SymptomSums.facts, each fact a list over `times`. `mixing`: its `kind`, "alpha" or "gate"; its
     `unit`, "sublayer" or "block"; and of every router its `sources`, each as [first, last] of these, and the facts of
     AlphaSums or GateSums as lists over `times`. `tick` is called after each batch.
     """
-    eps = draws.normal("eps", *x0.shape[1:])
+    x0, cond, eps = inputs.x0, inputs.cond, inputs.draws.normal("eps", *inputs.x0.shape[1:])
     spans = source_spans(routing, len(places.consumers) - 1)
     residual = routing.query == "residual"
 
     def at(time: float) -> tuple[Facts, dict[int, Facts]]:
         symptoms, alphas, gates = SymptomSums(), AlphaSums(spans), GateSums(spans)
         velocity = observed(None if residual else alphas.observe)
-        for rows in torch.arange(len(x0), device=x0.device).split(batch_size):
+        for rows in inputs.batches():
             traced = trace(velocity, places, x0[rows], eps[rows], time, cond[rows])
             symptoms.add(traced, places)
             if residual:

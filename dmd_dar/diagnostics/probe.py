@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dmd_dar import flow
-from dmd_dar.diagnostics.states import Places, recording
-from dmd_dar.draws import Draws
+from dmd_dar.diagnostics.states import Inputs, Places, recording
 from dmd_dar.guidance import Velocity
 
 STRENGTHS = tuple(10.0**power for power in range(-8, 5))  # of the ridge, over the mean squared feature
@@ -57,14 +56,14 @@ def probe_r_squared(features: Tensor, target: Tensor, pair: Tensor) -> float:
 
 @torch.no_grad()
 def timestep_probe(
-    velocity: Velocity, places: Places, x0: Tensor, cond: Tensor, draws: Draws, times_per_pair: int, batch_size: int
+    velocity: Velocity, places: Places, pairs: Inputs, times_per_pair: int
 ) -> dict[str, float | list[float]]:
-    """R^2 of t from pooled h_1 .. h_{L+1}, and from the pixels of x_t (`input`); x0 (P, C, S, S), t uniform."""
-    eps = draws.normal("probe_eps", *x0.shape[1:])
-    t = draws.uniform("probe_t", times_per_pair).to(x0.dtype)  # (P, times)
+    """R^2 of t from pooled h_1 .. h_{L+1}, and from the pixels of x_t (`input`), over P pairs; t uniform."""
+    x0, cond, eps = pairs.x0, pairs.cond, pairs.draws.normal("probe_eps", *pairs.x0.shape[1:])
+    t = pairs.draws.uniform("probe_t", times_per_pair).to(x0.dtype)  # (P, times)
     inputs, pooled = [], []
     for time in t.unbind(dim=1):
-        for rows in torch.arange(len(x0), device=x0.device).split(batch_size):
+        for rows in pairs.batches():
             x_t = flow.interpolate(x0[rows], eps[rows], time[rows])
             with recording(places.consumers) as states:
                 velocity(x_t, time[rows], cond[rows])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar import flow, losses
+from dmd_dar.draws import Draws
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.models.sit import SiT
@@ -57,6 +58,20 @@ def _places(consumers: Sequence[nn.Module], blocks: int, unit: Literal["sublayer
     """`consumers` with the head's, of blocks of equally many sublayers."""
     each = (len(consumers) - 1) // blocks
     return Places(tuple(consumers), tuple(each * k + 1 for k in range(1, blocks + 1)), unit)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network is looked at on: x0 (N, C, S, S), cond (N,), the draws of their noise; `batch_size` at a time."""
+
+    x0: Tensor
+    cond: Tensor
+    draws: Draws
+    batch_size: int
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """The rows of each batch."""
+        return torch.arange(len(self.x0), device=self.x0.device).split(self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 Legend: N images of a set, F radial bins.
 """
 
-from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, partial, reduce
 from operator import add
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..metrics import features, power_map, sliced, structure
 from ..metrics.diversity import class_diversity
 from ..metrics.features import Features
-from ..metrics.spectrum import Spectrum, as_floats, spectrum_of
+from ..metrics.spectrum import Channel, Spectrum, as_floats, spectrum_of
 from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
 from ..samples.sets import BATCH, ImageSet
 from .suite import Ledger, Suite, features_of
@@ -65,31 +65,71 @@ def read_one(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes |
     return Reading(features_by_name, rows)
 
 
+@dataclass(frozen=True)
+class SetRows:
+    """What `rows_of` read of a set of images of `size`, as the comparisons take it."""
+
+    size: tuple[int, int]
+    rows: Rows
+
+    @cached_property
+    def groups(self) -> dict[str, Rows]:
+        return ungrouped(self.rows)
+
+    def spectrum(self, channel: str = LUMA) -> Spectrum:
+        return Spectrum.of(self.size, self.groups[channel])
+
+    @property
+    def structure(self) -> structure.Structure:
+        return structure.Structure.of(self.groups["structure"])
+
+    @property
+    def lines(self) -> np.ndarray:
+        """(N, 2, 4, 5), see power_map.grid_lines."""
+        return self.groups["grid"]["lines"].numpy()
+
+
 def rows_of(one: ImageSet, rank: int = 0, world: int = 1) -> Rows:
-    """Spectra, structure, lines and wavelets of each image of the share of process `rank` of `world`, from one reading
-    of the stream; and `plane.total`, their log power summed, as a single row (1, H, K).
+    """All of READERS of each image of the share of process `rank` of `world`, from one reading of the stream; and
+    `plane.total`, their log power summed, as a single row (1, H, K).
     """
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    planes = []
+    parts, planes = [], []
     for _, batch in one.stream.batches(BATCH, rank, world):
         images = as_floats(batch)
         planes.append(power_map.map_sum(images))
-        for name, values in _rows(images).items():
-            parts[name].append(values)
-    rows = {name: torch.cat(values) for name, values in parts.items()}
-    return {**rows, "plane.total": reduce(add, planes).total[None]}
+        parts.append(_read(images, tuple(READERS)))
+    return {**_joined(parts), "plane.total": reduce(add, planes).total[None]}
 
 
-def _rows(images: Tensor) -> Rows:
+def chosen_rows(one: ImageSet, *readers: str) -> SetRows:
+    """What these of READERS alone say of each image, for a command that needs no more."""
+    return SetRows(one.stream.size, _joined([_read(as_floats(batch), readers) for batch in one.batches()]))
+
+
+def _read(images: Tensor, readers: Sequence[str]) -> Rows:
+    return grouped({name: READERS[name](images) for name in readers})
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _spectrum_rows(images: Tensor, channel: Channel) -> Rows:
+    return spectrum_of(images, channel=channel).rows
+
+
+def _wavelet_rows(images: Tensor) -> Rows:
     energy, kurtosis = (torch.from_numpy(values) for values in structure.wavelet_statistics(images))
-    return grouped(
-        {
-            **{channel: spectrum_of(images, channel=channel).rows for channel in (LUMA, *CHROMA)},
-            "structure": structure.structure_rows(images),
-            "wavelet": {"energy": energy, "kurtosis": kurtosis},
-            "grid": {"lines": torch.from_numpy(power_map.grid_lines(images))},
-        }
-    )
+    return {"energy": energy, "kurtosis": kurtosis}
+
+
+# What is said of each image by itself, from floats (n, 3, H, W) in [0, 1].
+READERS: dict[str, Callable[[Tensor], Rows]] = {
+    **{channel: partial(_spectrum_rows, channel=channel) for channel in (LUMA, *CHROMA)},
+    "structure": structure.structure_rows,
+    "wavelet": _wavelet_rows,
+    "grid": lambda images: {"lines": torch.from_numpy(power_map.grid_lines(images))},
+}
 
 
 def mean_plane(one: ImageSet, rows: Rows) -> Tensor:
@@ -102,17 +142,18 @@ def measure_one(one: ImageSet, read: Reading, seed: int) -> MeasuredSet:
 
     seed: of the directions on which patches are compared.
     """
-    group, slices = ungrouped(read.rows), sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed)
+    rows = SetRows(one.stream.size, read.rows)
+    slices = sliced.Slices(sliced.sliced_patches(one.first(SLICED_IMAGES)), seed)
     _ = slices.ordered  # here, where sets are measured side by side
     return MeasuredSet(
         source=one,
-        luma=Spectrum.of(one.stream.size, group[LUMA]),
-        chroma={channel: Spectrum.of(one.stream.size, group[channel]) for channel in CHROMA},
-        structure=structure.Structure.of(group["structure"]),
-        lines=group["grid"]["lines"].numpy(),
+        luma=rows.spectrum(),
+        chroma={channel: rows.spectrum(channel) for channel in CHROMA},
+        structure=rows.structure,
+        lines=rows.lines,
         plane=mean_plane(one, read.rows),
-        wavelet_energy=group["wavelet"]["energy"].numpy().mean(0),
-        wavelet_kurtosis=np.median(group["wavelet"]["kurtosis"].numpy(), axis=0),
+        wavelet_energy=rows.groups["wavelet"]["energy"].numpy().mean(0),
+        wavelet_kurtosis=np.median(rows.groups["wavelet"]["kurtosis"].numpy(), axis=0),
         slices=slices,
         features=read.features,
         spread=class_spread(one),

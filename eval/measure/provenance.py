@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from dmd_dar import spectrum
 from dmd_dar.data.images import to_pixels
 
 from ..metrics import classifier, features, frechet, intervals, neighbours, power_map, sliced, structure, verdict
+from ..metrics.record import jsonable
 from . import one_set, suite
 from .machine import Machine, versions
+from .results import CodeState, Contract, Origin, Provenance
 
 ROOT = Path(__file__).parents[2]  # of the checkout; installed, this folder is the package's
 COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without its history
@@ -37,51 +40,55 @@ def git_state() -> str | None:
         return None
 
 
-def code_state() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it: what DMD_DAR_COMMIT says, and None, where it is set."""
+def code_now() -> CodeState:
+    """The state of this code: where DMD_DAR_COMMIT is set, it names the commit."""
     named = os.environ.get(COMMIT)
     state = None if named else git_state()
     if state is None:
-        return {"commit": named or "unknown", "dirty": None}
-    return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}
+        return CodeState(named or "unknown", None)
+    return CodeState(state.removesuffix("-dirty"), state.endswith("-dirty"))
 
 
-def contract() -> dict[str, Any]:
-    """How images become numbers: reports whose `contract_hash` agrees may be compared.
+def code_state() -> dict[str, Any]:
+    """`code_now()` as a file of the benchmarks takes it."""
+    return asdict(code_now())
 
-    The constants are those that the code uses; the rounding is what `to_pixels` does to a ramp beyond its range.
-    """
+
+def contract() -> Contract:
+    """The constants that the code uses; the rounding is what `to_pixels` does to a ramp beyond its range."""
     ramp = torch.linspace(-1.1, 1.1, 1024).reshape(1, 1, 32, 32)
-    return {
-        "pixels": "decoded in float32, clamped, quantised once by rounding; stored as PNG or npy; never resized",
-        "quantised_ramp": hashlib.sha256(bytes(to_pixels(ramp).flatten().tolist())).hexdigest()[:16],
-        "luma": spectrum.LUMA,
-        "chroma_factors": (spectrum.CB_FACTOR, spectrum.CR_FACTOR),
-        "window": "periodic Hann, weighted mean removed, first bin dropped",
-        "bands": spectrum.BAND_EDGES,
-        "fits_below": spectrum.HIGHEST_FIT,
-        "power_floor": spectrum.POWER_FLOOR,
-        "quantisation_power": spectrum.QUANTISATION_POWER,
-        "wavelet": (structure.WAVELET, structure.LEVELS),
-        "least_kurtosis": structure.LEAST_KURTOSIS,
-        "components": (features.PCA_COMPONENTS, features.PCA_SIDE),
-        "least_spread": frechet.LEAST_SPREAD,
-        "flat_patches": (structure.PATCH, structure.FLAT_SHARE),
-        "grid_lines": (spectrum.PERIODS, spectrum.OFFSETS, spectrum.LEAST_PERIODS),
-        "grid_peak_db": power_map.PEAK_DB,
-        "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST, sliced.BINOMIAL),
-        "sliced_images": one_set.SLICED_IMAGES,
-        "diversity_images": one_set.DIVERSITY_IMAGES,
-        "classifier": (classifier.SIDE, classifier.WIDTHS, classifier.STEPS, classifier.LEAST_SHARE),
-        "kid": (suite.KID_SUBSET_OFFLINE, suite.KID_SUBSET, neighbours.KID_SUBSETS),
-        "neighbours": neighbours.NEIGHBOURS,
-        "margins": (verdict.GAIN_MARGIN_DB, verdict.KURTOSIS_RANGE, verdict.FLAT_NOISE_DB),
-        "intervals": (intervals.LEVEL, intervals.RESAMPLES, intervals.LEAST_IN_STRATUM),
-    }
+    return Contract(
+        {
+            "pixels": "decoded in float32, clamped, quantised once by rounding; stored as PNG or npy; never resized",
+            "quantised_ramp": hashlib.sha256(bytes(to_pixels(ramp).flatten().tolist())).hexdigest()[:16],
+            "luma": spectrum.LUMA,
+            "chroma_factors": (spectrum.CB_FACTOR, spectrum.CR_FACTOR),
+            "window": "periodic Hann, weighted mean removed, first bin dropped",
+            "bands": spectrum.BAND_EDGES,
+            "fits_below": spectrum.HIGHEST_FIT,
+            "power_floor": spectrum.POWER_FLOOR,
+            "quantisation_power": spectrum.QUANTISATION_POWER,
+            "wavelet": (structure.WAVELET, structure.LEVELS),
+            "least_kurtosis": structure.LEAST_KURTOSIS,
+            "components": (features.PCA_COMPONENTS, features.PCA_SIDE),
+            "least_spread": frechet.LEAST_SPREAD,
+            "flat_patches": (structure.PATCH, structure.FLAT_SHARE),
+            "grid_lines": (spectrum.PERIODS, spectrum.OFFSETS, spectrum.LEAST_PERIODS),
+            "grid_peak_db": power_map.PEAK_DB,
+            "sliced": (sliced.PATCH, sliced.PATCHES, sliced.DIRECTIONS, sliced.SMALLEST, sliced.BINOMIAL),
+            "sliced_images": one_set.SLICED_IMAGES,
+            "diversity_images": one_set.DIVERSITY_IMAGES,
+            "classifier": (classifier.SIDE, classifier.WIDTHS, classifier.STEPS, classifier.LEAST_SHARE),
+            "kid": (suite.KID_SUBSET_OFFLINE, suite.KID_SUBSET, neighbours.KID_SUBSETS),
+            "neighbours": neighbours.NEIGHBOURS,
+            "margins": (verdict.GAIN_MARGIN_DB, verdict.KURTOSIS_RANGE, verdict.FLAT_NOISE_DB),
+            "intervals": (intervals.LEVEL, intervals.RESAMPLES, intervals.LEAST_IN_STRATUM),
+        }
+    )
 
 
 def contract_hash() -> str:
-    return hashlib.sha256(json.dumps(contract(), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(jsonable(contract()), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def command_line(module: str, differences: list[tuple[str, Any, Any]]) -> str:
@@ -92,15 +99,15 @@ def command_line(module: str, differences: list[tuple[str, Any, Any]]) -> str:
     return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in words if value != "[]")])
 
 
-def provenance(device: torch.device, seconds: float, **facts: Any) -> dict[str, Any]:
-    """Code, contract, versions, device and wall time, with what the command itself knows (`facts`) before them."""
+def provenance(device: torch.device, seconds: float, origin: Origin) -> Provenance:
+    """Code, contract, versions, device and wall time of numbers that `origin` says more of."""
     machine = Machine.of(device)
-    return {
-        **facts,
-        "git": code_state(),
-        "contract_hash": contract_hash(),
-        "contract": contract(),
-        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
-        "device": f"{device}, {machine.device}, {machine.cores} CPU cores, {machine.threads} threads",
-        "seconds": round(seconds, 1),
-    }
+    return Provenance(
+        origin,
+        git=code_now(),
+        contract_hash=contract_hash(),
+        contract=contract(),
+        versions={"python": platform.python_version(), **versions(PACKAGES)},
+        device=f"{device}, {machine.device}, {machine.cores} CPU cores, {machine.threads} threads",
+        seconds=round(seconds, 1),
+    )

@@ -26,7 +26,9 @@ __all__ = [
     "Bands",
     "Check",
     "ClipResult",
+    "CodeState",
     "Comparison",
+    "Contract",
     "Curve",
     "Forest",
     "ForestComparison",
@@ -35,6 +37,9 @@ __all__ = [
     "LatentRow",
     "Margins",
     "Measurements",
+    "Origin",
+    "Provenance",
+    "Recorded",
     "Reference",
     "Report",
     "SeedCurves",
@@ -290,6 +295,51 @@ class Check:
     peak_memory_mb: float
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a command itself knows of where its numbers come from; those that know more add their own fields."""
+
+    command: str
+
+
+@dataclass(frozen=True)
+class CodeState:
+    """The commit, `unknown` outside a checkout; whether tracked files differ from it, None where that is not known."""
+
+    commit: str
+    dirty: bool | None
+
+
+Constant = str | float | tuple["Constant", ...]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How images become numbers, as the constants of the code by name."""
+
+    constants: dict[str, Constant] = field(metadata=FLAT)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Facts read back from a file, which an earlier version may have written: by their names there, as they are."""
+
+    facts: dict[str, Any] = field(default_factory=dict, metadata=FLAT)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of a file come from. Those of equal `contract_hash` may be compared."""
+
+    origin: Recorded | Origin = field(metadata=FLAT)
+    git: CodeState
+    contract_hash: str
+    contract: Contract
+    versions: dict[str, str]  # by package
+    device: str
+    seconds: float  # of wall time
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
     """Every set against the teacher and against real images, which are named, and the scales to read them by."""
@@ -320,4 +370,4 @@ class Report(Measurements):
     checks: list[Check] = field(default_factory=list)
     conclusions: list[str] = field(default_factory=list)
     title: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance | None = None

@@ -163,27 +163,25 @@ def labelled_pair(
 
 
 def band_gain_db(
-    images: Tensor | Iterable[Tensor],
-    reference: Tensor | Iterable[Tensor],
+    images: Spectrum | Tensor | Iterable[Tensor],
+    reference: Spectrum | Tensor | Iterable[Tensor],
     *,
     labels: Tensor | None = None,
     reference_labels: Tensor | None = None,
     paired: bool = False,
-    channel: Channel = "y",
-    window: Window = "hann",
     seed: int = 0,
-) -> dict[str, tuple[float, float, float]]:
-    """Gain 10 log10(mean E / mean E_ref) in dB of each band of BAND_NAMES: {band: (value, low, high)}, 95 % interval.
+) -> dict[str, Interval]:
+    """Gain 10 log10(mean E / mean E_ref) in dB of each band of BAND_NAMES, with its 95 % interval.
 
-    images (N, C, H, W) and reference (M, C, H, W): uint8, floats in [0, 1], or batches of them, of one size.
-    labels: classes (N,) within which the bootstrap resamples, see `labelled_pair`. paired: row i of both shares noise
-    and class (N = M). A band without a mode (B0 of a 32-px image) reads NaN. UnfitError as for `spectrum_of`.
+    images (N, C, H, W) and reference (M, C, H, W): uint8, floats in [0, 1], or batches of them, of one size, compared
+    by their luma; or spectra of another channel or window. labels: classes (N,) within which the bootstrap resamples,
+    see `labelled_pair`. paired: row i of both shares noise and class (N = M). A band without a mode (B0 of a 32-px
+    image) reads NaN. UnfitError as for `spectrum_of`.
     """
-    ours, theirs = (spectrum_of(x, window=window, channel=channel) for x in (images, reference))
+    ours, theirs = (x if isinstance(x, Spectrum) else spectrum_of(x) for x in (images, reference))
     same_size(ours, theirs, "the images", "the reference")
     samples = labelled_pair((ours.energies, theirs.energies), (labels, reference_labels), paired)
-    gains = band_gains(*samples, paired=paired, rng=np.random.default_rng(seed))
-    return {band: (gain.value, gain.low, gain.high) for band, gain in gains.items()}
+    return band_gains(*samples, paired=paired, rng=np.random.default_rng(seed))
 
 
 def same_size(ours: Spectrum, theirs: Spectrum, name: str, other: str) -> None:

@@ -57,7 +57,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def origin(report: Report) -> Table | None:
     """The facts that a reader looks for; None without any."""
-    rows = [[key, fact(value)] for key, value in _flat(_without_long(report.provenance)).items()]
+    rows = [[key, fact(value)] for key, value in _flat(_without_long(jsonable(report.provenance) or {})).items()]
     return Table.of("provenance", ["", ""], rows, kind="texts") if rows else None
 
 
@@ -67,4 +67,4 @@ def _without_long(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def whole_origin(report: Report) -> str:
     """All of the provenance, with every run's configuration, as JSON."""
-    return json.dumps(report.provenance, indent=1, ensure_ascii=False)
+    return json.dumps(jsonable(report.provenance) or {}, indent=1, ensure_ascii=False)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..measure.results import Curve, SeedCurves, SeedDifference
+from ..measure.results import Curve, Recorded, SeedCurves, SeedDifference
 from ..metrics.intervals import Interval
 from ..metrics.record import jsonable
 from ..metrics.wavelet import Distance
@@ -38,7 +38,8 @@ def text_of(result: StudyResult | RunRecord) -> str:
 
 def run_records(result: StudyResult) -> dict[str, RunRecord]:
     """By file name, one record for each network: its arm, numbers, and where they come from."""
-    origin = {name: result.provenance[name] for name in ORIGIN if name in result.provenance}
+    known = jsonable(result.provenance)
+    origin = Recorded({name: known[name] for name in ORIGIN if name in known})
     return {
         f"{arm}_seed{row.seed}.json": RunRecord(
             schema_version=result.schema_version,
@@ -72,6 +73,8 @@ def _study(record: dict[str, Any]) -> StudyResult:
         "secondaries": {name: _paired(AdjustedDifference, one) for name, one in record["secondaries"].items()},
         "costs": {name: _paired(PairedDifference, one) for name, one in record["costs"].items()},
         "runs": {arm: [_row(one) for one in rows] for arm, rows in record["runs"].items()},
+        "reference": Recorded(record["reference"]),
+        "provenance": Recorded(record["provenance"]),
     }
     return StudyResult(**{**record, **parts})
 

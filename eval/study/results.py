@@ -5,14 +5,13 @@ Arms go by name: residual, dar, and the controls.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..measure.results import Curve, SeedCurves, SeedDifference
+from ..measure.results import Curve, Provenance, Recorded, SeedCurves, SeedDifference
 from ..metrics.intervals import Interval
 from ..metrics.record import FLAT, OPTIONAL
 from ..metrics.wavelet import Distance
 from ..samples.cost import SamplingCost
-from ..samples.facts import NetworkFacts
+from ..samples.facts import NetworkFacts, SetFacts
 from .endpoint import Power
 
 __all__ = [
@@ -116,8 +115,8 @@ class StudyResult:
     costs: dict[str, PairedDifference]
     runs: dict[str, list[NetworkRow]]  # by arm, in the order of the seeds
     conclusion: str = ""
-    reference: dict[str, Any] = field(default_factory=dict)  # facts about the teacher's images
-    provenance: dict[str, Any] = field(default_factory=dict)
+    reference: SetFacts | Recorded = field(default_factory=Recorded)  # facts about the teacher's images
+    provenance: Provenance | Recorded = field(default_factory=Recorded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,4 +128,4 @@ class RunRecord:
     images: int
     arm: str
     row: NetworkRow = field(metadata=FLAT)
-    provenance: dict[str, Any]
+    provenance: Recorded  # code, contract and versions alone

@@ -13,10 +13,10 @@ from torch import Tensor
 from dmd_dar.messages import LOGGER
 from dmd_dar.models.denoiser import network_time
 
-from ..measure.one_set import class_spread
-from ..metrics import structure, wavelet
+from ..measure.one_set import LUMA, chosen_rows, class_spread
+from ..metrics import features, structure, wavelet
 from ..metrics.diversity import diversity_ratios
-from ..metrics.spectrum import BAND_NAMES, HF, Spectrum, as_floats, gain_curve, hf_gain_db, pooled_gains, spectrum_of
+from ..metrics.spectrum import BAND_NAMES, HF, Spectrum, gain_curve, hf_gain_db, pooled_gains, spectrum_of
 from ..samples.cost import SamplingCost
 from ..samples.sampling import Bench, costs_of
 from ..samples.sets import ImageSet
@@ -47,17 +47,15 @@ class SampledSet:
 
     @staticmethod
     def of(one: ImageSet) -> "SampledSet":
-        """Of images whose classes are known, by the definitions of a report."""
-        kurtosis, features = [], []
-        for batch in one.batches():
-            unit = as_floats(batch)
-            kurtosis.append(structure.hf_kurtosis(unit))
-            features.append(wavelet.wavelet_features(unit))
+        """By the code that measures a set of a report. ValueError where the classes of the images are not known."""
+        if one.classes is None:
+            raise ValueError(f"{one.name}: its classes are not known")
+        rows = chosen_rows(one, LUMA, "structure")
         return SampledSet(
-            labels=one.classes,  # type: ignore[arg-type]
-            luma=spectrum_of(one.batches()),
-            kurtosis=float(np.median(np.concatenate(kurtosis))),
-            features=torch.cat(features),
+            labels=one.classes,
+            luma=rows.spectrum(),
+            kurtosis=float(np.median(rows.structure.kurtosis)),
+            features=features.extract(one.stream, features.wavelet()).values,
             diversity=class_spread(one),
         )
 

@@ -13,7 +13,7 @@ from PIL import Image
 from dmd_dar import config, flow
 from dmd_dar.diagnostics import command as command
 from dmd_dar.diagnostics.measure import measure
-from dmd_dar.diagnostics.states import places_of, recording, trace
+from dmd_dar.diagnostics.states import Inputs, places_of, recording, trace
 from dmd_dar.diagnostics.summary import lines
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.models.denoiser import velocity_of
@@ -129,11 +129,8 @@ def test_zero_queries_weigh_all_blocks_alike():
         lambda observe: velocity_of(partial(network, observe=observe)),
         places_of(network),
         network.config.routing,
-        noised()[0],
-        LABELS,
-        draws,
+        Inputs(noised()[0], LABELS, draws, batch_size=1),
         (0.2, 0.8),
-        batch_size=1,
     )
     mixing = facts["mixing"]
     assert (mixing["kind"], mixing["unit"]) == ("alpha", "block")

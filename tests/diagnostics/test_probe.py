@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dmd_dar.diagnostics.probe import halves, probe_r_squared, r_squared, ridge, timestep_probe
-from dmd_dar.diagnostics.states import Places
+from dmd_dar.diagnostics.states import Inputs, Places
 from dmd_dar.draws import Draws, sample_range
 
 PAIRS, TIMES = 200, 4
@@ -75,5 +75,5 @@ def test_the_probe_reads_each_state_against_its_own_t(batch_size):
     draws = Draws(0, "diagnostics_probe", 0, sample_range(0, 64))
     network, x0 = Leaky(), draws.normal("x0", 3, 4, 4)
     labels = draws.integers("label", 7).float()
-    found = timestep_probe(network, Places(tuple(network.consumers), (2,)), x0, labels, draws, 3, batch_size)
-    assert found["states"][1] > 0.999 and abs(found["states"][0]) < 0.1 and found["input"] < 0.5
+    scores = timestep_probe(network, Places(tuple(network.consumers), (2,)), Inputs(x0, labels, draws, batch_size), 3)
+    assert scores["states"][1] > 0.999 and abs(scores["states"][0]) < 0.1 and scores["input"] < 0.5

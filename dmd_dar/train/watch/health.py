@@ -127,6 +127,20 @@ def draw(generator: Generator, panel: Panel, device: torch.device) -> Samples:
 
 
 @dataclass
+class Tally:
+    """The steps since the last record: how many, and sums of what is recorded of them."""
+
+    steps: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def means(self) -> dict[str, float]:
+        return {name: (total / self.steps).item() for name, total in self.sums.items()}
+
+
+@dataclass
 class Health:
     """Called after every step; every `every` steps and with every checkpoint it measures, records and warns.
 
@@ -147,8 +161,7 @@ class Health:
     optimisers: dict[str, Optimiser]
     advice: Advice = field(default_factory=Advice)
     reference: Samples | None = None  # of the teacher, measured when it is first wanted
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of the steps since the last record
-    steps: int = 0
+    tally: Tally = field(default_factory=Tally)
     best: tuple[float, int] | None = None  # (score, step) of the best checkpoint
 
     def __call__(self, step: int, metrics: dict[str, Tensor], scored: bool) -> dict[str, Any]:
@@ -158,8 +171,8 @@ class Health:
         self._add(metrics)
         if step % self.every and not scored:
             return {}
-        measured = self.runtime.average({name: (total / self.steps).item() for name, total in self.sums.items()})
-        self.sums, self.steps = {}, 0
+        measured = self.runtime.average(self.tally.means())
+        self.tally = Tally()
         if self.runtime.is_main or self.runtime.sharded:
             measured |= self.measure()
         if scored and "score" in measured and (self.best is None or measured["score"] < self.best[0]):
@@ -191,21 +204,18 @@ class Health:
         for name, value in metrics.items():
             phase, _, metric = name.partition("/")
             if metric == "gradient_norm":
-                self._sum(f"clipped_{phase}", (value > self.optimisers[phase].config.clip).double())
+                self.tally.add(f"clipped_{phase}", (value > self.optimisers[phase].config.clip).double())
             elif phase == "student" and (metric.endswith("_gradient") or metric == "fake_to_teacher_rms"):
-                self._sum({"fake_to_teacher_rms": "gap"}.get(metric, metric), value.double())
-        self.steps += 1
-
-    def _sum(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0) + value.detach()
+                self.tally.add({"fake_to_teacher_rms": "gap"}.get(metric, metric), value.double())
+        self.tally.steps += 1
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run records what an uninterrupted one does."""
-        sums = {name: total.item() for name, total in self.sums.items()}
-        return {"sums": sums, "steps": self.steps, "best": self.best and list(self.best), **self.advice.state()}
+        sums = {name: total.item() for name, total in self.tally.sums.items()}
+        return {"sums": sums, "steps": self.tally.steps, "best": self.best and list(self.best), **self.advice.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state["sums"].items()}
-        self.steps, best = state["steps"], state["best"]
+        sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state["sums"].items()}
+        self.tally, best = Tally(state["steps"], sums), state["best"]
         self.best = (best[0], int(best[1])) if best else None
         self.advice.restore(state)

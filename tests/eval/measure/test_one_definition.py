@@ -150,7 +150,9 @@ def test_a_verdict_from_images_has_the_intervals_of_a_report(photographs):
     result = jsonable(measure(Compared(sets, ImageSet("teacher", theirs, None, "teacher", False))))
     row = next(row for row in result["sets"] if row["name"] == "student")["against"]["teacher"]
     gain = band_gain_db(images, theirs, labels=labels)["HF"]
-    assert gain == pytest.approx([row["gain_db"]["HF"][end] for end in ("value", "low", "high")], abs=1e-9)
+    assert dataclasses.astuple(gain) == pytest.approx(
+        [row["gain_db"]["HF"][end] for end in ("value", "low", "high")], abs=1e-9
+    )
     word = structure.verdict(images, theirs, labels=labels)
     assert dataclasses.asdict(word) == row["verdict"]
     both = {"labels": labels, "reference_labels": labels, "paired": True}

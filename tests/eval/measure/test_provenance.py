@@ -7,6 +7,7 @@ import pytest
 
 from dmd_dar import spectrum
 from eval.measure import one_set, provenance, suite
+from eval.measure.results import CodeState
 from eval.metrics import classifier, features, frechet, intervals, neighbours, power_map, sliced, structure, verdict
 
 
@@ -53,8 +54,8 @@ def test_a_copy_within_another_repository_has_no_commit_of_its_own(monkeypatch):
 
 def test_a_commit_can_be_named_where_there_is_no_checkout(monkeypatch):
     monkeypatch.setattr(provenance, "git_state", lambda: None)
-    assert provenance.code_state() == {"commit": "unknown", "dirty": None}
+    assert provenance.code_now() == CodeState("unknown", None)
     monkeypatch.setenv(provenance.COMMIT, "0123456789ab")
-    assert provenance.code_state() == {"commit": "0123456789ab", "dirty": None}
+    assert provenance.code_now() == CodeState("0123456789ab", None)
     monkeypatch.setattr(provenance, "git_state", lambda: "a copy's old history-dirty")
-    assert provenance.code_state() == {"commit": "0123456789ab", "dirty": None}
+    assert provenance.code_now() == CodeState("0123456789ab", None)

@@ -49,7 +49,7 @@ def test_gate_on_photographs(size, crops):
         "energy only": spoil.eight_bit(spoil.with_shaped_noise(clean, 0.7, draws)),
     }
     gains = band_gain_db(spoiled["energy only"], images, labels=labels, reference_labels=labels, paired=True)
-    defined = [value for value, _, _ in gains.values() if math.isfinite(value)]
+    defined = [gain.value for gain in gains.values() if math.isfinite(gain.value)]
     assert max(map(abs, defined)) < 0.05 and len(defined) == (6 if size == 64 else 5)
     given = {"labels": labels, "reference_labels": labels, "paired": True}
     assert {word: verdict(one, images, **given).word for word, one in spoiled.items()} == {w: w for w in spoiled}

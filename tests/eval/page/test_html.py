@@ -18,11 +18,14 @@ import torch
 from PIL import Image
 
 from eval.measure.pair import Compared, measure
+from eval.measure.provenance import provenance
 from eval.measure.results import (
     Bands,
+    CodeState,
     Curve,
     Forest,
     ForestComparison,
+    Origin,
     Report,
     SeedCurves,
     SeedDifference,
@@ -92,7 +95,7 @@ def folder(sets, tmp_path_factory):
         conclusions=[HOSTILE],
         skipped=[Skipped("fid", HOSTILE, HOSTILE)],
         title=f"Title {HOSTILE}",
-        provenance={"command": HOSTILE, "git": {"commit": "a", "dirty": True}},
+        provenance=replace(provenance(torch.device("cpu"), 1.0, Origin(HOSTILE)), git=CodeState("a", True)),
     )
     out = tmp_path_factory.mktemp("report")
     write_report(report, sets, out)
