@@ -151,13 +151,15 @@ def _plain(labels: Any) -> Any:
 def _count(labels: Any, n: int | None, noise: Tensor | None) -> int:
     """How many images were asked for; UserError where the arguments contradict, or none says it."""
     each = len(labels) if isinstance(labels, list) else None
-    said = {"labels": each, "n": n, "noise": None if noise is None else len(noise)}
-    counts = {value for value in said.values() if value is not None}
+    by_argument = {"labels": each, "n": n, "noise": None if noise is None else len(noise)}
+    counts = {value for value in by_argument.values() if value is not None}
     if labels is not None and not counts:
         return 1
     if len(counts) != 1 or min(counts) < 1:
-        told = ", ".join(f"{name} for {value} images" for name, value in said.items() if value is not None)
-        raise UserError(f"{told or 'no labels, n or noise'}: name the number of images, once and above 0")
+        contradiction = ", ".join(
+            f"{name} for {value} images" for name, value in by_argument.items() if value is not None
+        )
+        raise UserError(f"{contradiction or 'no labels, n or noise'}: name the number of images, once and above 0")
     return counts.pop()
 
 

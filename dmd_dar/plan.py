@@ -199,8 +199,8 @@ def _mb(count: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    given = argv if any(argument.startswith("out_dir=") for argument in argv) else [*argv, "out_dir=unused"]
-    config.run_job(DistillConfig, lambda cfg: print(table(plan_of(cfg))), given, description=__doc__ or "")
+    words = argv if any(argument.startswith("out_dir=") for argument in argv) else [*argv, "out_dir=unused"]
+    config.run_job(DistillConfig, lambda cfg: print(table(plan_of(cfg))), words, description=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,10 @@ class SampleConfig:
 def check_rungs(cfg: SampleConfig, trained: tuple[float, ...]) -> None:
     """A ConfigError where the request asks for other rungs than the student was trained on."""
     if cfg.steps not in (0, len(trained)) or cfg.rungs not in ((), trained):
-        asked = f"rungs = {list(cfg.rungs)}" if cfg.rungs not in ((), trained) else f"steps = {cfg.steps}"
+        request = f"rungs = {list(cfg.rungs)}" if cfg.rungs not in ((), trained) else f"steps = {cfg.steps}"
         raise config.ConfigError(
-            f"{asked}: {cfg.student} was trained for {len(trained)} steps at rungs {list(trained)} and knows no others;"
-            " leave steps and rungs out, or distil a student for these"
+            f"{request}: {cfg.student} was trained for {len(trained)} steps at rungs {list(trained)} and knows no"
+            " others; leave steps and rungs out, or distil a student for these"
         )
 
 

@@ -13,11 +13,12 @@ from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
 
 from .measure.latent import latent_spectra, read_latents
+from .measure.ledger import Ledger
 from .measure.one_set import Reading, mean_plane, read_one
 from .measure.pair import Compared, fitting, measure
 from .measure.provenance import command_line, provenance
 from .measure.results import Forest, Origin, Report, Skipped
-from .measure.suite import Ledger, Metric, Sources, Suite, prepare
+from .measure.suite import Metric, Sources, Suite, prepare
 from .page.columns import terminal_table
 from .page.html import write_report
 from .samples.parallel import Processes, Rows

@@ -24,9 +24,9 @@ def layout_of(
 
     `content` is what else decides their values: "codec", the digest of the VAE, and "held_out" at least.
     """
-    told = {"kind": KIND, **content, "label_names": list(label_names), "counts": list(counts)}
+    facts = {"kind": KIND, **content, "label_names": list(label_names), "counts": list(counts)}
     tensors = {"mean": Form("F32", shape), "std": Form("F32", shape), "cond": Form("I64", ())}
-    return Layout(told, sum(counts), size, tensors)
+    return Layout(facts, sum(counts), size, tensors)
 
 
 class Latents:

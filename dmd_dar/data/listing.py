@@ -46,8 +46,8 @@ class Listing:
     @property
     def hash(self) -> str:
         """SHA-256, hexadecimal, over all names and contents."""
-        told = (os.fsencode(file.name) + b"\0" + file.digest for file in self.files)
-        return hashlib.sha256(b"".join(told)).hexdigest()
+        named_digests = (os.fsencode(file.name) + b"\0" + file.digest for file in self.files)
+        return hashlib.sha256(b"".join(named_digests)).hexdigest()
 
 
 def list_images(path: str | os.PathLike[str]) -> Listing:
@@ -59,16 +59,16 @@ def list_images(path: str | os.PathLike[str]) -> Listing:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"data.path = {folder}: no folder; name the folder that holds your images")
-    found = sorted(_visible(folder))
-    names = [name for name in found if name.suffix.lower() in SUFFIXES]
+    visible = sorted(_visible(folder))
+    names = [name for name in visible if name.suffix.lower() in SUFFIXES]
     classes = sorted(entry.name for entry in os.scandir(folder) if _is_class(entry))
-    if faults := [(name, fault) for name in found if (fault := _fault(folder, name, bool(classes)))]:
+    if faults := [(name, fault) for name in visible if (fault := _fault(folder, name, bool(classes)))]:
         raise unusable(folder, faults)
     _refuse_classes(folder, classes, {name.parts[0] for name in names})
     digests = in_threads(folder, names, lambda name: _digest(folder / name), "hashing images")
     labels = {name: label for label, name in enumerate(classes)}
-    files = (ImageFile(name, labels.get(name.parts[0], 0), told) for name, told in zip(names, digests, strict=True))
-    left_out = Counter(name.suffix.lower() or "no ending" for name in set(found) - set(names))
+    files = (ImageFile(name, labels.get(name.parts[0], 0), digest) for name, digest in zip(names, digests, strict=True))
+    left_out = Counter(name.suffix.lower() or "no ending" for name in set(visible) - set(names))
     return Listing(folder, tuple(classes) or (folder.resolve().name,), tuple(files), dict(sorted(left_out.items())))
 
 
@@ -79,7 +79,7 @@ def unusable(folder: Path, faults: Sequence[tuple[Path, str]]) -> UserError:
     return UserError(f"data.path = {folder}: images that cannot be used: {shown}{more}. Mend them or take them out")
 
 
-def in_threads(folder: Path, names: Sequence[Path], work: Callable[[Path], Any], told: str) -> Iterator[Any]:
+def in_threads(folder: Path, names: Sequence[Path], work: Callable[[Path], Any], title: str) -> Iterator[Any]:
     """work(name) of every name, in order; at the end a UserError for all on which it raised ImageError or OSError."""
 
     def attempt(name: Path) -> Any:
@@ -89,7 +89,7 @@ def in_threads(folder: Path, names: Sequence[Path], work: Callable[[Path], Any],
             return error
 
     faults = []
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(names), desc=told, disable=None, leave=False) as bar:
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(names), desc=title, disable=None, leave=False) as bar:
         for name, outcome in zip(names, pool.map(attempt, names), strict=True):
             bar.update()
             if isinstance(outcome, Exception):

@@ -49,7 +49,7 @@ def copy_of(prompts: list[str]) -> tuple[str, str]:
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     """(where it stands, text or object) of everything in the file; ValueError where nothing is."""
     text = _decoded(file)
-    kind, found = file.suffix.lower(), False
+    kind, empty = file.suffix.lower(), True
     if kind in SEPARATORS:
         entries = _table(text, SEPARATORS[kind])
     elif kind == ".json" and (whole := _json(text)) is not None:
@@ -57,9 +57,9 @@ def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     else:
         entries = _lines(text, kind in (*JSON_LINES, ".json"))
     for entry in entries:
-        found = True
+        empty = False
         yield entry
-    if not found:
+    if empty:
         raise ValueError("it is empty; write one prompt a line, the empty prompt is added by itself")
 
 
@@ -104,13 +104,13 @@ def _checked(place: str, entry: Any) -> str:
     remedy = f"give every entry a text named {FIELDS[0]}"
     if isinstance(entry, dict):
         named = {name.strip().lower(): value for name, value in entry.items()}
-        found = [name for name in FIELDS if name in named]
-        if len(found) > 1 and found[0] != FIELDS[0]:
-            raise ValueError(f"{place} holds {' and '.join(found)}; {remedy}")
-        if not found:
+        present = [name for name in FIELDS if name in named]
+        if len(present) > 1 and present[0] != FIELDS[0]:
+            raise ValueError(f"{place} holds {' and '.join(present)}; {remedy}")
+        if not present:
             held = ", ".join(map(repr, list(entry)[:8])) or "nothing"
             raise ValueError(f"{place} holds {held}, and none of {', '.join(FIELDS)}; {remedy}")
-        entry = named[found[0]]
+        entry = named[present[0]]
     if not isinstance(entry, str):
         raise ValueError(f"{place} has no text for a prompt, but {str(entry)[:40]}; {remedy}")
     prompt = AROUND.sub("", entry)

@@ -70,13 +70,13 @@ def network_folder(run: str, name: str) -> Path:
     )
 
 
-def data_of(cfg: DiagnosticsConfig, given: bool = False) -> DataConfig:
+def data_of(cfg: DiagnosticsConfig, on_command_line: bool = False) -> DataConfig:
     """The data that are set or, where nothing is, those that `run` learned from, if its folder says so.
 
-    given: whether a key of them is on the command line, be it at its default.
+    on_command_line: whether a key of them is there, be it at its default.
     """
     written = Path(cfg.run) / "config.yaml"
-    if not given and cfg.data == DataConfig() and written.is_file():
+    if not on_command_line and cfg.data == DataConfig() and written.is_file():
         values = config.read_saved(written)
         if "data" in values:
             return config.from_dict(DataConfig, values["data"], where=str(written))
@@ -113,8 +113,8 @@ def open_subject(cfg: DiagnosticsConfig, run: str, name: str, device: torch.devi
     channels, size, _ = network.shape
     side = size * (1 if codec is None else codec.factor)
     data = open_data(replace(wanted, size=side) if wanted.name == "photos" else wanted, device)
-    given = 3 if codec is not None and not isinstance(data, Latents) else channels
-    fits = (given, size if isinstance(data, Latents) else side) == (data.shape[0], data.shape[-1])
+    data_channels = 3 if codec is not None and not isinstance(data, Latents) else channels
+    fits = (data_channels, size if isinstance(data, Latents) else side) == (data.shape[0], data.shape[-1])
     if not fits or network.num_conditions != data.num_classes:
         raise config.ConfigError(
             f"{name} = {run}: {channels} channels of {size} x {size} and {network.num_conditions} classes, but"

@@ -48,8 +48,8 @@ def symptoms_figure(result: Facts) -> Figure:
                 axes.plot(blocks, values, **look, marker="o", ms=4, label=model["name"], clip_on=False)
                 if fact == "gradient_rms" and model["kind"] == "residual":
                     alone = model["symptoms"]["sublayer_gradient_rms"][index]
-                    told = f"{model['name']}, through the next sublayer alone"
-                    axes.plot(blocks, alone, color=look["color"], ls=":", lw=1.5, label=told)
+                    caption = f"{model['name']}, through the next sublayer alone"
+                    axes.plot(blocks, alone, color=look["color"], ls=":", lw=1.5, label=caption)
             axes.set_title(f"{title} at {time_in_words(result['times'][index])}", loc="left")
             axes.set_ylabel(label)
             axes.grid(axis="y", which="major", color="0.9")
@@ -86,9 +86,9 @@ def mixing_figure(result: Facts) -> Figure:
             axes.set_xlabel(f"source: output of {unit_of(model['mixing'])} i (0: the input)")
             axes.set_ylabel("router l")
             _whole_numbers(axes)
-        told = r"$n\,\alpha$" if alpha else r"$n$ x share of |$\partial$ loss / $\partial$ gate|"
+        meaning = r"$n\,\alpha$" if alpha else r"$n$ x share of |$\partial$ loss / $\partial$ gate|"
         note = "1: equal weights" if alpha else "dot: over two standard errors from 0"
-        bar = figure.colorbar(image, ax=row, label=f"{told}\n{note}", format="%.2g", shrink=0.9)
+        bar = figure.colorbar(image, ax=row, label=f"{meaning}\n{note}", format="%.2g", shrink=0.9)
         bar.set_ticks([most**power for power in (-1, -0.5, 0, 0.5, 1)])
         bar.minorticks_off()
     return figure
@@ -96,13 +96,13 @@ def mixing_figure(result: Facts) -> Figure:
 
 def clear_gates(routers: Sequence[Facts], time_index: int) -> tuple[list[int], list[int]]:
     """Sources i and routers l of the gates whose gradient is more than two standard errors from 0."""
-    found = [
+    gates = [
         (i, row["router"])
         for row in routers
         for i, gradient in enumerate(row["gate_gradient"][time_index])
         if abs(gradient) > 2 * row["standard_error"][time_index][i]
     ]
-    return [i for i, _ in found], [router for _, router in found]
+    return [i for i, _ in gates], [router for _, router in gates]
 
 
 def weight_map(routers: Sequence[Facts], time_index: int) -> np.ndarray:
@@ -110,11 +110,11 @@ def weight_map(routers: Sequence[Facts], time_index: int) -> np.ndarray:
 
     A summary fills the columns of all the sublayers, or blocks, that it stands for.
     """
-    found = np.full((len(routers), max(last for row in routers for _, last in row["sources"]) + 1), np.nan)
+    weights = np.full((len(routers), max(last for row in routers for _, last in row["sources"]) + 1), np.nan)
     for place, row in enumerate(routers):
         for (first, last), weight in zip(row["sources"], row["weights"][time_index], strict=True):
-            found[place, first : last + 1] = weight * len(row["sources"])
-    return found
+            weights[place, first : last + 1] = weight * len(row["sources"])
+    return weights
 
 
 def routers_figure(result: Facts) -> Figure:

@@ -103,7 +103,7 @@ class GateSums:
         """
         gates = torch.cat(self.batches)  # (N, L + 1, L + 1)
         mean, error = gates.mean(dim=0), gates.std(dim=0) / len(gates) ** 0.5
-        found = {}
+        by_router = {}
         for router, spans in self.spans.items():
             row = mean[router - 1, :router]
             if not row.any():
@@ -111,5 +111,5 @@ class GateSums:
             shares = (row.abs() / row.abs().sum())[:, None, None]
             facts = {"gate_gradient": row, "standard_error": error[router - 1, :router]}
             facts |= weight_facts(shares, spans, router)
-            found[router] = {name: value.tolist() for name, value in facts.items()}
-        return found
+            by_router[router] = {name: value.tolist() for name, value in facts.items()}
+        return by_router

@@ -47,14 +47,14 @@ def _mixing(mixing: Facts, times: int) -> str:
         return sum(sum(row[fact]) for row in routers) / len(routers) / times
 
     counts = sum(len(row["sources"]) for row in routers) / len(routers)
-    told = (
+    means = (
         f"effective sources {mean('effective_sources'):.2f} of {counts:.2f}, share of v_0 {mean('share_v0'):.3f},"
         f" reach {mean('distance_back'):.2f} {unit_of(mixing)}s"
     )
     if mixing["kind"] == "alpha":
-        return f"by alpha: {told}, deviation from equal weights {mean('deviation'):.3f}"
+        return f"by alpha: {means}, deviation from equal weights {mean('deviation'):.3f}"
     clear = [clear_share(routers, index) for index in range(times)]
-    return f"by gate gradients, clear of 0 for {min(clear):.0%} to {max(clear):.0%} of the gates: {told}"
+    return f"by gate gradients, clear of 0 for {min(clear):.0%} to {max(clear):.0%} of the gates: {means}"
 
 
 def clear_share(routers: list[Facts], time_index: int) -> float:

@@ -54,9 +54,9 @@ def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: 
         write_atomic(folder / DIFFUSERS, _bytes({OURS + name: x for name, x in updates.items()}))
     if routers:
         write_atomic(folder / ROUTERS, _bytes(routers))
-    said = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
-    said |= {"routing": asdict(student.routing), "heads": getattr(student.config, "heads", 0)}
-    write_atomic(folder / CARD, json.dumps(said, indent=1))
+    described = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
+    described |= {"routing": asdict(student.routing), "heads": getattr(student.config, "heads", 0)}
+    write_atomic(folder / CARD, json.dumps(described, indent=1))
 
 
 def base_config(folder: Path, path: str, revision: str = "", prompts: str = "") -> TeacherConfig:
@@ -66,8 +66,8 @@ def base_config(folder: Path, path: str, revision: str = "", prompts: str = "") 
     have changed, or `prompts` were encoded by another encoder.
     """
     try:
-        said = read_json(folder / CARD)
-        card, heads = card_from_dict(said["card"]), int(said.get("heads", 0))
+        described = read_json(folder / CARD)
+        card, heads = card_from_dict(described["card"]), int(described.get("heads", 0))
         origin, prediction = card.origin, card.prediction
         size, guidance = int(origin.get("input_size", 0)), float(origin.get("embedded_guidance", 0))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -93,13 +93,14 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
     Raises UserError where the adapter was trained on another base, MissingWeightsError or DamagedFileError naming the
     file that is missing or does not fit.
     """
-    said, size = read_json(folder / CARD), read_json(folder / CONFIG)
+    described, config = read_json(folder / CARD), read_json(folder / CONFIG)
     try:
-        if said["format"] != FORMAT:
+        if described["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        card, trained_on, routing = card_from_dict(said["card"]), str(said["base"]), RoutingConfig(**said["routing"])
-        targets = tuple(str(name) for name in size["target_modules"])
-        lora, kind = LoraConfig(int(size["r"]), float(size["lora_alpha"]), targets), str(size["peft_type"])
+        card, trained_on = card_from_dict(described["card"]), str(described["base"])
+        routing = RoutingConfig(**described["routing"])
+        targets = tuple(str(name) for name in config["target_modules"])
+        lora, kind = LoraConfig(int(config["r"]), float(config["lora_alpha"]), targets), str(config["peft_type"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
     digest = base.digest_with(card.origin.get("prompts_hash", ""))
@@ -118,16 +119,16 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
     facts = {"rungs": card.rungs, "label_names": card.label_names, "origin": card.origin, "sampler": card.sampler}
     facts |= _codec(card.origin, base)
     prompts = base.network.prompts
-    digest = str(said["network"]) if prompts is None else files_hash([], str(said["network"]), prompts.hash)
+    digest = str(described["network"]) if prompts is None else files_hash([], str(described["network"]), prompts.hash)
     return replace(base, network=merged(student).eval(), digest=digest, **facts)
 
 
 def _codec(origin: dict[str, Any], base: Teacher) -> dict[str, str]:
     """Teacher's codec fields: the card's codec or, where a path in it is not on this machine, the base's own."""
-    found = {name: str(origin.get(name, "")) for name in ("codec", "codec_revision", "codec_digest")}
-    if base.codec and not Path(found["codec"]).exists():
-        found |= {"codec": base.codec, "codec_revision": base.codec_revision}
-    return found
+    fields = {name: str(origin.get(name, "")) for name in ("codec", "codec_revision", "codec_digest")}
+    if base.codec and not Path(fields["codec"]).exists():
+        fields |= {"codec": base.codec, "codec_revision": base.codec_revision}
+    return fields
 
 
 def _layers(student: LoraDenoiser) -> dict[str, Any]:
@@ -153,13 +154,13 @@ def _bytes(tensors: dict[str, Any]) -> bytes:
 def _fill(file: Path, own: dict[str, Any]) -> None:
     """Copy a file's tensors into those of the same names; DamagedFileError where names or shapes differ."""
     try:
-        found: dict[str, Tensor] = load_file(file)
+        saved: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise DamagedFileError(f"{file} cannot be read: {error}") from error
-    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (found, own)]
+    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (saved, own)]
     if shapes[0] != shapes[1]:
-        wrong = sorted(name for name in {*found, *own} if shapes[0].get(name) != shapes[1].get(name))
+        wrong = sorted(name for name in {*saved, *own} if shapes[0].get(name) != shapes[1].get(name))
         raise DamagedFileError(f"{file} does not fit its base and {CONFIG}: {', '.join(wrong[:4])}")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(found[name])
+            value.copy_(saved[name])

@@ -107,10 +107,10 @@ def load_codec(path: str, revision: str = "") -> Codec:
     name = read_json(folder / "config.json").get("_class_name")
     if name not in (None, *CLASSES):
         raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(CLASSES)}")
-    given = local_safetensors(folder, DIFFUSERS)
+    options = local_safetensors(folder, DIFFUSERS)
     try:
         vae, info = getattr(diffusers, name or CLASSES[0]).from_pretrained(
-            folder, low_cpu_mem_usage=False, output_loading_info=True, **given
+            folder, low_cpu_mem_usage=False, output_loading_info=True, **options
         )
         faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
         if faults:

@@ -42,21 +42,21 @@ def _pixart(transformer: Any, x: Tensor, time: Tensor, rows: Rows, fixed: FixedI
     added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if transformer.use_additional_conditions:
         added = {"resolution": x.new_full((len(x), 2), PIXELS * x.shape[-1]), "aspect_ratio": x.new_ones(len(x), 1)}
-    given = {"encoder_attention_mask": rows["mask"], "added_cond_kwargs": added}
+    conditions = {"encoder_attention_mask": rows["mask"], "added_cond_kwargs": added}
     embedding = rows["embedding"].to(x.dtype)
-    return transformer(x, timestep=time, encoder_hidden_states=embedding, **given, return_dict=False)[0]
+    return transformer(x, timestep=time, encoder_hidden_states=embedding, **conditions, return_dict=False)[0]
 
 
 def _sd3(transformer: Any, x: Tensor, time: Tensor, rows: Rows, fixed: FixedInputs) -> Tensor:
     embedding, pooled = rows["embedding"].to(x.dtype), rows["pooled"].to(x.dtype)
-    given = {"encoder_hidden_states": embedding, "pooled_projections": pooled}
-    return transformer(x, timestep=time, **given, return_dict=False)[0]
+    conditions = {"encoder_hidden_states": embedding, "pooled_projections": pooled}
+    return transformer(x, timestep=time, **conditions, return_dict=False)[0]
 
 
 def _sana(transformer: Any, x: Tensor, time: Tensor, rows: Rows, fixed: FixedInputs) -> Tensor:
-    given = {"encoder_hidden_states": rows["embedding"].to(x.dtype), "encoder_attention_mask": rows["mask"]}
+    conditions = {"encoder_hidden_states": rows["embedding"].to(x.dtype), "encoder_attention_mask": rows["mask"]}
     time = time * transformer.config.timestep_scale
-    return transformer(x, timestep=time, **given, return_dict=False)[0]
+    return transformer(x, timestep=time, **conditions, return_dict=False)[0]
 
 
 def _flux(transformer: Any, x: Tensor, time: Tensor, rows: Rows, fixed: FixedInputs) -> Tensor:
@@ -105,11 +105,11 @@ PROMPTED = {
 
 def latent_shape(transformer: Any, fixed: FixedInputs) -> tuple[int, int]:
     """(C, S) of its latents."""
-    given = transformer.config
-    return (given.in_channels // 4, fixed.input_size) if fixed.input_size else (given.in_channels, given.sample_size)
+    config = transformer.config
+    return (config.in_channels // 4, fixed.input_size) if fixed.input_size else (config.in_channels, config.sample_size)
 
 
-def fixed_inputs(folder: Path, transformer: Any, asked: FixedInputs) -> FixedInputs:
+def fixed_inputs(folder: Path, transformer: Any, requested: FixedInputs) -> FixedInputs:
     """`asked`, with a FLUX's own size where it names none.
 
     Raises UserError for a size or guidance that the transformer does not take, or that it needs and that is missing.
@@ -117,18 +117,18 @@ def fixed_inputs(folder: Path, transformer: Any, asked: FixedInputs) -> FixedInp
     name, guided = type(transformer).__name__, bool(transformer.config.get("guidance_embeds"))
     if name == "SanaTransformer2DModel" and guided:
         raise UserError(f"{folder} is a SANA-Sprint, a few-step student of its own form: name the SANA that it is from")
-    if guided and not asked.embedded_guidance:
+    if guided and not requested.embedded_guidance:
         raise UserError(
             f"{folder} takes a guidance strength as an input: set teacher.embedded_guidance (diffusers' FluxPipeline"
             " gives 3.5)"
         )
-    if asked.embedded_guidance and not guided:
+    if requested.embedded_guidance and not guided:
         raise UserError(f"{folder} takes no guidance strength as an input: leave embedded_guidance out")
     if name != "FluxTransformer2DModel":
-        if asked.input_size not in (0, transformer.config.get("sample_size")):
+        if requested.input_size not in (0, transformer.config.get("sample_size")):
             raise UserError(f"{folder} makes latents of its own size: leave input_size out")
         return FixedInputs()
-    size = asked.input_size or FLUX_SIDE
+    size = requested.input_size or FLUX_SIDE
     if size % 2:
         raise UserError(f"input_size = {size}: {folder} reads 2 x 2 latent cells a token, so it must be even")
-    return FixedInputs(size, asked.embedded_guidance)
+    return FixedInputs(size, requested.embedded_guidance)

@@ -74,13 +74,14 @@ def variant_of(folder: Path, stem: str) -> str | None:
     if {f"{stem}.safetensors", f"{stem}.safetensors.index.json"} & {*names}:
         return None
     form = re.compile(rf"{stem}\.(\w+)\.safetensors|{stem}\.safetensors\.index\.(\w+)\.json")
-    found = sorted({match.group(match.lastindex or 0) for match in map(form.fullmatch, names) if match})
-    if len(found) == 1:
-        return found[0]
-    if found:
+    variants = sorted({match.group(match.lastindex or 0) for match in map(form.fullmatch, names) if match})
+    if len(variants) == 1:
+        return variants[0]
+    if variants:
         raise MissingWeightsError(
-            f"{folder} holds no {stem}.safetensors but the variants {', '.join(found)}, and which one is meant is"
-            f" unknown: save it as a plain one, from_pretrained(..., variant={found[0]!r}).save_pretrained(NEW_FOLDER)"
+            f"{folder} holds no {stem}.safetensors but the variants {', '.join(variants)}, and which one is meant"
+            " is unknown: save it as a plain one,"
+            f" from_pretrained(..., variant={variants[0]!r}).save_pretrained(NEW_FOLDER)"
         )
     held = ", ".join(name for name in names if name.endswith((".safetensors", ".index.json")))
     raise MissingWeightsError(f"{folder} holds no {stem}.safetensors but {held}: rename it, or restore the folder")

@@ -177,10 +177,10 @@ def read_card(folder: str | Path) -> Saved:
     file = folder / (OLD_CARD if _is_old(folder) else CARD)
     described = read_json(file)
     try:
-        said = described.pop("format")
-        if said not in ((1, FORMAT) if file.name == CARD else (1,)):
+        version = described.pop("format")
+        if version not in ((1, FORMAT) if file.name == CARD else (1,)):
             raise ValueError(f"its format is not {FORMAT if file.name == CARD else 1}")
-        if said == FORMAT:
+        if version == FORMAT:
             return _checked(folder, described)
         described.pop("model", None)
         if "meaning" in described:
@@ -195,10 +195,10 @@ def read_card(folder: str | Path) -> Saved:
 
 def card_from_dict(described: dict[str, Any]) -> ModelCard:
     """The inverse of dataclasses.asdict(card), through JSON. Raises KeyError, TypeError or ValueError for others."""
-    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in described.items()}
-    if isinstance(given["prediction"], dict):
-        given["prediction"] = meaning_from_dict(given["prediction"])
-    return ModelCard(**given)
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in described.items()}
+    if isinstance(values["prediction"], dict):
+        values["prediction"] = meaning_from_dict(values["prediction"])
+    return ModelCard(**values)
 
 
 def _checked(folder: Path, described: dict[str, Any]) -> Saved:
@@ -206,8 +206,10 @@ def _checked(folder: Path, described: dict[str, Any]) -> Saved:
     latent, digest = described.pop("vae"), described.pop("network")
     card, file = card_from_dict(described), folder / "scheduler" / "scheduler_config.json"
     if wrong := faults_of(read_json(file), meaning_of(card.prediction), card.rungs, card.sampler):
-        told = ", ".join(f"{name} = {theirs} where {CARD} says {ours}" for name, (theirs, ours) in wrong.items())
-        raise DamagedFileError(f"{file}: {told}; one of them belongs to another network: restore the whole folder")
+        differences = ", ".join(f"{name} = {theirs} where {CARD} says {ours}" for name, (theirs, ours) in wrong.items())
+        raise DamagedFileError(
+            f"{file}: {differences}; one of them belongs to another network: restore the whole folder"
+        )
     if _hash(folder, card) != digest:
         raise DamagedFileError(
             f"{folder / 'transformer'} is not the network that {CARD} was saved with: its weights or its config.json"

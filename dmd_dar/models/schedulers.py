@@ -41,15 +41,15 @@ def scheduler_config(
     if not rungs:
         return euler
     # Not named "rungs", as before: sigmas that a user hands over are shifted once more, so it must not be those.
-    said = {**euler, "stochastic_sampling": sampler == "stochastic", "trained_at": list(rungs)}
+    keys = {**euler, "stochastic_sampling": sampler == "stochastic", "trained_at": list(rungs)}
     curve = None if meaning.reversed or (sampler != "stochastic" and len(rungs) > 1) else _curve(rungs, steps)
     if curve is None:  # the flow classes fail at the last key, the others at beta_schedule, which they quote
-        said |= {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": PREDICTED["flow"]}
-        return {**said, "use_flow_sigmas": True, "beta_schedule": REFUSED, "time_shift_type": REFUSED}
+        keys |= {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": PREDICTED["flow"]}
+        return {**keys, "use_flow_sigmas": True, "beta_schedule": REFUSED, "time_shift_type": REFUSED}
     # A factor for each step but the last, so that another number of steps fails; FluxPipeline would pass a grid of its
     # own but for use_flow_sigmas.
     same_size = {"scale_factors": [1.0] * (len(rungs) - 1), "upscale_mode": "nearest", "use_flow_sigmas": True}
-    return {**said, "_class_name": "FlowMatchLCMScheduler", **same_size, **curve}
+    return {**keys, "_class_name": "FlowMatchLCMScheduler", **same_size, **curve}
 
 
 def _curve(rungs: tuple[float, ...], steps: int) -> dict[str, Any] | None:
@@ -127,24 +127,24 @@ def meaning_of_scheduler(scheduler: dict[str, Any]) -> Meaning:
     name = str(scheduler.get("_class_name", "DDIMScheduler"))
     if name not in (*FLOWS, *CHAINS):
         raise ValueError(f"{name} is not known, so what the network predicts is unknown; known are {FLOWS + CHAINS}")
-    said = {**_defaults(name), **scheduler}
-    steps, kind = int(said["num_train_timesteps"]), said.get("prediction_type", PREDICTED["flow"])
+    keys = {**_defaults(name), **scheduler}
+    steps, kind = int(keys["num_train_timesteps"]), keys.get("prediction_type", PREDICTED["flow"])
     predicted, betas = ({theirs: ours for ours, theirs in words.items()} for words in (PREDICTED, BETAS))
-    if name in FLOWS or said.get("use_flow_sigmas"):
+    if name in FLOWS or keys.get("use_flow_sigmas"):
         if kind not in (PREDICTED["flow"], PREDICTED["eps"], PREDICTED["x0"]):
             raise ValueError(f"prediction_type {kind!r} on the linear flow is not known")
-        return Meaning(predicted[kind], None, float(steps), bool(said.get("invert_sigmas")))  # type: ignore[arg-type]
-    shape = said["beta_schedule"]
+        return Meaning(predicted[kind], None, float(steps), bool(keys.get("invert_sigmas")))  # type: ignore[arg-type]
+    shape = keys["beta_schedule"]
     if kind not in predicted or kind == PREDICTED["flow"] or shape not in betas:
         raise ValueError(f"prediction_type {kind!r} with beta_schedule {shape!r} is not known")
     for key, usual in {"trained_betas": None, "rescale_betas_zero_snr": False, "timestep_type": "discrete"}.items():
-        if said.get(key, usual) not in (usual, None):
-            raise ValueError(f"{key} = {said[key]!r} is not known")
-    return Meaning(predicted[kind], Schedule(betas[shape], steps, float(said["beta_start"]), float(said["beta_end"])))  # type: ignore[arg-type]
+        if keys.get(key, usual) not in (usual, None):
+            raise ValueError(f"{key} = {keys[key]!r} is not known")
+    return Meaning(predicted[kind], Schedule(betas[shape], steps, float(keys["beta_start"]), float(keys["beta_end"])))  # type: ignore[arg-type]
 
 
 def _defaults(name: str) -> dict[str, Any]:
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
-    return {given.name: given.default for given in parameters if given.default is not given.empty}
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}

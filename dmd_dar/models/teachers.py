@@ -95,10 +95,10 @@ def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidanc
     return guided(velocity_of(network, prediction), guidance_scale, classes)
 
 
-def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", said: Saved | None = None) -> Teacher:
+def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", saved: Saved | None = None) -> Teacher:
     """The teacher at `config.path`, in evaluation mode, frozen, on `device`.
 
-    said: `read_card` of the folder, where it was read before, so that weights of gigabytes are not hashed again.
+    saved: `read_card` of the folder, where it was read before, so that weights of gigabytes are not hashed again.
     Raises UserError or a kind of it, naming the file and the remedy, where nothing is found, a file is damaged, needs
     unpickling or another kind of condition, or does not say what its output means.
     """
@@ -106,7 +106,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", said
     if place.is_file():
         teacher = _public(place, config)
     elif holds_network(place):
-        teacher = _saved(place, config, said or read_card(place))
+        teacher = _saved(place, config, saved or read_card(place))
     elif (place / "transformer").is_dir():
         teacher = _pipeline(place, config)
     elif (place / "config.json").is_file():
@@ -122,12 +122,12 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", said
     return replace(teacher, prompts_are_classes=config.prompts_are_classes)
 
 
-def _saved(place: Path, config: TeacherConfig, said: Saved) -> Teacher:
-    card, prediction = said.card, _stated(config, said.card.prediction, place)
+def _saved(place: Path, config: TeacherConfig, saved: Saved) -> Teacher:
+    card, prediction = saved.card, _stated(config, saved.card.prediction, place)
     network = read_network(place, prompts_of(config, card.origin), _fixed(config, card.origin))
     prompted = network.prompts is not None
-    digest = _digest(place / "transformer", prediction, network) if prompted else said.digest  # type: ignore[arg-type]
-    facts = {**_codec(config, said.codec), "origin": card.origin, "sampler": card.sampler}
+    digest = _digest(place / "transformer", prediction, network) if prompted else saved.digest  # type: ignore[arg-type]
+    facts = {**_codec(config, saved.codec), "origin": card.origin, "sampler": card.sampler}
     facts |= {"transformer": place / "transformer" if prompted else None}
     return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
 
@@ -162,19 +162,19 @@ def _digest(transformer: Path, prediction: Prediction | Meaning, network: Diffus
     return transformer_hash(transformer, prediction, prompts, network.fixed)
 
 
-def _fixed(config: TeacherConfig, said: dict[str, Any] | None = None) -> FixedInputs:
+def _fixed(config: TeacherConfig, recorded: dict[str, Any] | None = None) -> FixedInputs:
     """What the configuration sets, else what the folder says."""
-    size, guidance = ((said or {}).get(name, 0) for name in ("input_size", "embedded_guidance"))
+    size, guidance = ((recorded or {}).get(name, 0) for name in ("input_size", "embedded_guidance"))
     return FixedInputs(config.input_size or int(size), config.embedded_guidance or float(guidance))
 
 
-def _codec(config: TeacherConfig, said: dict[str, Any] | None = None) -> dict[str, Any]:
+def _codec(config: TeacherConfig, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
     """Teacher's codec fields: what the configuration names, else what the folder says."""
-    names, said = ("codec", "codec_revision", "codec_digest"), said or {}
-    found = {name: str(said.get(name, "")) for name in names}
+    names, recorded = ("codec", "codec_revision", "codec_digest"), recorded or {}
+    fields = {name: str(recorded.get(name, "")) for name in names}
     if config.codec:
-        found |= {"codec": config.codec, "codec_revision": config.codec_revision}
-    return found
+        fields |= {"codec": config.codec, "codec_revision": config.codec_revision}
+    return fields
 
 
 def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | None:
@@ -228,18 +228,18 @@ def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:
     return origin
 
 
-def prompts_of(config: TeacherConfig, said: dict[str, Any] | None = None) -> Prompts | None:
+def prompts_of(config: TeacherConfig, recorded: dict[str, Any] | None = None) -> Prompts | None:
     """The prompts that the configuration names, else those that the folder says; None for neither.
 
     Raises UserError where the latter have changed, or the former were encoded by another encoder.
     """
-    said = said or {}
-    if not config.prompts and not said.get("prompts"):
+    recorded = recorded or {}
+    if not config.prompts and not recorded.get("prompts"):
         return None
-    prompts = Prompts(config.prompts or str(said["prompts"]))
-    if said.get("prompts_encoder") not in (None, prompts.encoder):
+    prompts = Prompts(config.prompts or str(recorded["prompts"]))
+    if recorded.get("prompts_encoder") not in (None, prompts.encoder):
         raise UserError(f"{prompts.folder} holds prompts of another text encoder than the network was trained with")
-    if not config.prompts and said.get("prompts_hash") not in (None, prompts.hash):
+    if not config.prompts and recorded.get("prompts_hash") not in (None, prompts.hash):
         raise UserError(f"{prompts.folder} holds other prompts than when the network was trained: name it by prompts")
     return prompts
 
@@ -254,24 +254,24 @@ def _label_names(place: Path, network: Denoiser) -> tuple[str, ...]:
     return tuple(str(names[str(i)]) for i in range(count))
 
 
-def _stated(config: TeacherConfig, said: Prediction | Meaning | None, file: Path) -> Prediction | Meaning:
+def _stated(config: TeacherConfig, in_file: Prediction | Meaning | None, file: Path) -> Prediction | Meaning:
     """What the file says, else what the configuration says; UserError where neither does or they contradict."""
-    asked = None if config.prediction == "auto" else config.prediction
-    if said is None and asked is None:
+    in_config = None if config.prediction == "auto" else config.prediction
+    if in_file is None and in_config is None:
         raise UserError(f"{file} does not say what the network predicts: set teacher.prediction to flow, sit or dit")
-    if said is None:
-        return asked  # type: ignore[return-value]
-    if asked is not None and MEANINGS[asked] != meaning_of(said):
-        raise UserError(f"teacher.prediction = {asked}: {file} says {said}; leave teacher.prediction out")
-    return said
+    if in_file is None:
+        return in_config  # type: ignore[return-value]
+    if in_config is not None and MEANINGS[in_config] != meaning_of(in_file):
+        raise UserError(f"teacher.prediction = {in_config}: {file} says {in_file}; leave teacher.prediction out")
+    return in_file
 
 
 # The public SiT (github.com/willisma/SiT) and DiT (github.com/facebookresearch/DiT) weights have the same names and
 # shapes: nothing in them tells one from the other.
 def _public(file: Path, config: TeacherConfig) -> Teacher:
     named = re.match(r"(sit|dit)[-_.]", file.name.lower())
-    said = named.group(1) if named and config.prediction == "auto" else None
-    prediction = _stated(config, said, file)  # type: ignore[arg-type]
+    by_name = named.group(1) if named and config.prediction == "auto" else None
+    prediction = _stated(config, by_name, file)  # type: ignore[arg-type]
     weights = public_weights(file)
     table = weights.get(LABELS)
     if table is not None and len(table) == 1:  # trained without labels to drop: unconditional, so both rows are its one
@@ -298,9 +298,9 @@ def public_weights(file: Path) -> dict[str, Tensor]:
     """
     try:
         if file.suffix == ".safetensors":
-            found: Any = load_file(file)
+            content: Any = load_file(file)
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (SafetensorError, OSError) as error:
         raise DamagedFileError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # torch.load raises all kinds on a file that is no checkpoint
@@ -311,9 +311,9 @@ def public_weights(file: Path) -> dict[str, Tensor]:
                 " it was made and torch.save({'ema': checkpoint['ema']}, NEW_FILE)"
             ) from error
         raise DamagedFileError(f"{file} is no checkpoint that torch reads: {type(error).__name__}") from error
-    weights = found.get("ema", found) if isinstance(found, dict) else None
+    weights = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        held = sorted(map(str, found))[:8] if isinstance(found, dict) else type(found).__name__
+        held = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
         raise DamagedFileError(f"{file} holds neither `ema` nor the weights themselves, but {held}")
     return _unwrapped(weights, file)
 
@@ -349,8 +349,8 @@ def public_shape(weights: dict[str, Tensor], heads: int, file: Path) -> SiTConfi
             f"{file}: width {width} is no public size, so its attention heads are unknown: set teacher.heads"
         )
     table = sin_cos_positions(width, math.isqrt(cells))
-    found = weights["pos_embed"].float()
-    if found.shape != table.shape or (found - table).abs().max() > 5e-3:  # room for bfloat16
+    positions = weights["pos_embed"].float()
+    if positions.shape != table.shape or (positions - table).abs().max() > 5e-3:  # room for bfloat16
         raise DamagedFileError(f"{file}: pos_embed is not DiT's table of sines and cosines")
     if out_channels not in (channels, 2 * channels):
         raise DamagedFileError(f"{file}: {out_channels} output channels for {channels} input channels")

@@ -53,20 +53,22 @@ class TextEncoder:
         if self.name == "FluxPipeline":
             embedding, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.tokens)
             return {"embedding": embedding, "pooled": pooled}
-        given = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
+        options = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
         if self.name == "StableDiffusion3Pipeline":
-            embedding, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, **given)
+            embedding, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, **options)
             return {"embedding": embedding, "pooled": pooled}
-        embedding, mask, _, _ = self.pipeline.encode_prompt(prompts, **given)
+        embedding, mask, _, _ = self.pipeline.encode_prompt(prompts, **options)
         return {"embedding": embedding, "mask": mask.long()}
 
     def _sana(self, prompts: list[str]) -> dict[str, Tensor]:
         """Each prompt behind the pipeline's own instruction to its language model; the empty one stands alone."""
-        given = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
+        options = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
         parts = []
         for text, group in itertools.groupby(prompts, bool):
-            told = sana_instruction() if text else None
-            embedding, mask, _, _ = self.pipeline.encode_prompt([*group], complex_human_instruction=told, **given)
+            instruction = sana_instruction() if text else None
+            embedding, mask, _, _ = self.pipeline.encode_prompt(
+                [*group], complex_human_instruction=instruction, **options
+            )
             parts.append({"embedding": embedding, "mask": mask.long()})
         return {name: torch.cat([part[name] for part in parts]) for name in ("embedding", "mask")}
 
@@ -98,10 +100,10 @@ def load_text_encoder(
         if index[part][0] != "transformers" or index[part][1] not in CLASSES:
             raise UserError(f"{folder / 'model_index.json'}: {part} is {index[part]}, none of {', '.join(CLASSES)}")
     left_out = [part for part in PARTS if part in index and part not in parts]
-    given = dict.fromkeys(("transformer", "vae", "scheduler", *left_out))
-    given |= {part: _load_encoder(folder / part, index[part][1], dtype) for part in parts if part in ENCODERS}
+    options = dict.fromkeys(("transformer", "vae", "scheduler", *left_out))
+    options |= {part: _load_encoder(folder / part, index[part][1], dtype) for part in parts if part in ENCODERS}
     try:
-        pipeline = getattr(diffusers, name).from_pretrained(folder, **given, local_files_only=True)
+        pipeline = getattr(diffusers, name).from_pretrained(folder, **options, local_files_only=True)
     except LOADING as error:
         raise DamagedFileError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     files = [file for part in parts for file in sorted((folder / part).iterdir()) if file.is_file()]
@@ -119,10 +121,10 @@ def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
 
     if not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(f"{folder} holds no safetensors; pickled weights are not read")
-    given = local_safetensors(folder, TRANSFORMERS)
+    options = local_safetensors(folder, TRANSFORMERS)
     try:
         model, info = getattr(transformers, name).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **given
+            folder, dtype=dtype, output_loading_info=True, **options
         )
     except LOADING as error:
         raise DamagedFileError(f"{folder}: transformers cannot load it: {error}") from error

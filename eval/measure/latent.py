@@ -18,9 +18,9 @@ from ..samples.facts import SetFacts
 from ..samples.images import share_of
 from ..samples.parallel import Processes, Rows, grouped, ungrouped
 from ..samples.sets import ImageSet
+from .ledger import Ledger
 from .nulls import lsd_beside_null
 from .results import Against, Bands, LatentComparison, LatentResult, LatentRow, Reference
-from .suite import Ledger
 
 BATCH = 256
 

@@ -17,8 +17,9 @@ from ..metrics.neighbours import HalvesNull, Neighbours, PlacedNeighbours
 from ..metrics.perceptual import LpipsPaired
 from ..metrics.sliced import LevelDistance
 from ..metrics.spectrum import Spectrum, gain_curve, log_spectral_distance
+from .ledger import Ledger
 from .one_set import MeasuredSet
-from .suite import Ledger, Suite, mean_lpips, modes_of, neighbours, neighbours_null
+from .suite import Suite, mean_lpips, modes_of, neighbours, neighbours_null
 
 NULL_SPLITS = 8
 

@@ -19,7 +19,8 @@ from ..metrics.features import Features
 from ..metrics.spectrum import Channel, Spectrum, as_floats, spectrum_of
 from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
 from ..samples.sets import BATCH, ImageSet
-from .suite import Ledger, Suite, features_of
+from .ledger import Ledger
+from .suite import Suite, features_of
 
 LUMA: Literal["y"] = "y"
 CHROMA: tuple[Literal["cb", "cr"], ...] = ("cb", "cr")

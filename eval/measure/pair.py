@@ -32,10 +32,11 @@ from ..metrics.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, ver
 from ..samples.images import UnfitError
 from ..samples.parallel import one_thread, side_by_side
 from ..samples.sets import ImageSet, validate
+from .ledger import Ledger
 from .nulls import Target, lsd, over_features, sliced_levels
 from .one_set import CHROMA, MeasuredSet, Reading, measure_one, read_one
 from .results import Against, Bands, Comparison, Margins, Measurements, Reference, SetRow, Wavelet, jsonable
-from .suite import Ledger, Suite, against_statistics, clip_result, diversity_result
+from .suite import Suite, against_statistics, clip_result, diversity_result
 
 __all__ = ["CHROMA", "SCHEMA_VERSION", "Compared", "ImageSet", "jsonable", "measure"]
 

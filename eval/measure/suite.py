@@ -6,12 +6,10 @@ A metric that cannot be measured is recorded with its reason, and the others go 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-from dmd_dar.errors import UserError
 
 from ..metrics import dino, features, inception, perceptual
 from ..metrics.classifier import Classifier, Modes, fit_classifier, modes
@@ -31,9 +29,9 @@ from ..metrics.weight_files import ALEXNET, INCEPTION, Weights, clip_weights, di
 from ..samples.images import UnfitError
 from ..samples.parallel import Processes, one_thread
 from ..samples.sets import ImageSet
-from .results import ClipResult, Skipped
+from .ledger import Ledger
+from .results import ClipResult
 
-T = TypeVar("T")
 Metric = Literal["auto", "offline", "fid", "patch_fid", "fd_dinov2", "clip", "lpips"]
 WEIGHT_BOUND: tuple[Metric, ...] = ("fid", "patch_fid", "fd_dinov2", "clip", "lpips")
 KID_SUBSET_OFFLINE = 256  # images; of no use for comparisons with published values, so the quicker choice
@@ -41,30 +39,6 @@ KID_SUBSET = 1000
 MOST_CLASSIFIED = 10_000  # images of a set whose modes are counted
 MOST_PERCEPTUAL = 1000  # images of a set that CLIP and LPIPS read
 OF_CLASS, ITSELF = "a photo of {}", "{}"  # what CLIP reads of a class, and of a prompt, unless the user says otherwise
-
-
-class Ledger:
-    """What was skipped, in the order in which it was met."""
-
-    def __init__(self) -> None:
-        self.skipped: list[Skipped] = []
-
-    def attempt(self, metric: str, name: str, call: Callable[[], T], requested: bool = True) -> T | None:
-        """The result, or None and an entry with the error that names the remedy."""
-        try:
-            return call()
-        except UserError as error:
-            self.add(metric, name, str(error), requested)
-            return None
-
-    def take(self, other: "Ledger") -> None:
-        """The other's entries that are not here yet."""
-        self.skipped += [entry for entry in other.skipped if entry not in self.skipped]
-
-    def add(self, metric: str, name: str, reason: str, requested: bool = True) -> None:
-        entry = Skipped(metric, name, " ".join(reason.split()), requested)
-        if entry not in self.skipped:
-            self.skipped.append(entry)
 
 
 @dataclass(frozen=True)

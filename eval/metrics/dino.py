@@ -26,8 +26,8 @@ def dinov2(
     """
     timm = needed("timm")
     weights = dinov2_weights(model)
-    found = locate(weights, path, allow_download)
-    overlay = {"state_dict": load_state(found.path)}
+    file = locate(weights, path, allow_download)
+    overlay = {"state_dict": load_state(file.path)}
     shape = {"img_size": SIDE, "num_classes": 0, "weight_init": "skip"}
     network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **shape)
     network = network.eval().requires_grad_(False).to(device)
@@ -44,5 +44,5 @@ def dinov2(
         tokens,
         comparable_to_published=model == DINO_MODEL,
         native_size=SIDE,
-        facts={"model": model, "sha256": found.sha256, "verified": found.verified},
+        facts={"model": model, "sha256": file.sha256, "verified": file.verified},
     )

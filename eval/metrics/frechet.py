@@ -87,17 +87,17 @@ def feature_distance(
     """
     features = validate_features(features, names[0])
     theirs = reference if isinstance(reference, Gaussian) else validate_features(reference, names[1])
-    given = isinstance(theirs, Gaussian)
+    is_gaussian = isinstance(theirs, Gaussian)
     size = features.shape[1]
-    other_size = theirs.mean.numel() if given else theirs.shape[1]
+    other_size = theirs.mean.numel() if is_gaussian else theirs.shape[1]
     if size != other_size:
         raise UnfitError(f"{names[0]}: {size} features, but {other_size} in {names[1]}; take both from one extractor")
-    if min(len(features), size if given else len(theirs)) >= size:
-        other = (theirs.mean, theirs.covariance) if given else statistics(theirs)
+    if min(len(features), size if is_gaussian else len(theirs)) >= size:
+        other = (theirs.mean, theirs.covariance) if is_gaussian else statistics(theirs)
         return frechet_distance(*statistics(features), *other)
     a = centred_root(features)
-    b = symmetric_root(theirs.covariance) if given else centred_root(theirs)
-    mean = theirs.mean if given else theirs.mean(0)
+    b = symmetric_root(theirs.covariance) if is_gaussian else centred_root(theirs)
+    mean = theirs.mean if is_gaussian else theirs.mean(0)
     return _assemble(features.mean(0), a.square().sum(), mean, b.square().sum(), trace_term_nuclear(a, b))
 
 

@@ -75,9 +75,9 @@ def centre_crop(images: Tensor) -> Tensor:
 
 def _load(path: str | Path | None, allow_download: bool, device: torch.device | str) -> tuple[Callable, dict[str, str]]:
     """(n, 3, 299, 299) in [0, 255] -> (n, 2048), and what a reader must know of it."""
-    found = locate(INCEPTION, path, allow_download)
-    network = fid_inception(load_state(found.path), str(found.path)).to(device)
-    facts = {"weights": INCEPTION.file, "sha256": found.sha256, "input": "(x - 128) / 128"}
+    file = locate(INCEPTION, path, allow_download)
+    network = fid_inception(load_state(file.path), str(file.path)).to(device)
+    facts = {"weights": INCEPTION.file, "sha256": file.sha256, "input": "(x - 128) / 128"}
     return lambda pixels: network((pixels.to(device) - 128) / 128), facts
 
 

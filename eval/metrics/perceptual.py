@@ -187,9 +187,9 @@ def load_lpips(
     trunks = {"alex": ALEXNET, "vgg": VGG16}
     if net not in trunks:
         raise UserError(f"LPIPS: net = {net}; choose one of {', '.join(trunks)}")
-    found = locate(trunks[net], path, allow_download)
-    network = lpips_network(load_state(found.path), net).to(device)
-    return Lpips(network, device, {"net": net, "weights": trunks[net].file, "sha256": found.sha256})
+    file = locate(trunks[net], path, allow_download)
+    network = lpips_network(load_state(file.path), net).to(device)
+    return Lpips(network, device, {"net": net, "weights": trunks[net].file, "sha256": file.sha256})
 
 
 def paired_distances(metric: Lpips, images: Tensor, reference: Tensor) -> np.ndarray:

@@ -161,10 +161,10 @@ def locate(weights: Weights, path: str | Path | None = None, allow_download: boo
         if not Path(path).is_file():
             raise MissingWeightsError(f"{path}: no such file; {_wanted(weights)}")
         return verify(Path(path), weights)
-    found = find(weights) or (download(weights) if allow_download else None)
-    if found is None:
+    file = find(weights) or (download(weights) if allow_download else None)
+    if file is None:
         raise MissingWeightsError(missing_message(weights))
-    return verify(found, weights)
+    return verify(file, weights)
 
 
 def missing_message(weights: Weights) -> str:

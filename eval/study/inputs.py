@@ -13,7 +13,7 @@ from dmd_dar.data.sources import Source
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.messages import LOGGER
 
-from ..measure.suite import Ledger
+from ..measure.ledger import Ledger
 from ..samples.parallel import Processes
 from ..samples.real import Real, named_real, open_fitting, read_real
 from ..samples.sampling import Bench, with_costs

@@ -163,4 +163,4 @@ def test_data_of_the_command_line_count_though_they_are_the_defaults(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {name: textures}\n")
     cfg = command.DiagnosticsConfig(run=str(tmp_path))
     assert command.data_of(cfg).name == "textures"
-    assert command.data_of(cfg, given=True).name == cfg.data.name == "photos"
+    assert command.data_of(cfg, on_command_line=True).name == cfg.data.name == "photos"

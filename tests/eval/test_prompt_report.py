@@ -15,7 +15,8 @@ from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.sample import SampleConfig, sample
 from eval import report
 from eval.measure import suite as distances
-from eval.measure.suite import Ledger, Suite
+from eval.measure.ledger import Ledger
+from eval.measure.suite import Suite
 from eval.metrics import perceptual
 from eval.metrics.classifier import fit_classifier
 from eval.report import ReportConfig

@@ -12,9 +12,10 @@ import torch
 
 from eval.measure import pair
 from eval.measure import suite as distances
+from eval.measure.ledger import Ledger
 from eval.measure.pair import Compared, ImageSet, jsonable
 from eval.measure.results import Report
-from eval.measure.suite import Ledger, Sources, Suite, prepare
+from eval.measure.suite import Sources, Suite, prepare
 from eval.metrics import features, perceptual
 from eval.metrics.power_map import Directions, sector_means
 from eval.page.columns import terminal_table

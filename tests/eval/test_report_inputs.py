@@ -21,8 +21,8 @@ from dmd_dar.models.teachers import TeacherConfig
 from dmd_dar.routing.layout import RoutingConfig
 from eval import report
 from eval import teacher as teachers
+from eval.measure.ledger import Ledger
 from eval.measure.pair import Compared, ImageSet, jsonable, measure
-from eval.measure.suite import Ledger
 from eval.metrics.spectrum import hf_gain_db, spectrum_of
 from eval.report import ReportConfig
 from eval.samples.cost import SamplingCost

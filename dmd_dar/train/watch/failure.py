@@ -88,8 +88,8 @@ def failed(error: Exception, place: Place, network: nn.Module | None, calls: Cal
     A DivergedError for a number that is not finite, a NetworkError for any other exception.
     """
     diverged = isinstance(error, FloatingPointError)
-    told = " ".join(str(error).split()) or type(error).__name__
-    cause = told if diverged else f"{type(error).__name__}: {told}"
+    message = " ".join(str(error).split()) or type(error).__name__
+    cause = message if diverged else f"{type(error).__name__}: {message}"
     where = "; ".join(part for part in (calls.culprit(), _gradients(network) if network and diverged else "") if part)
     line = f"{place.phase}, optimiser step {place.optimiser_step}: {cause}{f' ({where})' if where else ''}"
     remedy = _remedy(error, place.phase)
@@ -121,7 +121,7 @@ def _gradients(network: nn.Module) -> str:
 def _dump(error: Exception, line: str, place: Place, calls: Calls, out_dir: Path) -> str:
     """Write the three files; says where they are, or why there are none: the cause must not be lost to a full disk."""
     tensors = {f"{name}.{part}": x for name, call in calls.last.items() for part, x in call.items()}
-    told = {
+    record = {
         "error": line,
         "phase": place.phase,
         "optimiser_step": place.optimiser_step,
@@ -132,7 +132,7 @@ def _dump(error: Exception, line: str, place: Place, calls: Calls, out_dir: Path
         folder, name = make_folder(out_dir / FOLDER), f"rank{place.rank}"
         write_atomic(folder / f"{name}.safetensors", save({key: x.cpu().clone() for key, x in tensors.items()}))
         write_atomic(folder / f"{name}.txt", "".join(traceback.format_exception(error)))
-        write_atomic(folder / f"{name}.json", json.dumps(told, indent=1))
+        write_atomic(folder / f"{name}.json", json.dumps(record, indent=1))
     except (OSError, RuntimeError, UserError) as fault:
         return f"the last batch could not be written ({' '.join(str(fault).split())})"
     return f"the last batch and the traceback are in {folder}/{name}.*"

@@ -17,7 +17,7 @@ from dmd_dar.models.codecs import load_codec
 from eval import report
 from eval.measure import suite as distances
 from eval.measure.latent import latent_spectra
-from eval.measure.suite import Ledger
+from eval.measure.ledger import Ledger
 from eval.metrics.classifier import fit_classifier
 from eval.report import ReportConfig
 from eval.samples.parallel import Processes

@@ -12,8 +12,8 @@ from dmd_dar.data.images import to_model_range
 from dmd_dar.train.watch.health import samples_of, signals
 from eval import sensitivity, teacher
 from eval.measure.latent import latent_spectra
+from eval.measure.ledger import Ledger
 from eval.measure.pair import Compared, jsonable, measure
-from eval.measure.suite import Ledger
 from eval.metrics import features, structure
 from eval.metrics.power_map import sector_means, whole_plane
 from eval.metrics.spectrum import band_gain_db

@@ -12,7 +12,8 @@ from torchvision.models import alexnet
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.perceptual import lpips_network
 from eval.measure import suite as distances
-from eval.measure.suite import Ledger, Suite
+from eval.measure.ledger import Ledger
+from eval.measure.suite import Suite
 from eval.metrics import perceptual
 from eval.metrics import weight_files as weights
 from eval.metrics.perceptual import clip_score, load_clip, load_lpips, lpips_diversity, lpips_paired, paired_distances
