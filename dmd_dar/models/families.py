@@ -19,7 +19,7 @@ THOUSAND = 1000  # FluxPipeline's forward is given timestep / 1000, whatever the
 
 @dataclass(frozen=True)
 class FixedInputs:
-    """What a transformer is told at every call and its files leave open."""
+    """What a transformer takes at every call and its files leave open."""
 
     input_size: int = 0  # S of a FLUX; 0 for all others, whose config names it
     embedded_guidance: float = 0.0  # of a network with guidance_embeds
@@ -110,7 +110,7 @@ def latent_shape(transformer: Any, fixed: FixedInputs) -> tuple[int, int]:
 
 
 def fixed_inputs(folder: Path, transformer: Any, requested: FixedInputs) -> FixedInputs:
-    """`asked`, with a FLUX's own size where it names none.
+    """`requested`, with a FLUX's own size where it names none.
 
     Raises UserError for a size or guidance that the transformer does not take, or that it needs and that is missing.
     """

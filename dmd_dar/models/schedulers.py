@@ -144,6 +144,7 @@ def meaning_of_scheduler(scheduler: dict[str, Any]) -> Meaning:
 
 
 def _defaults(name: str) -> dict[str, Any]:
+    """What a scheduler of diffusers, by its class's name, takes for the keys that a file leaves out."""
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()

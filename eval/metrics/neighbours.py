@@ -1,4 +1,4 @@
-"""KID, precision and recall on features that are given.
+"""KID, precision and recall of two sets over features of any extractor.
 
 Legend: N and M rows, D features, k the number of neighbours, T the rows of a tile.
 """

@@ -122,9 +122,9 @@ def clip_score(clip: Clip, images: Tensor, prompts: Sequence[str]) -> ClipScore:
         rows = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[start : start + BATCH].cpu()]
         pixels = torch.stack([clip.preprocess(row) for row in rows]).to(device)
         texts = [clip.prefix + prompt for prompt in prompts[start : start + BATCH]]
-        seen = clip.network.encode_image(pixels, normalize=True)
-        read = clip.network.encode_text(clip.tokenise(texts).to(device), normalize=True)
-        cosines.append((seen.double() * read.double()).sum(1))
+        of_images = clip.network.encode_image(pixels, normalize=True)
+        of_texts = clip.network.encode_text(clip.tokenise(texts).to(device), normalize=True)
+        cosines.append((of_images.double() * of_texts.double()).sum(1))
     per_image = 100 * torch.cat(cosines).cpu().numpy()
     return ClipScore(float(per_image.mean()), per_image, {**clip.facts, "images": len(images)})
 

@@ -57,14 +57,15 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def origin(report: Report) -> Table | None:
     """The facts that a reader looks for; None without any."""
-    rows = [[key, fact(value)] for key, value in _flat(_without_long(jsonable(report.provenance) or {})).items()]
+    short = {key: value for key, value in _provenance(report).items() if key not in LONG}
+    rows = [[key, fact(value)] for key, value in _flat(short).items()]
     return Table.of("provenance", ["", ""], rows, kind="texts") if rows else None
-
-
-def _without_long(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in provenance.items() if key not in LONG}
 
 
 def whole_origin(report: Report) -> str:
     """All of the provenance, with every run's configuration, as JSON."""
-    return json.dumps(jsonable(report.provenance) or {}, indent=1, ensure_ascii=False)
+    return json.dumps(_provenance(report), indent=1, ensure_ascii=False)
+
+
+def _provenance(report: Report) -> Mapping[str, Any]:
+    return {} if report.provenance is None else jsonable(report.provenance)

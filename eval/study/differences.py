@@ -45,7 +45,7 @@ SECONDARIES = {
     "hf_kurtosis_ratio": Quantity("|log kurtosis ratio|", lambda row: _log_distance(row.against.hf_kurtosis_ratio)),
     "diversity_ratio": Quantity("|log least class diversity|", lambda row: _log_distance(row.against.diversity_ratio)),
 }
-# What DAR is paid for with: told beside the tests, and no part of their family.
+# What DAR is paid for with: shown beside the tests, and no part of their family.
 COSTS = {
     "latency_ms": Quantity("ms per image", lambda row: row.cost.latency_ms_per_image),
     "peak_memory_mb": Quantity(f"peak MB of {LATENCY_BATCH} images", lambda row: row.cost.peak_memory_mb),
@@ -88,13 +88,13 @@ def gain_curves(study: Study, baseline: str, seed: int) -> SeedCurves:
     arms = study.arms(baseline, lambda one: one.luma.per_image.numpy())
     gains, spread, images = arms.gains, image_spread(arms), len(arms.labels)
     shared, _ = spread.of_difference(gains)
-    kinds = {
+    gains_and_variances = {
         baseline: (gains[0], np.maximum(spread.shared[0, 0], 0.0)),
         "dar": (gains[1], np.maximum(spread.shared[1, 1], 0.0)),
         "difference": (differences(gains), shared),
     }
     curves = {}
-    for name, (values, variance) in kinds.items():
+    for name, (values, variance) in gains_and_variances.items():
         band = max_t_band(values, np.random.default_rng([seed, 2]), variance / images)
         curves[name] = Curve(*(part.tolist() for part in band))
     return SeedCurves(study.teacher.luma.frequencies.tolist(), curves)
@@ -110,15 +110,15 @@ def paired(title: str, residual: np.ndarray, dar: np.ndarray) -> PairedDifferenc
     """Means of two arms (K,), the mean paired difference with its Student-t interval, and the exact p-value."""
     if not (np.isfinite(residual).all() and np.isfinite(dar).all()):
         return PairedDifference(title=title, skipped="undefined for a run")
-    each = residual - dar
-    low, high = student_t(each)
+    per_seed = residual - dar
+    low, high = student_t(per_seed)
     return PairedDifference(
         title=title,
         residual=float(residual.mean()),
         dar=float(dar.mean()),
-        difference=Interval(float(each.mean()), float(low), float(high)),
-        per_seed=each.tolist(),
-        p=sign_flip_p(each),
+        difference=Interval(float(per_seed.mean()), float(low), float(high)),
+        per_seed=per_seed.tolist(),
+        p=sign_flip_p(per_seed),
     )
 
 

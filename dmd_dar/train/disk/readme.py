@@ -52,8 +52,8 @@ class CardConfig:
 
 def readme(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
     """The text for the network of `run`, a run folder, whose config.yaml and log.jsonl it quotes."""
-    written = run / "config.yaml"
-    config = yaml.safe_load(written.read_text()) if written.is_file() else {}
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
     front = _front(config, network, card).to_yaml(original_order=FRONT)
     return f"---\n{front}\n---\n\n{_body(run, config, network, card, digest)}"
 

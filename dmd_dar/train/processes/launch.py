@@ -59,7 +59,7 @@ def free_port() -> int:
 def culprit(codes: list[int], failed: int, stop_asked: bool) -> int | None:
     """The rank whose failure ended the processes, `failed` if it was one; None where they were only stopped.
 
-    `codes` are their exit codes, `asked` says that this command was told to stop them.
+    `codes` are their exit codes, `stop_asked` says that this command was asked to stop them.
     """
     stopped = {0, EXIT_CODE, *((-signal.SIGTERM, -signal.SIGKILL) if stop_asked else ())}
     return next((rank for rank in (failed, *range(len(codes))) if codes[rank] not in stopped), None)
