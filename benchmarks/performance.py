@@ -1,6 +1,7 @@
 """docs/performance.md from the benchmarks' JSON: python -m benchmarks.performance"""
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,34 +197,82 @@ def _step(result: dict[str, Any]) -> str:
     )
 
 
-def step(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
-    """The section of one device's distillation steps."""
+def turn(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
+    """The section of one device's distillation turns."""
 
     def section(read: Callable[[str], dict[str, Any] | None]) -> str:
         result = read(name)
         if result is None:
-            return f"## {title}\n\n{OPEN}: run `python -m benchmarks.step` on such a machine.\n"
-        rounds = next(iter(result["seconds"].values()))["rounds"]
-        load = result["load_average"]
+            return f"## {title}\n\n{OPEN}: run `python -m benchmarks.turn` on such a machine.\n"
+        load, clock = result["load_average"], "wall time" if name.endswith("cuda") else "CPU time of one thread"
         words = (
-            f"**One student update and {result['updates']} of the fake score**, {result['model']}, B {result['B']}, T"
-            f" {result['T']}; {rounds} rounds; load average {load['before']:.1f} before, {load['after']:.1f} after."
-            " Optimisers hold two moments of what is trained; the step's peak is gradients and activations."
+            f"**One student update and {result['updates']} of the fake score**; {clock}; load average"
+            f" {load['before']:.1f} before, {load['after']:.1f} after. `fresh`: a roll-out for every update, `shared`:"
+            " `rollouts: shared`, the default; a row that names neither was measured before they were shared. Launches are operations without views and allocations. Optimisers hold"
+            " two moments of what is trained; the peak of a turn is gradients and activations."
         )
         if backend := result.get("backend"):
             words += f" Routers are computed by `{backend}`, unless the row says otherwise."
-        head = ["additions, weights", "ms", "over residual, full", "networks", "optimisers", "peak of a step"]
-        rows = []
-        for arm, seconds in result["seconds"].items():
-            parts = result["bytes"][arm]
-            sizes = [mega(parts[part]) for part in ("networks", "optimisers", "step")]
-            over = times(result["ratio"][arm])
-            rows.append([arm, milli(seconds), over, *sizes, times(result["bytes_ratio"][arm])])
-        return (
-            f"## {title}\n\n{stand(result)}\n{words}\n\n{markdown_table([*head, 'memory over residual, full'], rows)}"
-        )
+        nets = result["nets"].items()
+        return "\n".join([f"## {title}\n\n{stand(result)}\n{words}\n", *(_net(*pair) for pair in nets)])
 
     return section
+
+
+def _net(net: str, found: dict[str, Any]) -> str:
+    """The tables of one net: its arms, and what part of a turn its parts take."""
+    rounds = next(iter(found["seconds"].values()))["rounds"]
+    head = ["additions, weights, roll-outs", "ms", "over the first row", "launches", "of them draws"]
+    head += ["networks", "optimisers", "peak of a turn", "memory over the first row"]
+    rows = []
+    for arm, seconds in found["seconds"].items():
+        counts, parts = (found.get("launches") or {}).get(arm), found["bytes"][arm]
+        counted = [f"{counts[which]:.0f}" for which in ("all", "draws")] if counts else [OPEN] * 2
+        sizes = [mega(parts[part]) for part in ("networks", "optimisers", "step")]
+        row = [arm, milli(seconds), times(found["ratio"][arm]), *counted, *sizes, times(found["bytes_ratio"][arm])]
+        rows.append(row)
+    text = f"**{net}**, B {found['B']}, T {found['T']}; {rounds} rounds.\n\n{markdown_table(head, rows)}"
+    if not found.get("shares"):
+        return text
+    names = list(dict.fromkeys(part for shares in found["shares"].values() for part in shares))
+    rows = [[part, *(f"{100 * shares.get(part, 0):.1f} %" for shares in found["shares"].values())] for part in names]
+    return f"{text}\nShare of a turn's time:\n\n{markdown_table(['part', *found['shares']], rows)}"
+
+
+def busy(read: Callable[[str], dict[str, Any] | None]) -> str:
+    """The section of training beside another busy process."""
+    title = (
+        "## Beside a busy process\n\nAim: about half of the speed of an idle machine, at no cost on an idle one.\n\n"
+    )
+    result = read("busy_cpu")
+    if result is None:
+        return f"{title}{OPEN}: run `python -m benchmarks.busy`.\n"
+    by = result["steps_per_second"]
+    rows = [[name, *(f"{by[where][name]['median']:.3g}" for where in ("idle", "busy"))] for name in by["idle"]]
+    words = "Forward and backward passes a second of the demo's teacher on all threads, by how long threads spin."
+    return f"{title}{stand(result)}\n{words}\n\n{markdown_table(['spins', 'idle', 'busy'], rows)}"
+
+
+def analytic(read: Callable[[str], dict[str, Any] | None]) -> str:
+    """The section of students of known distributions, by how roll-outs are made."""
+    title = "## Equal quality\n\n"
+    result = read("analytic_cpu")
+    if result is None:
+        return f"{title}{OPEN}: run `python -m benchmarks.analytic`.\n"
+    words = (
+        "**Four-step students of distributions whose score is known**, at equal updates, with `rollouts: shared` and"
+        f" `fresh`; {result['seeds']} training seeds. The field's numbers are errors of an octave's power in dB, over"
+        " the rungs; the mixture's its modes found, of 8, and the distance from the truth over the teacher's in four"
+        " steps."
+    )
+    rows = [
+        [target, name, *(f"{statistics.mean(one[form]):.3g}" for form in ("fresh", "shared"))]
+        + [f"{one['shared - fresh']:+.3g} ± {one['standard error']:.2g}"]
+        for target in ("field", "mixture")
+        for name, one in result[target].items()
+    ]
+    head = ["target", "", "fresh", "shared", "shared - fresh, paired by seed"]
+    return f"{title}{stand(result)}\n{words}\n\n{markdown_table(head, rows)}"
 
 
 def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
@@ -284,8 +333,10 @@ SECTIONS = [
         " 8.5x (backward) faster than `naive`, its forward at 80 % of the copy bandwidth, and not slower than published"
         " kernels up to 9 sources; a SiT-XL/2 step at most 1.15x the residual one.",
     ),
-    step("step_cpu", "A distillation step on a CPU"),
-    step("step_cuda", "A distillation step on a GPU"),
+    turn("turn_cpu", "A turn of a distillation on a CPU"),
+    turn("turn_cuda", "A turn of a distillation on a GPU"),
+    analytic,
+    busy,
     evaluation,
     psd,
 ]

@@ -46,7 +46,7 @@ benchmarks() {
     echo "no GPU: no benchmarks"
     return
   fi
-  stage step python -m benchmarks.step
+  stage turn python -m benchmarks.turn
   stage routing python -m benchmarks.routing
   python -m benchmarks.performance
 }
