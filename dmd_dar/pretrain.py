@@ -35,6 +35,7 @@ from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
 from dmd_dar.train.loop.loop import Metrics, OpenRun, Phase, Watch
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes import launch
+from dmd_dar.train.processes.compiling import compile_run
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from dmd_dar.train.watch.failure import Calls
 from dmd_dar.train.watch.preflight import check_data, first_batch
@@ -161,6 +162,7 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
         origin |= {"codec": cfg.codec, "codec_revision": cfg.codec_revision, "codec_digest": codec.digest()}
     card = ModelCard(label_names=data.label_names, origin=origin)
     averaged = calls.watch("averaged_network", velocity_of(ema.module))
+    turns = compile_run(cfg, runtime, folder, {"network": model})
     begin(runtime, folder)
     if folder is not None:
         show(data, codec, cfg.seed, folder)
@@ -168,7 +170,7 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
         cfg,
         OpenRun(runtime, folder, identity, Path(cfg.out_dir)),
         (phase,),
-        watch=Watch(calls),
+        watch=Watch(calls, turns=turns),
         pictures=Pictures(
             decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode), data.shape, data.num_classes
         ),

@@ -24,6 +24,7 @@ from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
 from dmd_dar.train.loop.loop import OpenRun, Phase, Watch
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes import launch
+from dmd_dar.train.processes.compiling import FirstTurn, compile_run
 from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.failure import Calls
 from dmd_dar.train.watch.health import SOLVER_STEPS, Health
@@ -37,6 +38,7 @@ class Assembled:
     cfg: DistillConfig
     runtime: Runtime
     inputs: Inputs
+    networks: Networks
     method: DMD
     identity: dict[str, str]  # see identity_of
     calls: Calls  # of the networks of `method` and of the averaged student
@@ -49,8 +51,9 @@ def distill(cfg: DistillConfig) -> None:
     runtime = Runtime(cfg.launch)
     with open_run(cfg, runtime) as folder:
         assembled = assemble(cfg, runtime, checked_inputs(cfg, runtime))
+        turns = compile_run(cfg, runtime, folder, vars(assembled.networks))
         begin(runtime, folder)
-        train(assembled, folder)
+        train(assembled, folder, turns)
 
 
 def checked_inputs(cfg: DistillConfig, runtime: Runtime) -> Inputs:
@@ -68,7 +71,7 @@ def assemble(cfg: DistillConfig, runtime: Runtime, inputs: Inputs) -> Assembled:
     averages = Ema(networks.student, *cfg.student.decays)
     runtime.shard(networks.teacher, networks.student, networks.fake_score, *averages.modules.values())
     cycle = phases_of(cfg, networks, method, averages)
-    return Assembled(cfg, runtime, inputs, method, identity_of(cfg, inputs, method), calls, averages, cycle)
+    return Assembled(cfg, runtime, inputs, networks, method, identity_of(cfg, inputs, method), calls, averages, cycle)
 
 
 def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema) -> tuple[Phase, ...]:
@@ -92,7 +95,7 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
     return (*cycle, student_phase)
 
 
-def train(assembled: Assembled, folder: RunFolder | None) -> None:
+def train(assembled: Assembled, folder: RunFolder | None, turns: FirstTurn | None = None) -> None:
     """Train and save the students in the folder, which is None in all processes but the main one."""
     cfg, averages, method, codec = assembled.cfg, assembled.averages, assembled.method, assembled.inputs.codec
     card = card_of(cfg, assembled.inputs, assembled.identity)
@@ -109,7 +112,7 @@ def train(assembled: Assembled, folder: RunFolder | None) -> None:
         cfg,
         OpenRun(assembled.runtime, folder, assembled.identity, Path(cfg.out_dir)),
         assembled.cycle,
-        watch=Watch(assembled.calls, build_health(assembled, student)),
+        watch=Watch(assembled.calls, build_health(assembled, student), turns),
         pictures=Pictures(decoded(student, codec and codec.decode), method.shape, method.num_classes),
         results=Results({"student": averages.module, **others}, save),
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dmd_dar import flow
 from dmd_dar.models.prompts import Prompts
+from dmd_dar.models.rungs import indices
 from dmd_dar.routing.layout import RoutingConfig
 
 # (x (B, C, ...), its own time (B,), cond (B,), for some the index of a rung) -> (B, at least C, ...)
@@ -117,7 +118,7 @@ def velocity_of(network: Network, meaning: Prediction | Meaning = "flow") -> Net
 
 def _on_linear_flow(network: Network, meaning: Meaning) -> NetworkVelocity:
     def forward_time(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
-        return network(x_t, network_time(meaning, t), cond, *rung)[:, : x_t.shape[1]]
+        return network(x_t, network_time(meaning, t), cond, *indices(rung, x_t.device))[:, : x_t.shape[1]]
 
     def reversed_time(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
         return -forward_time(x_t, t, cond, *rung)
@@ -138,7 +139,8 @@ def _through_x0(network: Network, meaning: Meaning) -> NetworkVelocity:
             x = x / flow.expand_t(torch.hypot(1 - t.double(), t.double()), x)
             norm = torch.hypot(alpha, sigma)
             alpha, sigma = alpha / norm, sigma / norm
-        y = network(x.to(x_t.dtype), network_time(meaning, t).to(t.dtype), cond, *rung)[:, : x_t.shape[1]]
+        asked = x.to(x_t.dtype), network_time(meaning, t).to(t.dtype), cond, *indices(rung, x_t.device)
+        y = network(*asked)[:, : x_t.shape[1]]
         x0 = flow.prediction_to_x0(meaning.predicts, y, x, alpha, sigma)
         eps = flow.x0_to_prediction("eps", x0, x, alpha, sigma)
         return flow.x0_and_eps_to_velocity(x0, eps, x_t.double(), t).to(x_t.dtype)

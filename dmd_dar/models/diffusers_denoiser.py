@@ -14,7 +14,7 @@ from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
 from dmd_dar.models.hub import DIFFUSERS, local_safetensors, read_json
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.rungs import HookedRungs
+from dmd_dar.models.rungs import HookedRungs, Rung
 from dmd_dar.routing.attach import attach, load_routed
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.history import Observer
@@ -97,7 +97,7 @@ class DiffusersDenoiser(nn.Module):
         return getattr(self.transformer, "dar", None)
 
     def forward(
-        self, x: Tensor, t: Tensor, cond: Tensor, rung: int | None = None, observe: Observer | None = None
+        self, x: Tensor, t: Tensor, cond: Tensor, rung: Rung | None = None, observe: Observer | None = None
     ) -> Tensor:
         if self.rungs is not None:
             self.rungs.rung = rung

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dmd_dar.models.compiled import eagerly
 from dmd_dar.models.denoiser import ConditionalNetwork, NetworkVelocity
 
 Pool = Literal["mean", "tokens"]
@@ -46,7 +47,8 @@ def features_of(
 
         hooks = [readers[layer - 1].register_forward_pre_hook(partial(keep, layer)) for layer in layers]
         try:
-            velocity(x_t, t, cond, *rung)
+            with eagerly():  # what is compiled sees no new hooks
+                velocity(x_t, t, cond, *rung)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmd_dar.errors import UserError
+
+Rung = int | Tensor  # its index, as a tensor () int64 on the network's device
 
 
 class RungTable(nn.Module):
@@ -20,11 +23,20 @@ class RungTable(nn.Module):
         last = [layer for layer in embedder.modules() if isinstance(layer, nn.Linear)][-1]
         self.weight = nn.Parameter(torch.zeros(count, last.out_features, device=device or last.weight.device))
 
-    def forward(self, embedding: Tensor, rung: int | None) -> Tensor:
-        """The time embedding (B, d) with the rung's vector added. Raises ValueError without a rung in 0 .. k - 1."""
-        if rung is None or not 0 <= rung < len(self.weight):
+    def forward(self, embedding: Tensor, rung: Rung | None) -> Tensor:
+        """The time embedding (B, d) with the rung's vector added. Raises ValueError without a rung in 0 .. k - 1.
+
+        A tensor's value is left to torch's own bounds: to look at it would be to wait for the device.
+        """
+        if rung is None or (isinstance(rung, int) and not 0 <= rung < len(self.weight)):
             raise ValueError(f"rung {rung}: this network tells {len(self.weight)} rungs apart, name one of them")
-        return embedding + self.weight[rung].to(embedding.dtype)
+        index = torch.as_tensor(rung, device=embedding.device)
+        return embedding + F.embedding(index, self.weight).to(embedding.dtype)
+
+
+def indices(rung: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The rung that a call names, if any, as a tensor (): a graph compiled for one then serves all."""
+    return tuple(torch.tensor(index, device=device) for index in rung)
 
 
 class Rungs(nn.Module):
@@ -47,7 +59,7 @@ class Rungs(nn.Module):
 class HookedRungs(Rungs):
     """The same where another library calls the embedders: hooks on them add the rung that was set before the call."""
 
-    rung: int | None = None  # of the last call; a backward pass may run parts of several calls of one step again
+    rung: Rung | None = None  # of the last call; a backward pass may run parts of several calls of one step again
 
     def __init__(self, embedders: list[nn.Module], count: int, device: torch.device | None = None):
         super().__init__(embedders, count, device)

@@ -20,6 +20,7 @@ from dmd_dar.keys import key
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, Shape
 from dmd_dar.models.frozen import release
 from dmd_dar.models.prompts import Prompts
+from dmd_dar.models.rungs import Rung
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.layout import RoutingConfig
 
@@ -132,7 +133,7 @@ class LoraDenoiser(nn.Module):
     def block_readers(self) -> list[nn.Module]:
         return self.network.block_readers()
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, rung: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, rung: Rung | None = None) -> Tensor:
         return self.network(x, t, cond, rung)
 
     def named_parameters(

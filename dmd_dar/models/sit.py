@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmd_dar.keys import key
-from dmd_dar.models.rungs import Rungs
+from dmd_dar.models.rungs import Rung, Rungs
 from dmd_dar.routing.history import History, Observer
 from dmd_dar.routing.layout import ChunkSize, Query, RoutingConfig, Scale, Summary
 from dmd_dar.routing.router import RouterBank
@@ -191,7 +191,7 @@ class SiT(nn.Module):
             nn.init.zeros_(linear.get_parameter("bias"))
 
     def forward(
-        self, x: Tensor, t: Tensor, labels: Tensor, rung: int | None = None, observe: Observer | None = None
+        self, x: Tensor, t: Tensor, labels: Tensor, rung: Rung | None = None, observe: Observer | None = None
     ) -> Tensor:
         v_0 = self.x_embedder(x) + self.pos_embed  # (B, T, d)
         t_embedding = self.t_embedder(t)

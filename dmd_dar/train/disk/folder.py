@@ -50,6 +50,7 @@ class RunFolder:
     lock: int
     cfg: dict[str, Any]
     made: list[Path] = dataclasses.field(default_factory=list)  # folders that were not there, from the top
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)  # the configuration that a resumed run had so far
 
     @classmethod
     def claim(
@@ -68,6 +69,7 @@ class RunFolder:
         try:
             folder.lock = _lock(path)
             folder.resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume)
+            folder.before = _read(path / "config.yaml") if folder.resumed else {}
         except BaseException:
             folder.close()
             raise

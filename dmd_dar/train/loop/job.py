@@ -49,7 +49,7 @@ class Results:
 def sample_grid(pictures: Pictures, seed: int, runtime: Runtime) -> Tensor:
     """uint8 (3, H, W): the same noise and labels at every step of a run, a column for each of the first classes."""
     columns = min(pictures.num_classes, GRID_COLUMNS)
-    with runtime.autocast():
+    with runtime.looking():
         x0, _ = generate(
             pictures.generator,
             GRID_ROWS * columns,

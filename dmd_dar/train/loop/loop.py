@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dmd_dar.train.disk.log import Progress, RunLog
 from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes import replicas
+from dmd_dar.train.processes.compiling import FirstTurn
 from dmd_dar.train.processes.runtime import Runtime, gathered, load_network, load_optimiser
 from dmd_dar.train.watch.failure import Calls, Place, failed
 from dmd_dar.train.watch.health import Health
@@ -119,6 +120,7 @@ class Watch:
 
     calls: Calls = field(default_factory=Calls)
     health: Health | None = None
+    turns: FirstTurn | None = None  # of networks that are compiled
 
 
 @dataclass
@@ -226,8 +228,9 @@ class Loop:
                 if stopping:
                     return False
                 metrics: dict[str, Tensor] = {}
-                for phase in self.cycle:
-                    metrics.update(self.update(phase))
+                with self.watch.turns.timed() if self.watch.turns is not None else nullcontext():
+                    for phase in self.cycle:
+                        metrics.update(self.update(phase))
                 last = step == self.course.steps
                 progress.advance(step)
                 regular = last or step % self.course.checkpoints.every == 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
+from dmd_dar.models.compiled import eagerly
 from dmd_dar.train.processes.world import MEETING, World, alone, launched
 
 T = TypeVar("T")
@@ -46,6 +47,9 @@ class LaunchConfig:
     timeout: int = key(30, "how long a process waits for the others in an exchange", unit="minutes", least=1)
     checkpointing: bool = key(False, "keep each block's input only and compute its activations again: less memory")
     offload: bool = key(False, "keep frozen weights in CPU memory; every layer's are copied over when it computes")
+    compile: Literal["auto", "on", "off"] = key(
+        "off", "compile the networks by torch.compile; auto: where a run is long enough to win by it"
+    )
 
 
 @runtime_checkable
@@ -84,6 +88,12 @@ class Runtime:
 
     def autocast(self) -> Any:
         return self.accelerator.autocast()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Around samples that are looked at: as in training, but uncompiled, for their batches have other sizes."""
+        with self.autocast(), eagerly():
+            yield
 
     def main_first(self) -> Any:
         """A context that the main process leaves before the others enter it."""

@@ -102,6 +102,11 @@ def _remedy(error: Exception, phase: str) -> str:
         return "another process has ended; its own message says why"
     if phase in ASIDE:
         return f"{ASIDE[phase]}; the same command with it continues from the last checkpoint"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return (
+            "launch.compile=off goes on without the compiler; if a process was killed while it compiled, remove torch's"
+            " compiled files (TORCHINDUCTOR_CACHE_DIR, else torchinductor_USER in the temporary folder)"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         return "raise launch.accumulation or lower batch_size"
     if not isinstance(error, FloatingPointError):

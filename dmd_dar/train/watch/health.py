@@ -190,7 +190,7 @@ class Health:
         """The signals of the samples now."""
         panel = Panel(self.count, self.seed, self.shape, self.num_classes, self.decode)
         first, began = self.reference is None, time.monotonic()
-        with self.runtime.autocast():
+        with self.runtime.looking():
             if self.reference is None:
                 self.reference = draw(self.teacher, panel, self.runtime.device)
             drawn = time.monotonic()

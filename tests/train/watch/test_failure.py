@@ -172,6 +172,18 @@ def test_out_of_memory_has_its_own_remedy(rig):
         rig.run()
 
 
+def test_a_failing_compiler_has_its_own_remedy(rig):
+    class InductorError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def unreadable(module, given, output):
+        raise InductorError("ImportError: c7.main.so: file too short")
+
+    rig.student.register_forward_hook(unreadable)
+    with pytest.raises(NetworkError, match=r"file too short.*launch.compile=off .*TORCHINDUCTOR_CACHE_DIR"):
+        rig.run()
+
+
 def test_the_last_batch_is_on_the_disk_and_reproduces_the_call(rig):
     output_of(rig.teacher, 0, math.nan)
     with pytest.raises(DivergedError) as told:
