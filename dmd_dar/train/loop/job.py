@@ -15,6 +15,7 @@ from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import Generator, generate
+from dmd_dar.models.compiled import eagerly
 from dmd_dar.stop import EXIT_CODE
 from dmd_dar.train.disk import checkpoint
 from dmd_dar.train.disk.folder import RunFolder
@@ -49,7 +50,7 @@ class Results:
 def sample_grid(pictures: Pictures, seed: int, runtime: Runtime) -> Tensor:
     """uint8 (3, H, W): the same noise and labels at every step of a run, a column for each of the first classes."""
     columns = min(pictures.num_classes, GRID_COLUMNS)
-    with runtime.looking():
+    with runtime.autocast(), eagerly():  # batches of other sizes than training's
         x0, _ = generate(
             pictures.generator,
             GRID_ROWS * columns,

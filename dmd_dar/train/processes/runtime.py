@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
-from dmd_dar.models.compiled import eagerly
 from dmd_dar.train.processes.world import MEETING, World, alone, launched
 
 T = TypeVar("T")
@@ -88,12 +87,6 @@ class Runtime:
 
     def autocast(self) -> Any:
         return self.accelerator.autocast()
-
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Around samples that are looked at: as in training, but uncompiled, for their batches have other sizes."""
-        with self.autocast(), eagerly():
-            yield
 
     def main_first(self) -> Any:
         """A context that the main process leaves before the others enter it."""

@@ -22,6 +22,7 @@ from dmd_dar.data.images import levels
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import Generator
+from dmd_dar.models.compiled import eagerly
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.advice import Advice
@@ -190,7 +191,7 @@ class Health:
         """The signals of the samples now."""
         panel = Panel(self.count, self.seed, self.shape, self.num_classes, self.decode)
         first, began = self.reference is None, time.monotonic()
-        with self.runtime.looking():
+        with self.runtime.autocast(), eagerly():  # batches of other sizes than training's
             if self.reference is None:
                 self.reference = draw(self.teacher, panel, self.runtime.device)
             drawn = time.monotonic()
