@@ -186,6 +186,19 @@ def test_another_configuration_in_the_same_folder_is_refused(teacher, tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_run_of_before_roll_outs_were_shared_goes_on_with_fresh_ones(teacher, tmp_path, capsys):
+    whole = run(teacher, tmp_path / "whole", "steps=2", "rollouts=fresh")
+    run(teacher, tmp_path / "run", "steps=1", "rollouts=fresh")
+    config_file = tmp_path / "run" / "config.yaml"
+    lines = [line for line in config_file.read_text().splitlines(True) if not line.startswith("rollouts:")]
+    config_file.write_text("".join(lines))
+    with pytest.raises(SystemExit) as stop:
+        run(teacher, tmp_path / "run", "steps=2")
+    assert stop.value.code == 2 and 'rollouts: "fresh" -> "shared"' in capsys.readouterr().err.splitlines()[-1]
+    continued = run(teacher, tmp_path / "run", "steps=2", "rollouts=fresh")
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
 def test_a_replaced_teacher_is_noticed(tmp_path, capsys):
     folder = tiny_teacher(tmp_path / "teacher")
     run(folder, tmp_path / "run", "steps=1")
