@@ -14,7 +14,7 @@ import torch
 
 from dmd_dar.atomic import make_folder, write_atomic
 from eval.measure.machine import Machine, versions
-from eval.measure.provenance import code_state
+from eval.measure.provenance import code_now
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy")
@@ -47,12 +47,12 @@ def _module() -> list[str]:
 
 def commit() -> str:
     """The commit, with `+` behind it where tracked source files differ from it; DMD_DAR_COMMIT where it is set."""
-    code = code_state()
-    if not code["dirty"]:
-        return code["commit"]
+    code = code_now()
+    if not code.dirty:
+        return code.commit
     # results that are written anew make the tree differ too, and no other code
     source = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=RESULTS.parents[1])
-    return code["commit"] + ("+" if source.returncode else "")
+    return code.commit + ("+" if source.returncode else "")
 
 
 def save(name: str, device: torch.device, result: dict[str, Any]) -> Path:

@@ -27,7 +27,7 @@ from dmd_dar.train.processes import launch
 from dmd_dar.train.processes.compiling import FirstTurn, compile_run
 from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.failure import Calls
-from dmd_dar.train.watch.health import SOLVER_STEPS, Health
+from dmd_dar.train.watch.health import SOLVER_STEPS, Health, Panel
 from dmd_dar.train.watch.preflight import preflight
 
 
@@ -123,13 +123,9 @@ def build_health(assembled: Assembled, student: Generator) -> Health:
     cfg, method, codec = assembled.cfg, assembled.method, assembled.inputs.codec
     return Health(
         every=cfg.log.health_every,
-        count=cfg.log.health_samples,
-        seed=cfg.seed,
+        panel=Panel(cfg.log.health_samples, cfg.seed, method.shape, method.num_classes, codec and codec.decode),
         student=student,
         teacher=ode_generator(method.teacher, SOLVER_STEPS),
-        decode=codec and codec.decode,
-        shape=method.shape,
-        num_classes=method.num_classes,
         runtime=assembled.runtime,
         optimisers={phase.name: phase.optimiser for phase in assembled.cycle},
     )

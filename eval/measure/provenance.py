@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,6 @@ def code_now() -> CodeState:
     if state is None:
         return CodeState(named or "unknown", None)
     return CodeState(state.removesuffix("-dirty"), state.endswith("-dirty"))
-
-
-def code_state() -> dict[str, Any]:
-    """`code_now()` as a file of the benchmarks takes it."""
-    return asdict(code_now())
 
 
 def contract() -> Contract:

@@ -145,19 +145,15 @@ class Tally:
 class Health:
     """Called after every step; every `every` steps and with every checkpoint it measures, records and warns.
 
-    `student` and `teacher` make samples from noise, `decode` images of them. `gap` and the terms' gradients are those
+    `student` and `teacher` make the panel's samples from noise. `gap` and the terms' gradients are those
     of the student phase's own metrics, mean over the steps since the last record; so is the share of clipped steps,
     for which `optimisers` are given by the phase's name.
     """
 
     every: int  # 0: never
-    count: int  # samples
-    seed: int
+    panel: Panel
     student: Generator
     teacher: Generator
-    decode: Callable[[Tensor], Tensor] | None
-    shape: tuple[int, ...]
-    num_classes: int
     runtime: Runtime
     optimisers: dict[str, Optimiser]
     advice: Advice = field(default_factory=Advice)
@@ -189,16 +185,15 @@ class Health:
 
     def measure(self) -> dict[str, float]:
         """The signals of the samples now."""
-        panel = Panel(self.count, self.seed, self.shape, self.num_classes, self.decode)
         first, began = self.reference is None, time.monotonic()
         with self.runtime.autocast(), eagerly():  # batches of other sizes than training's
             if self.reference is None:
-                self.reference = draw(self.teacher, panel, self.runtime.device)
+                self.reference = draw(self.teacher, self.panel, self.runtime.device)
             drawn = time.monotonic()
-            measured = signals(draw(self.student, panel, self.runtime.device), self.reference)
+            measured = signals(draw(self.student, self.panel, self.runtime.device), self.reference)
         if first and self.runtime.is_main:
             took = f"{drawn - began:.1f} s, once; a record takes {time.monotonic() - drawn:.1f} s"
-            LOGGER.info(f"health: {self.count} samples of the teacher took {took}, every {self.every} steps")
+            LOGGER.info(f"health: {self.panel.count} samples of the teacher took {took}, every {self.every} steps")
         return measured
 
     def _add(self, metrics: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from dmd_dar.train.disk import checkpoint, log
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from dmd_dar.train.watch.advice import CALM, Advice, warnings_of
-from dmd_dar.train.watch.health import Health, Samples, diversity, samples_of, signals
+from dmd_dar.train.watch.health import Health, Panel, Samples, diversity, samples_of, signals
 from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[3]
@@ -136,13 +136,9 @@ def health_of(student: Tensor, every: int = 2) -> Health:
 
     return Health(
         every=every,
-        count=N,
-        seed=0,
+        panel=Panel(N, 0, (3, SIZE, SIZE), CLASSES, None),
         student=generator("student"),
         teacher=generator("teacher"),
-        decode=None,
-        shape=(3, SIZE, SIZE),
-        num_classes=CLASSES,
         runtime=Runtime(LaunchConfig(cpu=True)),
         optimisers={"student": Optimiser(OptimiserConfig(clip=1.0), [p])},
     )
