@@ -208,8 +208,9 @@ def turn(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | No
         words = (
             f"**One student update and {result['updates']} of the fake score**; {clock}; load average"
             f" {load['before']:.1f} before, {load['after']:.1f} after. `fresh`: a roll-out for every update, `shared`:"
-            " `rollouts: shared`, the default; a row that names neither was measured before they were shared. Launches are operations without views and allocations. Optimisers hold"
-            " two moments of what is trained; the peak of a turn is gradients and activations."
+            " `rollouts: shared`, the default; a row that names neither was measured before they were shared."
+            " Launches are operations without views and allocations. Optimisers hold two moments of what is trained;"
+            " the peak of a turn is gradients and activations."
         )
         if backend := result.get("backend"):
             words += f" Routers are computed by `{backend}`, unless the row says otherwise."
@@ -227,7 +228,11 @@ def _net(net: str, found: dict[str, Any]) -> str:
     rows = []
     for arm, seconds in found["seconds"].items():
         counts, parts = (found.get("launches") or {}).get(arm), found["bytes"][arm]
-        counted = [f"{counts[which]:.0f}" for which in ("all", "draws")] if counts else [OPEN] * 2
+        counted = (
+            [f"{counts[which]:.0f}" for which in ("all", "draws")]
+            if counts
+            else ([""] * 2 if arm.endswith("compiled") else [OPEN] * 2)
+        )
         sizes = [mega(parts[part]) for part in ("networks", "optimisers", "step")]
         row = [arm, milli(seconds), times(found["ratio"][arm]), *counted, *sizes, times(found["bytes_ratio"][arm])]
         rows.append(row)

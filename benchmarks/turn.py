@@ -2,8 +2,8 @@
 
 A turn is `updates` updates of the fake score and one of the student. The nets are random SiT-S/2 and the net of
 teachers/photos32, for plain residual additions and DAR, with weights of their own and over one frozen base, with
-roll-outs that a turn shares and with fresh ones. On a CPU, times are CPU time of one thread, interleaved in one
-process; memory is the peak of two turns in a fresh process.
+roll-outs that a turn shares and with fresh ones, eager and, of the nets named by `compiled`, compiled. On a CPU, times
+are CPU time of one thread, interleaved in one process; memory is the peak of two turns in a fresh process.
 """
 
 import os
@@ -27,6 +27,7 @@ from dmd_dar.draws import Draws
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.turns import Turns
+from dmd_dar.models.compiled import compile_network
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.footprint import nbytes, tensors
 from dmd_dar.models.shared_lora import Weights
@@ -73,14 +74,18 @@ class Arm:
     weights: Weights = "full"
     rollouts: Rollouts = "shared"
     backend: str | None = None  # of routing; None: the default
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        return ", ".join(filter(None, (self.form, self.weights, self.rollouts, self.backend)))
+        return ", ".join(
+            filter(None, (self.form, self.weights, self.rollouts, self.backend, self.compiled and "compiled"))
+        )
 
 
 ARMS = [Arm(form, weights) for weights in ("full", "shared_lora") for form in FORMS]
 ARMS += [Arm(form, rollouts="fresh") for form in FORMS]
+ARMS += [Arm(form, compiled=True) for form in FORMS]
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class TurnBenchmark:
     batch_size: int = key(0, "B; 0: 4 on a CPU, 64 on a GPU", least=0)
     size: int = key(0, "side of a SiT's latents; 0: 16 on a CPU, 32 on a GPU", unit="latent cells", least=0)
     nets: tuple[str, ...] = key(NETS, "which nets, of SiT-S/2, SiT-XL/2 and demo net")
+    compiled: tuple[str, ...] = key(("demo net",), "nets that are measured compiled too; the first turn takes minutes")
     cpu: bool = key(False, "measure on the CPU although a GPU is there")
 
     @property
@@ -131,6 +137,8 @@ def build(bench: TurnBenchmark, net: str, arm: Arm, runtime: Runtime) -> Turn:
     for network in (networks.student, networks.fake_score):
         for bank in (module for module in network.modules() if isinstance(module, RouterBank)):
             bank.backend = arm.backend
+    for network in (networks.student, networks.teacher, networks.fake_score) if arm.compiled else ():
+        compile_network(network)
     velocities = {name: velocity_of(getattr(networks, name)) for name in ("student", "teacher", "fake_score")}
     counts = {"fake_score": bench.updates, "student": 1}
     classes = networks.teacher.num_conditions
@@ -265,7 +273,7 @@ def peak(bench: TurnBenchmark, net: str, arm: Arm) -> dict[str, int]:
 def measured(bench: TurnBenchmark, net: str) -> dict[str, Any]:
     """Times, launches, shares and memory of a net's arms."""
     runtime = Runtime(LaunchConfig(cpu=not bench.cuda, threads=0 if bench.cuda else 1))
-    arms = list(ARMS)
+    arms = [arm for arm in ARMS if not arm.compiled or net in bench.compiled]
     if bench.cuda and chosen(None, "cuda") != SLOWER:
         arms.append(Arm("DAR", backend=SLOWER))
     memory = {arm.name: alone(peak, bench, net, arm) for arm in arms}
@@ -280,7 +288,7 @@ def measured(bench: TurnBenchmark, net: str) -> dict[str, Any]:
         "T": tokens,
         "seconds": {name: spread(samples) for name, samples in times.items()},
         "ratio": {name: ratio(times, name, REFERENCE) for name in calls},
-        "launches": {arm.name: launches(build(bench, net, arm, runtime)) for arm in arms},
+        "launches": {arm.name: launches(build(bench, net, arm, runtime)) for arm in arms if not arm.compiled},
         "shares": {} if bench.cuda else {name: shares(turns[name]) for name in (REFERENCE, "DAR, full, shared")},
         "bytes": memory,
         "bytes_ratio": {name: total / totals[REFERENCE] for name, total in totals.items()},
