@@ -5,7 +5,6 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.shared_lora import LoraDenoiser, Plain
@@ -17,23 +16,13 @@ OWN_COUNT = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.sign
 def compile_network(network: Plain | LoraDenoiser, backend: str = "inductor") -> None:
     """From now on its calls are compiled, each at the first call of its kind: with or without gradients, batch size.
 
-    A SiT and a routed transformer are compiled whole, a plain diffusers transformer block by block, all blocks by one
-    graph. Hooks are seen if they are there at that first call, later ones are not: call the network within `eagerly`
-    where they matter. A deep copy is not compiled. No batch size is symbolic: which graph serves a call depends on the
-    call alone, not on those before it, and so do its bits.
+    Hooks are seen if they are there at that first call, later ones are not: call the network within `eagerly` where
+    they matter. A deep copy is not compiled. No batch size is symbolic: which graph serves a call depends on the call
+    alone, not on those before it, and so do its bits.
     """
-    for part in compiled_parts(network):
-        part.compile(backend=backend, dynamic=False, **OWN_COUNT)
-
-
-def compiled_parts(network: Plain | LoraDenoiser) -> list[nn.Module]:
-    """The modules of which each call is one graph."""
     plain = network.network if isinstance(network, LoraDenoiser) else network
-    if not isinstance(plain, DiffusersDenoiser):
-        return [plain]
-    repeated = getattr(plain.transformer, "_repeated_blocks", None) or ()
-    blocks = [block for block in plain.transformer.modules() if type(block).__name__ in repeated]
-    return blocks if blocks and plain.dar is None else [plain.transformer]
+    called = plain.transformer if isinstance(plain, DiffusersDenoiser) else plain
+    called.compile(backend=backend, dynamic=False, **OWN_COUNT)
 
 
 def eagerly() -> AbstractContextManager[None]:
