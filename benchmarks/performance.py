@@ -244,6 +244,36 @@ def _net(net: str, found: dict[str, Any]) -> str:
     return f"{text}\nShare of a turn's time:\n\n{markdown_table(['part', *found['shares']], rows)}"
 
 
+def sampling(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
+    """The section of one device's sampling."""
+
+    def section(read: Callable[[str], dict[str, Any] | None]) -> str:
+        result, aim = read(name), "Aim: a call with DAR at most 1.10x of one with plain additions."
+        if result is None:
+            return f"## {title}\n\n{aim}\n\n{OPEN}: run `python -m benchmarks.sampling` on such a machine.\n"
+        rows = []
+        for row in result["rows"]:
+            plain, routed = (row["seconds"][form] for form in ("residual", "DAR"))
+            rate = [f"{row['B'] / one['median']:.3g}" for one in (plain, routed)]
+            shape = [row["net"], str(row["B"]), str(row["calls"])]
+            rows.append([*shape, milli(plain), milli(routed), *rate, times(row["DAR over residual"])])
+        head = [
+            "net",
+            "B",
+            "calls",
+            "residual, ms",
+            "DAR, ms",
+            "residual, images/s",
+            "DAR, images/s",
+            "DAR over residual",
+        ]
+        clock = "wall time" if name.endswith("cuda") else "CPU time of one thread"
+        words = f"{clock[0].upper()}{clock[1:]}; routers by `{result['backend']}`."
+        return f"## {title}\n\n{aim}\n\n{stand(result)}\n{words}\n\n{markdown_table(head, rows)}"
+
+    return section
+
+
 def busy(read: Callable[[str], dict[str, Any] | None]) -> str:
     """The section of training beside another busy process."""
     title = (
@@ -340,6 +370,8 @@ SECTIONS = [
     ),
     turn("turn_cpu", "A turn of a distillation on a CPU"),
     turn("turn_cuda", "A turn of a distillation on a GPU"),
+    sampling("sampling_cpu", "Sampling on a CPU"),
+    sampling("sampling_cuda", "Sampling on a GPU"),
     analytic,
     busy,
     evaluation,

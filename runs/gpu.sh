@@ -47,6 +47,7 @@ benchmarks() {
     return
   fi
   stage turn python -m benchmarks.turn
+  stage sampling python -m benchmarks.sampling
   stage routing python -m benchmarks.routing
   python -m benchmarks.performance
 }
