@@ -25,8 +25,8 @@ def turn_of(arm: Arm):
     ("arm", "most"),
     [
         (Arm("residual"), 2730),
-        (Arm("DAR"), 4250),
-        (Arm("residual", "shared_lora"), 3500),
+        pytest.param(Arm("DAR"), 4250, marks=pytest.mark.slow),
+        pytest.param(Arm("residual", "shared_lora"), 3500, marks=pytest.mark.slow),
         (Arm("DAR", "shared_lora"), 5010),
     ],
     ids=lambda value: getattr(value, "name", ""),

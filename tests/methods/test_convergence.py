@@ -21,6 +21,7 @@ from benchmarks.analytic import (
 from dmd_dar import flow
 
 
+@pytest.mark.slow
 def test_a_one_step_student_of_a_mixture_finds_its_modes():
     torch.manual_seed(0)
     shape, truth = (2, 1, 1), mixture_samples()
