@@ -15,7 +15,7 @@ from dmd_dar import config
 from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.encode import EncodeConfig, encode
-from dmd_dar.methods.rollout import sample as roll_out
+from dmd_dar.methods.rollout import Rollout
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import TeacherConfig, codec_of, load_teacher
 from dmd_dar.pairs import PairsConfig, make_pairs
@@ -85,7 +85,7 @@ def test_a_student_is_trained_with_every_loss_and_sampled_as_images(runs, tmp_pa
     draws = Draws(3, "sample", 0, sample_range(0, 4))
     noises = draws.normal("noise", 4, 32, 32)
     velocity = velocity_of(student.network, student.prediction)
-    x0 = roll_out(velocity, draws.samples % 2, student.rungs, draws, noises, student.sampler)
+    x0 = Rollout(velocity, draws.samples % 2, student.rungs, draws, noises, student.sampler).end()
     expected = codec_of(student).decode(x0).clamp(-1, 1)
     for i in range(4):
         image = np.asarray(Image.open(tmp_path / "images" / f"{i:06d}.png"))

@@ -193,7 +193,7 @@ def test_the_saved_scheduler_steps_as_our_sampler_does(tmp_path, prediction):
         assert scheduler.config.rung_timesteps == [999, 700, 300]
         scheduler.set_timesteps(timesteps=scheduler.config.rung_timesteps)
     labels, noise = torch.tensor([0, 5]), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    ours = rollout.sample(velocity_of(network, prediction), labels, rungs, Replayed(2), noise)
+    ours = rollout.Rollout(velocity_of(network, prediction), labels, rungs, Replayed(2), noise).end()
     generator, x = torch.Generator().manual_seed(2), noise
     for t in scheduler.timesteps:
         asked = t / scheduler.config.num_train_timesteps if prediction == "flow" else t

@@ -22,7 +22,7 @@ def few_step_generator(
     velocity: Velocity, rungs: tuple[float, ...], sampler: rollout.Sampler = "stochastic"
 ) -> Generator:
     """One call for each rung."""
-    return lambda cond, draws, noise: rollout.sample(velocity, cond, rungs, draws, noise, sampler)
+    return lambda cond, draws, noise: rollout.Rollout(velocity, cond, rungs, draws, noise, sampler).end()
 
 
 def decoded(generator: Generator, decode: Callable[[Tensor], Tensor] | None) -> Generator:

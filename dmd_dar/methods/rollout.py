@@ -72,17 +72,9 @@ class Rollout:
             self.outputs.append(predict_x0(self.student, self.state(j), self.rungs[j], self.cond))
         return self.outputs[rung]
 
-
-def sample(
-    student: Velocity,
-    cond: Tensor,
-    rungs: tuple[float, ...],
-    draws: Draws,
-    noise: Tensor,
-    sampler: Sampler = "stochastic",
-) -> Tensor:
-    """x0 (B, ...) after len(rungs) calls of the student."""
-    return Rollout(student, cond, rungs, draws, noise, sampler).output(len(rungs) - 1)
+    def end(self) -> Tensor:
+        """x0 (B, ...) after all rungs: the student's sample."""
+        return self.output(len(self.rungs) - 1)
 
 
 def solve_ode(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> list[Tensor]:

@@ -78,7 +78,7 @@ def _curve(rungs: tuple[float, ...], steps: int) -> dict[str, Any] | None:
 
 
 def _chain(meaning: Meaning, chain: Schedule, rungs: tuple[float, ...], sampler: Sampler) -> dict[str, Any]:
-    """LCMScheduler for a student, which re-noises as `rollout.sample` does, at whole timesteps.
+    """LCMScheduler for a student, which re-noises as `rollout.Rollout` does, at whole timesteps.
 
     It chooses one timestep, the last, by itself, and only where that is the rung: its number of original steps makes it
     refuse to choose, and for a student that does not re-noise to sample at all.

@@ -76,7 +76,7 @@ def test_few_steps_of_a_point_mass_are_exact(sampler, rungs):
     def point_mass(x_t, t, cond):
         return (x_t - flow.expand_t(MEANS[cond], x_t)) / flow.expand_t(t, x_t)
 
-    x0 = rollout.sample(point_mass, cond, rungs, there, noise_of(there), sampler)
+    x0 = rollout.Rollout(point_mass, cond, rungs, there, noise_of(there), sampler).end()
     assert torch.allclose(x0, flow.expand_t(MEANS[cond], x0).expand_as(x0), rtol=0, atol=1e-13)
 
 
@@ -84,7 +84,7 @@ def test_few_steps_of_a_point_mass_are_exact(sampler, rungs):
 def test_the_states_at_the_rungs_are_those_that_sampling_passes(sampler):
     there, cond, calls = draws(), torch.tensor([0, 1, 2, 2, 1, 0]), []
     noise, velocity = noise_of(there), gaussian(0.3)
-    rollout.sample(recorded(velocity, calls), cond, RUNGS, there, noise, sampler)
+    rollout.Rollout(recorded(velocity, calls), cond, RUNGS, there, noise, sampler).end()
     assert [t.unique().item() for _, t in calls] == list(RUNGS)
     for rung, (x_t, _) in enumerate(calls):
         again = []
@@ -94,7 +94,7 @@ def test_the_states_at_the_rungs_are_those_that_sampling_passes(sampler):
 
 def test_each_rung_is_renoised_afresh():
     there, cond, calls = draws(64), torch.zeros(64, dtype=torch.long), []
-    rollout.sample(recorded(gaussian(0.3), calls), cond, RUNGS, there, noise_of(there))
+    rollout.Rollout(recorded(gaussian(0.3), calls), cond, RUNGS, there, noise_of(there)).end()
     added = [noise_of(there)]
     for (x, _), (x_next, _), t, t_next in zip(calls, calls[1:], RUNGS, RUNGS[1:], strict=False):
         x0 = rollout.predict_x0(gaussian(0.3), x, t, cond)
@@ -114,7 +114,7 @@ def test_deterministic_sampling_is_euler_on_the_rungs():
     x = noise = noise_of(there)
     for t, t_next in zip(RUNGS, (*RUNGS[1:], 0.0), strict=True):
         x = x + (t_next - t) * curved(x, torch.full((6,), t, dtype=torch.float64), cond)
-    sampled = rollout.sample(curved, cond, RUNGS, there, noise, "deterministic")
+    sampled = rollout.Rollout(curved, cond, RUNGS, there, noise, "deterministic").end()
     assert torch.allclose(sampled, x, rtol=0, atol=1e-12)
 
 

@@ -67,6 +67,17 @@ def chain(
     return Chain(bank, *(x.to(device, dtype).requires_grad_() for x in inputs))
 
 
+def assert_the_stream_is_kept(one: Chain) -> None:
+    """With zero queries, h_l is the plain sum of all outputs before it, bit for bit."""
+    one.bank.reset()
+    history, stream = History(one.bank, one.v_0, one.t_embedding), one.v_0
+    for f in one.sublayers:
+        v = torch.sin(3 * stream * f)
+        stream = stream + v
+        history.append(v)
+        assert torch.equal(history.state(), stream)
+
+
 def loss_of(states: list[Tensor]) -> Tensor:
     """Weighs every state differently, so that no gradient can stand for another."""
     return sum((k + 1) * (h.double() * h.double().cos()).mean() for k, h in enumerate(states))  # type: ignore[return-value]

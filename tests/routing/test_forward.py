@@ -8,7 +8,7 @@ import torch
 from dmd_dar.routing.history import History
 from dmd_dar.routing.ops.forward import ForwardReader
 from dmd_dar.routing.router import RouterBank
-from tests.routing.chain import chain, routing
+from tests.routing.chain import assert_the_stream_is_kept, chain, routing
 from tests.routing.test_torch import SCALES, SHAPES, SUMMARIES
 
 QUERIES = ("static", "timestep")
@@ -50,14 +50,7 @@ def test_autocast_does_not_reach_into_it():
 @torch.no_grad()
 @pytest.mark.parametrize("chunk_size", [1, 4])
 def test_zero_queries_return_the_stream_bit_for_bit(chunk_size):
-    one = chain(routing(chunk_size=chunk_size), 60, 24, dtype=torch.float32)
-    one.bank.reset()
-    history, stream = History(one.bank, one.v_0, one.t_embedding), one.v_0
-    for f in one.sublayers:
-        v = torch.sin(3 * stream * f)
-        stream = stream + v
-        history.append(v)
-        assert torch.equal(history.state(), stream)
+    assert_the_stream_is_kept(chain(routing(chunk_size=chunk_size), 60, 24, dtype=torch.float32))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from dmd_dar.routing.history import History
 from dmd_dar.routing.ops.forward import ForwardReader
 from dmd_dar.routing.router import RouterBank
-from tests.routing.chain import chain, loss_of, routing, worst
+from tests.routing.chain import assert_the_stream_is_kept, chain, loss_of, routing, worst
 
 QUERIES, SCALES, SUMMARIES = ("static", "timestep", "dynamic"), ("convex", "count", "stream"), ("last", "sum")
 FORMS = list(itertools.product(QUERIES, SCALES, SUMMARIES))
@@ -59,14 +59,7 @@ def test_half_precision_is_routed_in_float32(query, scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("query, chunk_size", list(itertools.product(QUERIES, (1, 4))))
 def test_zero_queries_return_the_stream_bit_for_bit(query, chunk_size, dtype):
-    one = chain(routing(query, chunk_size=chunk_size), 30, 24, dtype=dtype)
-    one.bank.reset()
-    history, stream = History(one.bank, one.v_0, one.t_embedding), one.v_0
-    for f in one.sublayers:
-        v = torch.sin(3 * stream * f)
-        stream = stream + v
-        history.append(v)
-        assert torch.equal(history.state(), stream)
+    assert_the_stream_is_kept(chain(routing(query, chunk_size=chunk_size), 30, 24, dtype=dtype))
 
 
 def test_a_narrow_block_of_wide_copies_changes_nothing(monkeypatch):

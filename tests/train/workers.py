@@ -29,8 +29,9 @@ from dmd_dar.train.disk.log import RunLog
 from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.loop import Course, Loop, OpenRun, Phase, gradients, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
+from dmd_dar.train.processes.parts import gathered, local
 from dmd_dar.train.processes.replicas import ReplicaError
-from dmd_dar.train.processes.runtime import LaunchConfig, Runtime, gathered, local
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.models.tiny_pipelines import tiny_dit
 from tests.tiny import ON_CPU, tiny_sit
 

@@ -20,7 +20,8 @@ from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes import replicas
 from dmd_dar.train.processes.compiling import FirstTurn
-from dmd_dar.train.processes.runtime import Runtime, gathered, load_network, load_optimiser
+from dmd_dar.train.processes.parts import gathered, load_network, load_optimiser
+from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.failure import Calls, Place, failed
 from dmd_dar.train.watch.health import Health
 

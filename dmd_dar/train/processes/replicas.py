@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dmd_dar.errors import UserError
-from dmd_dar.train.processes.runtime import Runtime, is_part, local
+from dmd_dar.train.processes.parts import is_part, local
+from dmd_dar.train.processes.runtime import Runtime
 
 REMEDY = (
     "the same command continues from the last checkpoint, from before; if it comes again, suspect the machine or GPU of"

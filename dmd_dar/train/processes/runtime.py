@@ -1,13 +1,11 @@
-"""Processes, devices, precision and sharding. The only importer of accelerate and torch.distributed."""
+"""Processes, devices, precision and sharding. The only importer of accelerate and, with parts.py, torch.distributed."""
 
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
+from dmd_dar.train.processes.parts import gathered, is_part, outline
 from dmd_dar.train.processes.world import MEETING, World, alone, launched
 
 T = TypeVar("T")
@@ -319,70 +318,6 @@ def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         filled[-1].append(p)
         size += p.numel() * p.element_size()
     return filled
-
-
-def outline(network: nn.Module) -> nn.Module:
-    """A copy whose parameters are shapes on the meta device; to be filled by load_state_dict(..., assign=True)."""
-    empty = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in network.parameters()
-    }
-    return copy.deepcopy(network, empty)
-
-
-def gathered(state: Any) -> Any:
-    """Nested containers of tensors with the sharded ones whole, on the CPU: in the main process; empty in others.
-
-    An exchange if any is sharded: call it in every process.
-    Not torch.distributed.checkpoint.state_dict: that keys an optimiser's state by the names of one model's parameters
-    and makes an optimiser step to find its form, while checkpoints number the parameters and must be read back exactly.
-    """
-    if isinstance(state, dict):
-        return {name: gathered(value) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(gathered(value) for value in state)
-    if not is_part(state):
-        return state
-    whole = state.full_tensor()
-    return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[operator]
-
-
-def is_part(value: Any) -> bool:
-    """Whether it is a sharded tensor, told by its name: importing the class costs seconds."""
-    return type(value).__name__ == "DTensor"
-
-
-def like(own: Tensor, whole: Any) -> Any:
-    """A whole tensor sharded as `own` is, without an exchange; anything else as it is."""
-    if not (is_part(own) and isinstance(whole, Tensor) and whole.shape == own.shape):
-        return whole
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(own, DTensor)
-    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
-
-
-def load_network(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """load_state_dict of whole tensors into a network that may be sharded."""
-    own = network.state_dict()
-    network.load_state_dict({name: like(own[name], value) if name in own else value for name, value in weights.items()})
-
-
-def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """load_state_dict of whole tensors into an optimiser whose parameters may be sharded."""
-    own = chain.from_iterable(group["params"] for group in optimiser.param_groups)
-    saved = chain.from_iterable(group["params"] for group in state["param_groups"])
-    holders = dict(zip(saved, own, strict=True))
-    moments = {
-        index: {name: like(holders[index], value) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    optimiser.load_state_dict({**state, "state": moments})
 
 
 def wandb_tracker(project: str, **settings: Any) -> WandBTracker:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
-from dmd_dar.train.processes import replicas, runtime
+from dmd_dar.train.processes import parts, replicas, runtime
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.train.workers import CYCLES, config, dits, loras, single_gradients, trained
 
@@ -173,7 +173,7 @@ def test_buckets_run_backwards_and_split_by_size_and_dtype(monkeypatch):
 def test_an_outline_holds_no_weights_and_takes_them_back():
     network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     network[0].bias.requires_grad_(False)
-    copied = runtime.outline(network)
+    copied = parts.outline(network)
     assert all(p.is_meta for p in copied.parameters()) and not any(b.is_meta for b in copied.buffers())
     copied.load_state_dict(network.state_dict(), assign=True)
     x = torch.randn(4, 3)
