@@ -60,12 +60,7 @@ def plan_of(cfg: DistillConfig) -> Plan:
     """The plan of a run. Raises UserError where nothing says what the teacher is, or the batch is uneven."""
     launch = cfg.launch
     processes = max(1, launch.processes)
-    batch, rest = divmod(cfg.batch_size, processes * launch.accumulation)
-    if rest:
-        raise UserError(
-            f"batch_size = {cfg.batch_size}: does not divide among {processes} processes with launch.accumulation"
-            f" {launch.accumulation}; make it a multiple of {processes * launch.accumulation}"
-        )
+    batch = launch.samples_at_a_time(cfg.batch_size, processes)
     parts = (launch.shard_among or processes) if launch.sharding == "fsdp2" else 1
     bf16 = launch.precision == "bf16" or (launch.precision == "auto" and not launch.cpu)
     networks = networks_of(cfg, outline(cfg.teacher))

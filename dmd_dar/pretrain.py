@@ -31,6 +31,7 @@ from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import LogConfig
 from dmd_dar.train.disk.readme import CardConfig
 from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.fitting import Rehearsal, fit_run
 from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
 from dmd_dar.train.loop.loop import Metrics, OpenRun, Phase, Watch
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
@@ -162,6 +163,7 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
         origin |= {"codec": cfg.codec, "codec_revision": cfg.codec_revision, "codec_digest": codec.digest()}
     card = ModelCard(label_names=data.label_names, origin=origin)
     averaged = calls.watch("averaged_network", velocity_of(ema.module))
+    found = fit_run(cfg, runtime, folder, Rehearsal((phase,), cfg.seed))
     turns = compile_run(cfg, runtime, folder, {"network": model})
     begin(runtime, folder)
     if folder is not None:
@@ -170,7 +172,7 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
         cfg,
         OpenRun(runtime, folder, identity, Path(cfg.out_dir)),
         (phase,),
-        watch=Watch(calls, turns=turns),
+        watch=Watch(calls, turns=turns, found=found),
         pictures=Pictures(
             decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode), data.shape, data.num_classes
         ),

@@ -20,6 +20,7 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.fitting import Rehearsal, fit_run
 from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
 from dmd_dar.train.loop.loop import OpenRun, Phase, Watch
 from dmd_dar.train.loop.optimise import Optimiser
@@ -51,9 +52,10 @@ def distill(cfg: DistillConfig) -> None:
     runtime = Runtime(cfg.launch)
     with open_run(cfg, runtime) as folder:
         assembled = assemble(cfg, runtime, checked_inputs(cfg, runtime))
+        found = fit_run(cfg, runtime, folder, rehearsal_of(assembled))
         turns = compile_run(cfg, runtime, folder, vars(assembled.networks))
         begin(runtime, folder)
-        train(assembled, folder, turns)
+        train(assembled, folder, turns, found)
 
 
 def checked_inputs(cfg: DistillConfig, runtime: Runtime) -> Inputs:
@@ -95,7 +97,27 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
     return (*cycle, student_phase)
 
 
-def train(assembled: Assembled, folder: RunFolder | None, turns: FirstTurn | None = None) -> None:
+def rehearsal_of(assembled: Assembled) -> Rehearsal:
+    """What `fit_run` measures a micro-batch by."""
+    cfg, turns = assembled.cfg, assembled.method.turns
+    forget = turns.forget if turns is not None else lambda: None
+    return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), forget)
+
+
+def fullest_turn(cfg: DistillConfig) -> int:
+    """A turn in which as many of the student's losses have a weight above 0 as in any."""
+    ramped = (cfg.regression, cfg.gan)
+    ends = (turn for weight in ramped for turn in (weight.ramp_start, weight.ramp_start + weight.ramp_steps))
+    turns = {0} | {near for end in ends for near in (end - 1, end, end + 1) if 0 <= near < cfg.steps}
+    return max(sorted(turns), key=lambda turn: sum(weight.at(turn) > 0 for weight in ramped))
+
+
+def train(
+    assembled: Assembled,
+    folder: RunFolder | None,
+    turns: FirstTurn | None = None,
+    found: dict[str, int] | None = None,
+) -> None:
     """Train and save the students in the folder, which is None in all processes but the main one."""
     cfg, averages, method, codec = assembled.cfg, assembled.averages, assembled.method, assembled.inputs.codec
     card = card_of(cfg, assembled.inputs, assembled.identity)
@@ -112,7 +134,7 @@ def train(assembled: Assembled, folder: RunFolder | None, turns: FirstTurn | Non
         cfg,
         OpenRun(assembled.runtime, folder, assembled.identity, Path(cfg.out_dir)),
         assembled.cycle,
-        watch=Watch(assembled.calls, build_health(assembled, student), turns),
+        watch=Watch(assembled.calls, build_health(assembled, student), turns, found or {}),
         pictures=Pictures(decoded(student, codec and codec.decode), method.shape, method.num_classes),
         results=Results({"student": averages.module, **others}, save),
     )

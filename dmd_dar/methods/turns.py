@@ -80,6 +80,10 @@ class Turns:
         with torch.no_grad():
             return rollout.output(place.rung), rollout.cond
 
+    def forget(self) -> None:
+        """Drop the roll-outs of the turn at hand; an update makes what it needs of them anew."""
+        self.turn, self.rollouts = -1, {}
+
     def _rollout(self, place: Place, draws: Draws) -> Rollout:
         turn = place.rollout // self.per_turn
         if turn != self.turn:  # the student is another one

@@ -107,6 +107,8 @@ def run_cycle(
     with loop.stop:
         start = loop.restore(checkpoints)
         with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
+            if watch.found:
+                log.write({"step": start, **watch.found})
             finished = loop.run(start, log)
         runtime.any(False)  # a launcher ends the others once one is gone: wait for the one that closes the log
         for name in results.networks if finished else ():

@@ -122,6 +122,7 @@ class Watch:
     calls: Calls = field(default_factory=Calls)
     health: Health | None = None
     turns: FirstTurn | None = None  # of networks that are compiled
+    found: dict[str, int] = field(default_factory=dict)  # what was measured before the first step, for the log
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from dmd_dar.draws import sample_range
@@ -34,6 +35,9 @@ class LaunchConfig:
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
     threads: int = key(0, "CPU threads of each process; 0 leaves torch's choice, shared out among processes", least=0)
     accumulation: int = key(1, "micro-batches per optimiser step", least=1)
+    microbatch: int | Literal["auto"] = key(
+        0, "samples of a process at a time, in accumulation's place; auto: as many as fit on a GPU; 0: unset", least=0
+    )
     processes: int = key(
         0, "processes to start on this machine; 0: one for each GPU, one without; none where WORLD_SIZE is set", least=0
     )
@@ -48,6 +52,25 @@ class LaunchConfig:
     compile: Literal["auto", "on", "off"] = key(
         "off", "compile the networks by torch.compile; auto: where a run is long enough to win by it"
     )
+
+    def __post_init__(self) -> None:
+        if self.microbatch and self.accumulation > 1:
+            raise ValueError(
+                f"microbatch {self.microbatch} and accumulation {self.accumulation} both say how a step is split: leave"
+                " one out"
+            )
+
+    def samples_at_a_time(self, batch_size: int, processes: int) -> int:
+        """Of each process; `auto` counts as all that it has. Raises UserError where they do not divide evenly."""
+        given = 0 if self.microbatch == "auto" else self.microbatch
+        name, number = ("microbatch", given) if given else ("accumulation", self.accumulation)
+        parts = processes * number
+        if batch_size % parts:
+            raise UserError(
+                f"batch_size {batch_size} does not divide evenly among {processes} processes with launch.{name}"
+                f" {number}: make it a multiple of {parts}, or set launch.processes"
+            )
+        return given or batch_size // parts
 
 
 @runtime_checkable
@@ -65,7 +88,7 @@ class Runtime:
 
     def __init__(self, config: LaunchConfig):
         self.accelerator = _accelerator(config, launched(*MEETING))
-        self.accumulation, self.check_every = config.accumulation, config.check_every
+        self.config, self.check_every = config, config.check_every
         self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -93,15 +116,9 @@ class Runtime:
 
     def micro_batches(self, batch_size: int) -> list[Tensor]:
         """The global sample indices of this process, one tensor per micro-batch. Raises UserError if uneven."""
-        parts = self.processes * self.accumulation
-        if batch_size % parts:
-            raise UserError(
-                f"batch_size {batch_size} does not divide evenly among {self.processes} processes with"
-                f" launch.accumulation {self.accumulation}: make it a multiple of {parts}, or set launch.processes"
-            )
-        size = batch_size // parts
-        start = self.rank * self.accumulation * size
-        return [sample_range(start + i * size, start + (i + 1) * size, self.device) for i in range(self.accumulation)]
+        size, own = self.config.samples_at_a_time(batch_size, self.processes), batch_size // self.processes
+        start = self.rank * own
+        return [sample_range(first, first + size, self.device) for first in range(start, start + own, size)]
 
     def shard(self, *networks: nn.Module) -> None:
         """Under fsdp2, leave each process its part of every network, in place; before optimisers are made.
@@ -318,6 +335,16 @@ def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         filled[-1].append(p)
         size += p.numel() * p.element_size()
     return filled
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that a device's memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, to Python and to the device."""
+    clear_device_cache(garbage_collection=True)
 
 
 def wandb_tracker(project: str, **settings: Any) -> WandBTracker:

@@ -108,7 +108,7 @@ def _remedy(error: Exception, phase: str) -> str:
             " compiled files (TORCHINDUCTOR_CACHE_DIR, else torchinductor_USER in the temporary folder)"
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return "raise launch.accumulation or lower batch_size"
+        return "set launch.microbatch to fewer samples (auto finds a number when a run starts), or lower batch_size"
     if not isinstance(error, FloatingPointError):
         return "its weights are those of the last complete step; the same command continues from the last checkpoint"
     section = {"pretrain": "optimiser", "discriminator": "gan"}.get(phase, phase)  # of the phase's optimiser's keys

@@ -168,7 +168,7 @@ def test_out_of_memory_has_its_own_remedy(rig):
         raise torch.OutOfMemoryError("tried to allocate 9 GB")
 
     rig.student.register_forward_hook(full)
-    with pytest.raises(NetworkError, match="raise launch.accumulation or lower batch_size"):
+    with pytest.raises(NetworkError, match="set launch.microbatch to fewer samples"):
         rig.run()
 
 
