@@ -15,6 +15,7 @@ from torch import Tensor
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data import latents
+from dmd_dar.data.batches import Batches, Make
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.fixed import MiddleCrops, RandomCrops
 from dmd_dar.data.images import to_model_range
@@ -24,7 +25,7 @@ from dmd_dar.keys import key
 from dmd_dar.models import prompts
 from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.text import load_text_encoder
-from dmd_dar.train.processes.filling import Make, Work, fill_folder
+from dmd_dar.train.processes.filling import Work, fill_folder
 
 IMAGES_PER_SHARD, PROMPTS_PER_SHARD = 1024, 64  # tens to hundreds of megabytes
 
@@ -94,7 +95,8 @@ def prepare_latents(cfg: EncodeConfig, device: torch.device) -> Work:
     layout = latents.layout_of(
         content, images.label_names, images.counts, (codec.channels, side, side), cfg.shard_size or IMAGES_PER_SHARD
     )
-    return Work(layout, latents_maker(cfg, images, codec, device), "images", images.check)
+    batches = Batches(latents_maker(cfg, images, codec, device), cfg.batch_size)
+    return Work(layout, batches, "images", images.check)
 
 
 def latents_maker(cfg: EncodeConfig, images: MiddleCrops | RandomCrops, codec: Codec, device: torch.device) -> Make:
@@ -102,11 +104,8 @@ def latents_maker(cfg: EncodeConfig, images: MiddleCrops | RandomCrops, codec: C
 
     @torch.no_grad()
     def make(first: int, stop: int) -> dict[str, Tensor]:
-        parts = []
-        for start in range(first, stop, cfg.batch_size):
-            pixels, labels = images.images(start, min(start + cfg.batch_size, stop))
-            parts.append((*codec.encode(to_model_range(pixels.to(device))), labels))
-        mean, std, cond = (torch.cat(kind).cpu() for kind in zip(*parts, strict=True))
+        pixels, cond = images.images(first, stop)
+        mean, std = codec.encode(to_model_range(pixels.to(device)))
         broken = (~(mean.isfinite() & std.isfinite()).flatten(1).all(1)).nonzero().flatten()
         if len(broken):
             raise DivergedError(f"codec = {cfg.codec}: its latents of image {first + int(broken[0])} are not finite")
@@ -125,15 +124,13 @@ def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
     layout = prompts.layout_of(content, len(texts), row, cfg.shard_size or PROMPTS_PER_SHARD)
 
     def make(first: int, stop: int) -> dict[str, Tensor]:
-        chosen = [*texts, ""][first:stop]
-        starts = range(0, len(chosen), cfg.batch_size)
-        parts = [encoder.encode(chosen[start : start + cfg.batch_size]) for start in starts]
-        made = {name: torch.cat([part[name] for part in parts]).cpu() for name in row}
+        encoded = encoder.encode([*texts, ""][first:stop])
+        made = {name: encoded[name] for name in row}
         if not all(value.isfinite().all() for value in made.values()):
             raise DivergedError(f"pipeline = {cfg.pipeline}: its prompts {first} to {stop - 1} are not all finite")
         return made
 
-    return Work(layout, make, "prompts")
+    return Work(layout, Batches(make, cfg.batch_size), "prompts")
 
 
 def wanted_by(cfg: EncodeConfig) -> dict[str, Any]:

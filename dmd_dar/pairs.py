@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dmd_dar import config, flow
 from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.data.batches import Batches, Make
 from dmd_dar.data.shards import Form, Layout, Shards, differences
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError
@@ -26,7 +27,7 @@ from dmd_dar.losses import LossWeight
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
 from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
-from dmd_dar.train.processes.filling import Make, Work, fill_folder
+from dmd_dar.train.processes.filling import Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
 BATCH = 64
@@ -204,11 +205,11 @@ def recipe_and_teacher(cfg: PairsConfig, device: torch.device) -> tuple[Recipe, 
     return recipe, guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
 
 
-def shard_maker(cfg: PairsConfig, recipe: Recipe, teacher: Velocity, device: torch.device) -> Make:
+def batch_maker(cfg: PairsConfig, recipe: Recipe, teacher: Velocity, device: torch.device) -> Make:
     """make(first, stop) -> tensors of these pairs; raises DivergedError where the teacher gives no number."""
 
     def make(first: int, stop: int) -> dict[str, Tensor]:
-        made = make_trajectories(recipe, teacher, device, first, stop, cfg.batch_size)
+        made = make_trajectories(recipe, teacher, device, first, stop, stop - first)
         broken = (~made.ends.isfinite().flatten(1).all(1)).nonzero().flatten()
         if len(broken):
             pair = first + int(broken[0])
@@ -223,7 +224,8 @@ def shard_maker(cfg: PairsConfig, recipe: Recipe, teacher: Velocity, device: tor
 def prepare(cfg: PairsConfig, device: torch.device) -> Work:
     """The pairs of `cfg`, for `fill_folder`."""
     recipe, teacher = recipe_and_teacher(cfg, device)
-    return Work(layout_of(recipe, cfg.shard_size), shard_maker(cfg, recipe, teacher, device), "pairs")
+    batches = Batches(batch_maker(cfg, recipe, teacher, device), cfg.batch_size)
+    return Work(layout_of(recipe, cfg.shard_size), batches, "pairs")
 
 
 def make_pairs(cfg: PairsConfig) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from dmd_dar import config, pretrain
 from dmd_dar.data import folder, latents, sources
+from dmd_dar.data.batches import Batches
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.photos import NAMES
 from dmd_dar.data.shards import ShardFolder, fill
@@ -38,7 +39,7 @@ def filled(name: str, place: Path) -> list[str]:
         layout = latents.layout_of({"codec": "", "held_out": False}, NAMES, (1,) * 7, shape, 7)
         made = {"mean": torch.zeros(7, *shape), "std": torch.zeros(7, *shape), "cond": torch.arange(7)}
         with ShardFolder(place, layout) as shards:
-            fill(shards, lambda first, stop: made, stopped=lambda: False)
+            fill(shards, Batches(lambda first, stop: made, 7), stopped=lambda: False)
     return [f"data.name={name}", f"data.path={place}"]
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dmd_dar.atomic import make_folder, sweep, write_atomic
+from dmd_dar.data.batches import Batches
 from dmd_dar.errors import DamagedFileError, UserError
 
 FORMAT = 1
@@ -182,12 +183,13 @@ class ShardFolder:
             raise UserError(f"{fault}: free some, use a folder on another disk, or make fewer samples")
 
     @contextlib.contextmanager
-    def claim(self, index: int) -> Iterator[bool]:
-        """Whether shard `index` is this process's to make, and missing; nobody else makes it inside the context."""
-        with self._locked(index + 1, wait=False) as mine:
-            if mine:
+    def claim(self, indices: range) -> Iterator[list[int]]:
+        """Those of the shards `indices` that are missing, if no other process has one; inside, none can take one."""
+        with self._locked(indices[0] + 1, len(indices), wait=False) as mine:
+            for index in indices if mine else ():
                 sweep(self.folder, shard_name(index))
-            yield mine and not self._stands(self._listed().get(index))
+            listed = self._listed()
+            yield [index for index in indices if mine and not self._stands(listed.get(index))]
 
     def write(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Shard `index` from tensors (B, *shape) of its samples; inside its `claim`.
@@ -225,9 +227,9 @@ class ShardFolder:
         write_atomic(self.folder / MANIFEST, text)
 
     @contextlib.contextmanager
-    def _locked(self, byte: int, wait: bool = True) -> Iterator[bool]:
+    def _locked(self, byte: int, count: int = 1, wait: bool = True) -> Iterator[bool]:
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, byte)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise UserError(f"'{self.folder}' cannot be locked: {error.strerror}; use a local folder") from error
@@ -236,7 +238,7 @@ class ShardFolder:
         try:
             yield True
         finally:
-            fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, byte)
+            fcntl.lockf(self.lock, fcntl.LOCK_UN, count, byte)
 
     @contextlib.contextmanager
     def _faults(self, doing: str) -> Iterator[None]:
@@ -282,29 +284,43 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def fill(
     folder: ShardFolder,
-    make: Callable[[int, int], dict[str, Tensor]],
+    batches: Batches,
     *,
     stopped: Callable[[], bool],
     report: Callable[[int], None] | None = None,
     rank: int = 0,
     processes: int = 1,
 ) -> bool:
-    """Make the missing shards from make(first, stop); False where `stopped()` came true first.
+    """Make the missing shards from `batches`; False where `stopped()` came true first.
 
-    Process `rank` of `processes` begins with every processes-th shard and then helps the others. Shards in other hands
-    are waited for, and taken over should their process die. `report` hears how many samples are on the disk.
+    Process `rank` of `processes` begins with every processes-th group of shards that share batches and then helps the
+    others. Groups in other hands are waited for, and taken over should their process die. `report` hears how many
+    samples are on the disk.
     """
+    layout = folder.layout
+    together = batches.group(layout.shard_size)
+
+    def tell() -> None:
+        if report is not None:
+            report(folder.samples_made())
+
     while missing := folder.missing():
         made = False
-        for index in sorted(missing, key=lambda index: ((index - rank) % processes, index)):
-            if stopped():
-                return False
-            with folder.claim(index) as mine:
-                if mine:
-                    folder.write(index, make(*folder.layout.span(index)))
+        groups = {index // together for index in missing}
+        for group in sorted(groups, key=lambda group: ((group - rank) % processes, group)):
+            indices = range(group * together, min((group + 1) * together, layout.shards))
+            span = layout.span(indices[0])[0], layout.span(indices[-1])[1]
+            with folder.claim(indices) as mine:
+                for index in mine:
+                    if stopped():
+                        return False
+                    folder.write(index, batches.samples(*layout.span(index), span))
                     made = True
-            if report is not None:
-                report(folder.samples_made())
+                    tell()
+            if not mine:
+                if stopped():
+                    return False
+                tell()
         if not made:
             time.sleep(WAIT)
     return True

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dmd_dar.data.batches import Batches
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.latents import Latents, layout_of
 from dmd_dar.data.shards import MANIFEST, ShardFolder, fill, shard_name
@@ -29,7 +30,7 @@ def moments(first: int, stop: int) -> dict[str, Tensor]:
 def stored(path: Path, **content) -> Path:
     layout = layout_of({"codec": "c" * 64, "held_out": False, **content}, NAMES, COUNTS, SHAPE, 4)
     with ShardFolder(path, layout) as folder:
-        fill(folder, moments, stopped=lambda: False)
+        fill(folder, Batches(moments, 4), stopped=lambda: False)
     return path
 
 

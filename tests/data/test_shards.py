@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from dmd_dar.data import shards
+from dmd_dar.data.batches import Batches
 from dmd_dar.data.shards import MANIFEST, Form, Layout, ShardFolder, Shards, fill, shard_name
 from dmd_dar.errors import DamagedFileError, UserError
 
@@ -37,7 +38,8 @@ def make(first: int, stop: int) -> dict[str, torch.Tensor]:
 
 def run(path: Path, wanted: Layout | None = None, **options: object) -> bool:
     with ShardFolder(path, wanted or layout()) as folder:
-        return fill(folder, options.pop("make", make), stopped=options.pop("stopped", lambda: False), **options)
+        batches = Batches(options.pop("make", make), options.pop("size", folder.layout.shard_size))
+        return fill(folder, batches, stopped=options.pop("stopped", lambda: False), **options)
 
 
 def contents(path: Path) -> dict[str, bytes]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dmd_dar.atomic import make_folder
+from dmd_dar.data.batches import Batches
 from dmd_dar.data.shards import MANIFEST, Layout, ShardFolder, fill, holds_shards
 from dmd_dar.errors import UserError
 from dmd_dar.messages import LOGGER
@@ -23,8 +23,6 @@ from dmd_dar.train.processes.supervisor import Ending, Member
 from dmd_dar.train.processes.world import World, launched
 
 SAY = 10.0  # seconds between lines of progress
-
-Make = Callable[[int, int], dict[str, Tensor]]
 
 
 class FillConfig(Protocol):
@@ -42,13 +40,13 @@ class FillConfig(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What a folder holds and make(first, stop) -> tensors of these samples.
+    """What a folder holds and who makes it, in which batches.
 
-    `check` is called once, before a folder is begun, and raises UserError for what `make` would stumble over.
+    `check` is called once, before a folder is begun, and raises UserError for what the batches would stumble over.
     """
 
     layout: Layout
-    make: Make
+    batches: Batches
     unit: str = "samples"
     check: Callable[[], None] = lambda: None
 
@@ -91,7 +89,7 @@ def fill_folder(cfg: FillConfig, prepare: Prepare, wanted: dict[str, Any] | None
         else:
             report = progress(work, made) if rank == 0 else None
             finished = fill(
-                folder, work.make, stopped=lambda: stop.asked, report=report, rank=rank, processes=processes
+                folder, work.batches, stopped=lambda: stop.asked, report=report, rank=rank, processes=processes
             )
         shards = folder.layout.shards
         done = shards - len(folder.missing())
@@ -128,7 +126,7 @@ def _work(member: Member, cfg: FillConfig, prepare: Prepare) -> None:
     torch.set_num_threads(cfg.threads or max(1, torch.get_num_threads() // processes))
     work = prepare(cfg, device_of(cfg, rank))
     with ShardFolder(cfg.out, work.layout) as folder:
-        fill(folder, work.make, stopped=member.line.poll, rank=rank, processes=processes)
+        fill(folder, work.batches, stopped=member.line.poll, rank=rank, processes=processes)
 
 
 def progress(work: Work, start: int) -> Callable[[int], None]:
