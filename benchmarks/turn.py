@@ -8,28 +8,30 @@ are CPU time of one thread, interleaved in one process; memory is the peak of tw
 
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
+from benchmarks import peer
 from benchmarks.memory import alone
 from benchmarks.record import ratio, save, spread
+from benchmarks.turn_cost import Turn, counted_calls, launches, peak, shares
 from dmd_dar import config, flow
-from dmd_dar.distillation.networks import Memory, build_networks
+from dmd_dar.distillation.networks import Memory, Networks, build_networks
 from dmd_dar.draws import Draws
+from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.methods.dmd import DMD
+from dmd_dar.methods.rollout import rung_of
 from dmd_dar.methods.turns import Turns
 from dmd_dar.models.compiled import compile_network
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.footprint import nbytes, tensors
 from dmd_dar.models.shared_lora import Weights
 from dmd_dar.models.sit import SiT, SiTConfig, build_sit
 from dmd_dar.routing.layout import RoutingConfig
@@ -39,31 +41,16 @@ from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.loop import Phase, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
-from eval.samples.cost import interleaved, peak_memory
+from eval.samples.cost import WARM_UP, interleaved
 
 RUNGS = flow.default_rungs(4)
 Form = Literal["residual", "DAR"]
-Rollouts = Literal["shared", "fresh"]
+Inputs = Literal["shared", "fresh", "data"]  # roll-outs that a turn shares, one for every update, noised data
 FORMS: dict[Form, RoutingConfig] = {"residual": RoutingConfig(), "DAR": RoutingConfig("timestep", chunk_size=4)}
+NETWORKS = ("student", "teacher", "fake_score")
 NETS = ("SiT-S/2", "demo net")
 REFERENCE = "residual, full, shared"
 SLOWER = "torch"  # the default backend of routing where there are no fused kernels
-# Operations that start no kernel: they make views or allocate.
-FREE = (
-    "view",
-    "_unsafe_view",
-    "t",
-    "transpose",
-    "permute",
-    "expand",
-    "slice",
-    "select",
-    "unsqueeze",
-    "squeeze",
-    "split",
-)
-FREE += ("unbind", "as_strided", "detach", "alias", "empty", "empty_like", "new_empty", "split_with_sizes", "chunk")
-FREE += ("empty_strided", "new_empty_strided", "lift_fresh", "unfold", "_reshape_alias", "is_same_size", "unflatten")
 
 
 @dataclass(frozen=True)
@@ -72,20 +59,25 @@ class Arm:
 
     form: Form
     weights: Weights = "full"
-    rollouts: Rollouts = "shared"
+    inputs: Inputs = "shared"  # of the student
     backend: str | None = None  # of routing; None: the default
     compiled: bool = False
 
     @property
     def name(self) -> str:
         return ", ".join(
-            filter(None, (self.form, self.weights, self.rollouts, self.backend, self.compiled and "compiled"))
+            filter(None, (self.form, self.weights, self.inputs, self.backend, self.compiled and "compiled"))
         )
 
 
 ARMS = [Arm(form, weights) for weights in ("full", "shared_lora") for form in FORMS]
-ARMS += [Arm(form, rollouts="fresh") for form in FORMS]
+ARMS += [Arm(form, inputs="fresh") for form in FORMS]
 ARMS += [Arm(form, compiled=True) for form in FORMS]
+PEERS = [peer.PeerArm(simulated, fused) for simulated in (False, True) for fused in (False, True)]
+# which of FastGen's turns has the same inputs as ours
+BESIDE = {Arm("residual", inputs="data"): peer.PeerArm(), Arm("residual", inputs="fresh"): peer.PeerArm(simulated=True)}
+BESIDE |= {Arm(form): peer.PeerArm(simulated=True) for form in FORMS}
+BESIDE |= {Arm("residual", compiled=True): peer.PeerArm(simulated=True)}
 
 
 @dataclass(frozen=True)
@@ -99,6 +91,7 @@ class TurnBenchmark:
     nets: tuple[str, ...] = key(NETS, "which nets, of SiT-S/2, SiT-XL/2 and demo net")
     compiled: tuple[str, ...] = key(("demo net",), "nets that are measured compiled too; the first turn takes minutes")
     cpu: bool = key(False, "measure on the CPU although a GPU is there")
+    peer: str = key("", "a checkout of NVIDIA FastGen: on a CPU, its DMD2 is measured beside ours instead", path=True)
 
     @property
     def cuda(self) -> bool:
@@ -121,36 +114,15 @@ def teacher_of(bench: TurnBenchmark, net: str) -> SiT:
     return teacher.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A call that makes the next turn, and what it trains."""
-
-    run: Callable[[], None]
-    method: DMD
-    phases: tuple[Phase, ...]
-    teacher: torch.nn.Module
-
-
-def build(bench: TurnBenchmark, net: str, arm: Arm, runtime: Runtime) -> Turn:
-    teacher = teacher_of(bench, net).to(runtime.device)
+def build(bench: TurnBenchmark, teacher: SiT, arm: Arm, runtime: Runtime) -> Turn:
+    teacher = teacher.to(runtime.device)
     networks = build_networks(teacher, FORMS[arm.form], memory=Memory(arm.weights), rungs=len(RUNGS))
     for network in (networks.student, networks.fake_score):
         for bank in (module for module in network.modules() if isinstance(module, RouterBank)):
             bank.backend = arm.backend
-    for network in (networks.student, networks.teacher, networks.fake_score) if arm.compiled else ():
-        compile_network(network)
-    velocities = {name: velocity_of(getattr(networks, name)) for name in ("student", "teacher", "fake_score")}
-    counts = {"fake_score": bench.updates, "student": 1}
-    classes = networks.teacher.num_conditions
-    turns = Turns(counts, velocities["student"], RUNGS, classes, teacher.shape) if arm.rollouts == "shared" else None
-    method = DMD(
-        **velocities,
-        rungs=RUNGS,
-        renoise=flow.TimeLaw(low=0.02, high=0.98),
-        num_classes=classes,
-        shape=teacher.shape,
-        turns=turns,
-    )
+    for name in NETWORKS if arm.compiled else ():
+        compile_network(getattr(networks, name))
+    method = method_of(bench, networks, arm.inputs)
     losses = {"fake_score": method.fake_score_loss, "student": method.student_loss}
     phases = []
     for name, loss in losses.items():
@@ -164,110 +136,40 @@ def build(bench: TurnBenchmark, net: str, arm: Arm, runtime: Runtime) -> Turn:
         for phase in cycle:
             update(phase, 0, bench.batch, runtime)
 
-    return Turn(run, method, tuple(phases), networks.teacher)
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that start a kernel, by their names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in FREE:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def launches(turn: Turn, turns: int = 2) -> dict[str, float]:
-    """Operations of a turn without views and allocations, mean over `turns`: all, and those of the draws."""
-    turn.run()  # the draws of the next are foreseen
-    drawn: Counter[str] = Counter()
-
-    def counted(original: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        with Launches() as mode:  # inside the other, which counts them too
-            made = original(*given, **named)
-        drawn.update(mode.counts)
-        return made
-
-    with Launches() as whole, patch.object(Draws, "uniform", _method(counted, Draws.uniform)):
-        for _ in range(turns):
-            turn.run()
-    return {"all": whole.counts.total() / turns, "draws": drawn.total() / turns}
-
-
-def _method(around: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *given, **named: around(original, self, *given, **named)
-
-
-@contextmanager
-def timed_parts(turn: Turn, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Seconds by part of what runs within, on a CPU; `rest` is left to the caller."""
-    spent: dict[str, float] = Counter()  # type: ignore[assignment]
-
-    def timed(part: str, original: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        start = clock()
-        try:
-            return original(*given, **named)
-        finally:
-            spent[part] += clock() - start
-
-    def network(name: str, original: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        part = f"{name}, forward" if torch.is_grad_enabled() else f"{name}, without gradient"
-        return timed(part, original, *given, **named)
-
-    method = replace(
-        turn.method,
-        **{name: partial(network, name, getattr(turn.method, name)) for name in ("student", "teacher", "fake_score")},
+    return Turn(
+        run,
+        {name: getattr(networks, name) for name in NETWORKS},
+        [module for phase in phases if phase.ema for module in phase.ema.modules.values()],
+        [phase.optimiser.adamw for phase in phases],
+        [(phase.optimiser, "step") for phase in phases],
     )
-    if method.turns is not None:
-        method = replace(method, turns=replace(method.turns, student=method.student))
-    before = [phase.loss for phase in turn.phases]
-    for phase, loss in zip(turn.phases, (method.fake_score_loss, method.student_loss), strict=True):
-        phase.loss = loss
-    with (
-        patch.object(torch.Tensor, "backward", _method(partial(timed, "backward"), torch.Tensor.backward)),
-        patch.object(Optimiser, "step", _method(partial(timed, "optimiser"), Optimiser.step)),
-        patch.object(Draws, "uniform", _method(partial(timed, "draws"), Draws.uniform)),
-    ):
-        yield spent
-    for phase, loss in zip(turn.phases, before, strict=True):
-        phase.loss = loss
 
 
-def shares(turn: Turn, turns: int = 3) -> dict[str, float]:
-    """What part of a turn's CPU time each part takes."""
-    turn.run()
-    with timed_parts(turn, time.process_time) as spent:
-        start = time.process_time()
-        for _ in range(turns):
-            turn.run()
-        whole = time.process_time() - start
-    found = {part: seconds / whole for part, seconds in sorted(spent.items(), key=lambda pair: -pair[1])}
-    return {**found, "rest": 1 - sum(found.values())}
+def method_of(bench: TurnBenchmark, networks: Networks, inputs: Inputs) -> DMD:
+    """The losses of a turn whose student gets these inputs."""
+    velocities = {name: velocity_of(getattr(networks, name)) for name in NETWORKS}
+    classes, shape = networks.teacher.num_conditions, networks.teacher.shape
+    updates = {"fake_score": bench.updates, "student": 1}
+    images = torch.randn(bench.batch, *shape)
+
+    def data(draws: Draws) -> tuple[Tensor, Tensor]:
+        return images.to(draws.samples.device), draws.integers("label", classes)
+
+    return DMD(
+        **velocities,
+        rungs=RUNGS,
+        renoise=flow.TimeLaw(low=0.02, high=0.98),
+        num_classes=classes,
+        shape=shape,
+        data=data if inputs == "data" else None,
+        turns=Turns(updates, velocities["student"], RUNGS, classes, shape) if inputs == "shared" else None,
+    )
 
 
-def peak(bench: TurnBenchmark, net: str, arm: Arm) -> dict[str, int]:
-    """Bytes of networks and averages, of optimisers, and what two turns need at the most beside both."""
+def peak_of(bench: TurnBenchmark, net: str, arm: Arm) -> dict[str, int]:
+    """`peak` of an arm; for a process that has measured nothing else."""
     runtime = Runtime(LaunchConfig(cpu=not bench.cuda))
-    made: list[Turn] = []
-
-    def build_and_run() -> None:  # together: what a first turn frees, an allocator keeps for the second
-        made.append(build(bench, net, arm, runtime))
-        made[0].run()
-        made[0].run()
-
-    most = peak_memory(build_and_run, runtime.device, gradients=True).peak_bytes
-    turn = made[0]
-    held = {id(x): x for x in tensors(turn.teacher)}
-    for phase in turn.phases:
-        networks = [phase.network, *(phase.ema.modules.values() if phase.ema else ())]
-        held |= {id(x): x for network in networks for x in tensors(network)}
-    state = [x for phase in turn.phases for entry in phase.optimiser.adamw.state.values() for x in entry.values()]
-    stored, moments = nbytes(held.values()), nbytes(state)
-    return {"networks": stored, "optimisers": moments, "step": most - stored - moments}
+    return peak(lambda: build(bench, teacher_of(bench, net), arm, runtime), runtime.device)
 
 
 def measured(bench: TurnBenchmark, net: str) -> dict[str, Any]:
@@ -276,29 +178,93 @@ def measured(bench: TurnBenchmark, net: str) -> dict[str, Any]:
     arms = [arm for arm in ARMS if not arm.compiled or net in bench.compiled]
     if bench.cuda and chosen(None, "cuda") != SLOWER:
         arms.append(Arm("DAR", backend=SLOWER))
-    memory = {arm.name: alone(peak, bench, net, arm) for arm in arms}
-    turns = {arm.name: build(bench, net, arm, runtime) for arm in arms}
+    memory = {arm.name: alone(peak_of, bench, net, arm) for arm in arms}
+    turns = {arm.name: build(bench, teacher_of(bench, net), arm, runtime) for arm in arms}
     clock = time.perf_counter if bench.cuda else time.process_time
     calls = {name: turn.run for name, turn in turns.items()}
     times = interleaved(calls, runtime.device, bench.rounds, clock=clock)
     totals = {name: sum(parts.values()) for name, parts in memory.items()}
-    tokens = turns[REFERENCE].phases[0].network.pos_embed.shape[1]  # type: ignore[union-attr,index]
     return {
         "B": bench.batch,
-        "T": tokens,
+        "T": teacher_of(bench, net).pos_embed.shape[1],
         "seconds": {name: spread(samples) for name, samples in times.items()},
         "ratio": {name: ratio(times, name, REFERENCE) for name in calls},
-        "launches": {arm.name: launches(build(bench, net, arm, runtime)) for arm in arms if not arm.compiled},
+        "launches": {
+            arm.name: launches(build(bench, teacher_of(bench, net), arm, runtime)) for arm in arms if not arm.compiled
+        },
         "shares": {} if bench.cuda else {name: shares(turns[name]) for name in (REFERENCE, "DAR, full, shared")},
         "bytes": memory,
         "bytes_ratio": {name: total / totals[REFERENCE] for name, total in totals.items()},
     }
 
 
+def peer_work(bench: TurnBenchmark) -> peer.Work:
+    """What our turn with fresh roll-outs does, down to each update's rung."""
+    none = torch.arange(0)
+
+    def rungs() -> Iterator[int]:
+        for turn in count():
+            for update_ in range(bench.updates):
+                yield rung_of(Draws(0, "fake_score", turn * bench.updates + update_, none), RUNGS)
+            yield rung_of(Draws(0, "student", turn, none), RUNGS)
+
+    return peer.Work(bench.updates, bench.batch, RUNGS, rungs())
+
+
+def build_peer(bench: TurnBenchmark, net: str, arm: peer.PeerArm) -> Turn:
+    return peer.build(peer.FastGen.of(Path(bench.peer)), teacher_of(bench, net), arm, peer_work(bench))
+
+
+def peak_of_peer(bench: TurnBenchmark, net: str, arm: peer.PeerArm) -> dict[str, int]:
+    return peak(lambda: build_peer(bench, net, arm), torch.device("cpu"))
+
+
+def compared(bench: TurnBenchmark, net: str) -> dict[str, Any]:
+    """Our turns beside FastGen's of the same inputs, as it comes and with fused AdamW: times, calls, memory, shares."""
+    runtime = Runtime(LaunchConfig(cpu=True, threads=1))
+    beside = {arm: other for arm, other in BESIDE.items() if not arm.compiled or net in bench.compiled}
+    memory = {arm.name: alone(peak_of, bench, net, arm) for arm in beside}
+    memory |= {arm.name: alone(peak_of_peer, bench, net, arm) for arm in set(beside.values())}
+    turns = {arm.name: build(bench, teacher_of(bench, net), arm, runtime) for arm in beside}
+    theirs = {arm.name: build_peer(bench, net, arm) for arm in PEERS}
+    difference = max(peer.difference(turn, teacher_of(bench, net)) for turn in theirs.values())
+    turns |= theirs
+    with ExitStack() as stack:  # a compiled network counts by itself: a hook would change what is compiled
+        calls = {
+            name: stack.enter_context(counted_calls(turn)) for name, turn in turns.items() if "compiled" not in name
+        }
+        times = interleaved(
+            {name: turn.run for name, turn in turns.items()}, "cpu", bench.rounds, clock=time.process_time
+        )
+    return {
+        "B": bench.batch,
+        "T": teacher_of(bench, net).pos_embed.shape[1],
+        "difference": difference,
+        "seconds": {name: spread(samples) for name, samples in times.items()},
+        "calls": {
+            name: {call: n / (bench.rounds + WARM_UP) for call, n in found.items()} for name, found in calls.items()
+        },
+        "rows": [
+            {
+                "ours": arm.name,
+                "theirs": other.name,
+                "ratio": ratio(times, arm.name, other.name),
+                "ratio to fused AdamW": ratio(times, arm.name, replace(other, fused=True).name),
+                "bytes_ratio": memory[arm.name]["step"] / memory[other.name]["step"],
+            }
+            for arm, other in beside.items()
+        ],
+        "bytes": memory,
+        "shares": {name: shares(turn) for name, turn in turns.items() if name in calls and "fused" not in name},
+    }
+
+
 def measure(bench: TurnBenchmark) -> None:
     device = torch.device("cuda" if bench.cuda else "cpu")
+    if bench.peer and bench.cuda:
+        raise UserError(f"peer = '{bench.peer}': FastGen is compared on a CPU only; add cpu=true")
     load = os.getloadavg()[0]
-    nets = {net: measured(bench, net) for net in bench.nets}
+    nets = {net: (compared if bench.peer else measured)(bench, net) for net in bench.nets}
     result = {
         "updates": bench.updates,
         "backend": chosen(None, device.type),
@@ -306,8 +272,12 @@ def measure(bench: TurnBenchmark) -> None:
         "load_average": {"before": load, "after": os.getloadavg()[0]},
     }
     for net, found in nets.items():
-        print(net, {name: round(value, 3) for name, value in found["ratio"].items()})
-    print(save(f"turn_{device.type}", device, result))
+        if bench.peer:
+            print(net, *(f"{row['ours']} / {row['theirs']}: {row['ratio']:.3f}" for row in found["rows"]), sep="\n  ")
+            print(*(f"  calls of {name}: {calls}" for name, calls in found["calls"].items()), sep="\n")
+        else:
+            print(net, {name: round(value, 3) for name, value in found["ratio"].items()})
+    print(save(f"turn_{'peer_' if bench.peer else ''}{device.type}", device, result))
 
 
 if __name__ == "__main__":
