@@ -219,13 +219,21 @@ def peak_of_peer(bench: TurnBenchmark, net: str, arm: peer.PeerArm) -> dict[str,
     return peak(lambda: build_peer(bench, net, arm), torch.device("cpu"))
 
 
-def compared(bench: TurnBenchmark, net: str) -> dict[str, Any]:
-    """Our turns beside FastGen's of the same inputs, as it comes and with fused AdamW: times, calls, memory, shares."""
+def beside(bench: TurnBenchmark, net: str) -> dict[Arm, peer.PeerArm]:
+    return {arm: other for arm, other in BESIDE.items() if not arm.compiled or net in bench.compiled}
+
+
+def peaks_beside(bench: TurnBenchmark, net: str) -> dict[str, dict[str, int]]:
+    """Memory of our turns and of FastGen's, each in a process of its own."""
+    ours = {arm.name: alone(peak_of, bench, net, arm) for arm in beside(bench, net)}
+    return ours | {arm.name: alone(peak_of_peer, bench, net, arm) for arm in PEERS if not arm.fused}
+
+
+def compared(bench: TurnBenchmark, net: str, memory: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Our turns beside FastGen's of the same inputs, as it comes and with fused AdamW: times, calls, shares."""
     runtime = Runtime(LaunchConfig(cpu=True, threads=1))
-    beside = {arm: other for arm, other in BESIDE.items() if not arm.compiled or net in bench.compiled}
-    memory = {arm.name: alone(peak_of, bench, net, arm) for arm in beside}
-    memory |= {arm.name: alone(peak_of_peer, bench, net, arm) for arm in set(beside.values())}
-    turns = {arm.name: build(bench, teacher_of(bench, net), arm, runtime) for arm in beside}
+    pairs = beside(bench, net)
+    turns = {arm.name: build(bench, teacher_of(bench, net), arm, runtime) for arm in pairs}
     theirs = {arm.name: build_peer(bench, net, arm) for arm in PEERS}
     difference = max(peer.difference(turn, teacher_of(bench, net)) for turn in theirs.values())
     turns |= theirs
@@ -252,10 +260,10 @@ def compared(bench: TurnBenchmark, net: str) -> dict[str, Any]:
                 "ratio to fused AdamW": ratio(times, arm.name, replace(other, fused=True).name),
                 "bytes_ratio": memory[arm.name]["step"] / memory[other.name]["step"],
             }
-            for arm, other in beside.items()
+            for arm, other in pairs.items()
         ],
         "bytes": memory,
-        "shares": {name: shares(turn) for name, turn in turns.items() if name in calls and "fused" not in name},
+        "shares": {name: shares(turn, 1) for name, turn in turns.items() if name in calls and "fused" not in name},
     }
 
 
@@ -264,7 +272,11 @@ def measure(bench: TurnBenchmark) -> None:
     if bench.peer and bench.cuda:
         raise UserError(f"peer = '{bench.peer}': FastGen is compared on a CPU only; add cpu=true")
     load = os.getloadavg()[0]
-    nets = {net: (compared if bench.peer else measured)(bench, net) for net in bench.nets}
+    if bench.peer:
+        memory = {net: peaks_beside(bench, net) for net in bench.nets}  # before anything is timed
+        nets = {net: compared(bench, net, memory[net]) for net in bench.nets}
+    else:
+        nets = {net: measured(bench, net) for net in bench.nets}
     result = {
         "updates": bench.updates,
         "backend": chosen(None, device.type),

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -13,7 +14,8 @@ from dmd_dar.errors import UserError
 def own_modules(monkeypatch):
     """What an import adds is gone after the test."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    with patch.dict(sys.modules):
+        yield
 
 
 def test_a_folder_that_is_no_checkout_is_named(tmp_path):
