@@ -1,21 +1,18 @@
 """docs/performance.md from the benchmarks' JSON: python -m benchmarks.performance"""
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS
+from benchmarks.markdown import OPEN, Read, load, markdown_table, mega, milli, stand, times
+from benchmarks.turn_page import busy, peer, processes, sampling, scaling, turn
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
 from dmd_dar.routing.ops import BACKENDS
-from eval.measure.machine import NOT_INSTALLED
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-OPEN = "not measured"
-ABSENT = (None, NOT_INSTALLED)
 
 HEAD = """# Performance
 
@@ -27,38 +24,6 @@ and the command it was measured with. Ratios are medians over rounds that ran si
 def page() -> str:
     """The whole page; a section whose JSON is missing says that it is not measured."""
     return "\n".join([HEAD, *(section(load) for section in SECTIONS)])
-
-
-def load(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def stand(result: dict[str, Any]) -> str:
-    """Where and how a result was measured."""
-    m = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version not in ABSENT)
-    return (
-        f"{m['device']}, {m['threads']} threads of {m['cores']} cores, {m['memory_gib']} GiB; Python {m['python']}, "
-        f"{versions}; commit `{m['commit']}`; `{m['command']}`.\n"
-    )
-
-
-def milli(spread: dict[str, float]) -> str:
-    return f"{1000 * spread['median']:.4g}"
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
-
-
-def mega(count: float) -> str:
-    return f"{count / 1e6:,.0f} MB"
 
 
 def aims(result: dict[str, Any], cuda: bool) -> list[tuple[str, float, float, bool]]:
@@ -102,10 +67,10 @@ def _aims(result: dict[str, Any], cuda: bool) -> str:
     return "**Aims.**\n\n" + markdown_table(["", "aim", "measured", ""], rows)
 
 
-def routing(name: str, title: str, targets: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
+def routing(name: str, title: str, targets: str) -> Callable[[Read], str]:
     """The section of one device's routing benchmark."""
 
-    def section(read: Callable[[str], dict[str, Any] | None]) -> str:
+    def section(read: Read) -> str:
         result = read(name)
         body = f"{OPEN}: run `python -m benchmarks.routing` on such a machine.\n"
         if result is not None:
@@ -197,98 +162,7 @@ def _step(result: dict[str, Any]) -> str:
     )
 
 
-def turn(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
-    """The section of one device's distillation turns."""
-
-    def section(read: Callable[[str], dict[str, Any] | None]) -> str:
-        result = read(name)
-        if result is None:
-            return f"## {title}\n\n{OPEN}: run `python -m benchmarks.turn` on such a machine.\n"
-        load, clock = result["load_average"], "wall time" if name.endswith("cuda") else "CPU time of one thread"
-        words = (
-            f"**One student update and {result['updates']} of the fake score**; {clock}; load average"
-            f" {load['before']:.1f} before, {load['after']:.1f} after. `fresh`: a roll-out for every update, `shared`:"
-            " `rollouts: shared`, the default; a row that names neither was measured before they were shared."
-            " Launches are operations without views and allocations. Optimisers hold two moments of what is trained;"
-            " the peak of a turn is gradients and activations."
-        )
-        if backend := result.get("backend"):
-            words += f" Routers are computed by `{backend}`, unless the row says otherwise."
-        nets = result["nets"].items()
-        return "\n".join([f"## {title}\n\n{stand(result)}\n{words}\n", *(_net(*pair) for pair in nets)])
-
-    return section
-
-
-def _net(net: str, found: dict[str, Any]) -> str:
-    """The tables of one net: its arms, and what part of a turn its parts take."""
-    rounds = next(iter(found["seconds"].values()))["rounds"]
-    head = ["additions, weights, roll-outs", "ms", "over the first row", "launches", "of them draws"]
-    head += ["networks", "optimisers", "peak of a turn", "memory over the first row"]
-    rows = []
-    for arm, seconds in found["seconds"].items():
-        counts, parts = (found.get("launches") or {}).get(arm), found["bytes"][arm]
-        counted = (
-            [f"{counts[which]:.0f}" for which in ("all", "draws")]
-            if counts
-            else ([""] * 2 if arm.endswith("compiled") else [OPEN] * 2)
-        )
-        sizes = [mega(parts[part]) for part in ("networks", "optimisers", "step")]
-        row = [arm, milli(seconds), times(found["ratio"][arm]), *counted, *sizes, times(found["bytes_ratio"][arm])]
-        rows.append(row)
-    text = f"**{net}**, B {found['B']}, T {found['T']}; {rounds} rounds.\n\n{markdown_table(head, rows)}"
-    if not found.get("shares"):
-        return text
-    names = list(dict.fromkeys(part for shares in found["shares"].values() for part in shares))
-    rows = [[part, *(f"{100 * shares.get(part, 0):.1f} %" for shares in found["shares"].values())] for part in names]
-    return f"{text}\nShare of a turn's time:\n\n{markdown_table(['part', *found['shares']], rows)}"
-
-
-def sampling(name: str, title: str) -> Callable[[Callable[[str], dict[str, Any] | None]], str]:
-    """The section of one device's sampling."""
-
-    def section(read: Callable[[str], dict[str, Any] | None]) -> str:
-        result, aim = read(name), "Aim: a call with DAR at most 1.10x of one with plain additions."
-        if result is None:
-            return f"## {title}\n\n{aim}\n\n{OPEN}: run `python -m benchmarks.sampling` on such a machine.\n"
-        rows = []
-        for row in result["rows"]:
-            plain, routed = (row["seconds"][form] for form in ("residual", "DAR"))
-            rate = [f"{row['B'] / one['median']:.3g}" for one in (plain, routed)]
-            shape = [row["net"], str(row["B"]), str(row["calls"])]
-            rows.append([*shape, milli(plain), milli(routed), *rate, times(row["DAR over residual"])])
-        head = [
-            "net",
-            "B",
-            "calls",
-            "residual, ms",
-            "DAR, ms",
-            "residual, images/s",
-            "DAR, images/s",
-            "DAR over residual",
-        ]
-        clock = "wall time" if name.endswith("cuda") else "CPU time of one thread"
-        words = f"{clock[0].upper()}{clock[1:]}; routers by `{result['backend']}`."
-        return f"## {title}\n\n{aim}\n\n{stand(result)}\n{words}\n\n{markdown_table(head, rows)}"
-
-    return section
-
-
-def busy(read: Callable[[str], dict[str, Any] | None]) -> str:
-    """The section of training beside another busy process."""
-    title = (
-        "## Beside a busy process\n\nAim: about half of the speed of an idle machine, at no cost on an idle one.\n\n"
-    )
-    result = read("busy_cpu")
-    if result is None:
-        return f"{title}{OPEN}: run `python -m benchmarks.busy`.\n"
-    by = result["steps_per_second"]
-    rows = [[name, *(f"{by[where][name]['median']:.3g}" for where in ("idle", "busy"))] for name in by["idle"]]
-    words = "Forward and backward passes a second of the demo's teacher on all threads, by how long threads spin."
-    return f"{title}{stand(result)}\n{words}\n\n{markdown_table(['spins', 'idle', 'busy'], rows)}"
-
-
-def analytic(read: Callable[[str], dict[str, Any] | None]) -> str:
+def analytic(read: Read) -> str:
     """The section of students of known distributions, by how roll-outs are made."""
     title = "## Equal quality\n\n"
     result = read("analytic_cpu")
@@ -310,7 +184,7 @@ def analytic(read: Callable[[str], dict[str, Any] | None]) -> str:
     return f"{title}{stand(result)}\n{words}\n\n{markdown_table(head, rows)}"
 
 
-def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
+def evaluation(read: Read) -> str:
     """The section of the offline evaluation's time."""
     aim = "Aim: an offline evaluation of three models x 512 images at 32 px in under 60 s on 2 cores."
     title = f"## Evaluation\n\n{aim}\n\n"
@@ -339,7 +213,7 @@ def evaluation(read: Callable[[str], dict[str, Any] | None]) -> str:
     return text
 
 
-def psd(read: Callable[[str], dict[str, Any] | None]) -> str:
+def psd(read: Read) -> str:
     """The section of the power spectrum's speed."""
     title = "## Power spectrum\n\nAim: `radial_psd` at least 2x, better 5x, faster than float64 image by image.\n\n"
     result = read("psd")
@@ -370,6 +244,9 @@ SECTIONS = [
     ),
     turn("turn_cpu", "A turn of a distillation on a CPU"),
     turn("turn_cuda", "A turn of a distillation on a GPU"),
+    peer,
+    scaling,
+    processes,
     sampling("sampling_cpu", "Sampling on a CPU"),
     sampling("sampling_cuda", "Sampling on a GPU"),
     analytic,

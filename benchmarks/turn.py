@@ -104,14 +104,18 @@ class TurnBenchmark:
 
 def teacher_of(bench: TurnBenchmark, net: str) -> SiT:
     """A random teacher of the size of a net."""
-    torch.manual_seed(0)
     size = bench.size or (32 if bench.cuda else 16)
     demo = net == "demo net"
-    teacher = SiT(SiTConfig(num_classes=7)) if demo else build_sit(net.removeprefix("SiT-"), input_size=size)
+    return perturbed(SiT(SiTConfig(num_classes=7)) if demo else build_sit(net.removeprefix("SiT-"), input_size=size))
+
+
+def perturbed(network: SiT) -> SiT:
+    """The network with noise on all its weights, zeros included; frozen."""
+    torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in teacher.backbone_parameters():
+        for parameter in network.backbone_parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return teacher.requires_grad_(False)
+    return network.requires_grad_(False)
 
 
 def build(bench: TurnBenchmark, teacher: SiT, arm: Arm, runtime: Runtime) -> Turn:
