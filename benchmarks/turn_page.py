@@ -70,13 +70,13 @@ def peer(read: Read) -> str:
     load = result["load_average"]
     words = (
         f"**One student update and {result['updates']} of the fake score**, float32; CPU time of one thread,"
-        f" interleaved in one process; load average {load['before']:.1f} before, {load['after']:.1f} after. FastGen's DMD2 and its"
-        " trainer's step compute their turn, on our networks in its protocol, without GAN and guidance. Its image"
-        " method noises real data: `data`, which ours does with `student_input: data`. `simulated` gives it the student's own"
-        " way to the same rungs as our `fresh`, made by its sampling loop. AdamW is not fused, as in its configuration;"
-        " a column has it fused. Its average of the student follows after the student's update, as ours does; its"
-        " trainer would update it after each of the six. The peak of a turn is gradients and activations, beside weights,"
-        " averages and moments."
+        f" interleaved in one process; load average {load['before']:.1f} before, {load['after']:.1f} after. FastGen's"
+        " DMD2 and its trainer's step compute their turn, on our networks in its protocol, without GAN and guidance."
+        " Its image method noises real data: `data`, which ours does with `student_input: data`. `simulated` gives it"
+        " the student's own way to the same rungs as our `fresh`, made by its sampling loop. AdamW is not fused, as in"
+        " its configuration; a column has it fused. Its average of the student follows after the student's update, as"
+        " ours does; its trainer would update it after each of the six. The peak of a turn is gradients and"
+        " activations, beside weights, averages and moments."
     )
     return "\n".join([f"{title}{stand(result)}\n{words}\n", *(_beside(*pair) for pair in result["nets"].items())])
 
