@@ -278,6 +278,9 @@ def measure(bench: TurnBenchmark) -> None:
     load = os.getloadavg()[0]
     if bench.peer:
         memory = {net: peaks_beside(bench, net) for net in bench.nets}  # before anything is timed
+        print(
+            {net: {name: parts["step"] for name, parts in found.items()} for net, found in memory.items()}, flush=True
+        )
         nets = {net: compared(bench, net, memory[net]) for net in bench.nets}
     else:
         nets = {net: measured(bench, net) for net in bench.nets}
