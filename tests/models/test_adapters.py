@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import dmd_dar
 from dmd_dar import config
@@ -72,6 +73,10 @@ def test_an_adapter_on_its_base_is_the_student(teachers, tmp_path, kind, query):
     expected = student(*given)
     assert (expected - teacher.network(*given)).abs().max() > 1e-2
     torch.testing.assert_close(back.network(*given), expected, rtol=1e-5, atol=1e-5)
+    linear = [module for module in back.network.modules() if isinstance(module, nn.Linear)]
+    assert linear and not any(
+        hasattr(layer, "lora") or layer._forward_hooks for layer in linear
+    )  # a call is a plain one
     assert back.rungs == RUNGS and back.digest == network_hash(tmp_path / "student")
     assert (tmp_path / "adapter" / "routers.safetensors").exists() == (query != "residual")
     assert bool(back.network.router_parameters()) == (query != "residual")
