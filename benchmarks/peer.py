@@ -180,11 +180,13 @@ def build(fastgen: FastGen, teacher: SiT, arm: PeerArm, work: Work) -> Turn:
     return Turn(run, networks, [model.ema], [model.net_optimizer, model.fake_score_optimizer], optimising)
 
 
-def difference(turn: Turn, teacher: SiT) -> float:
-    """The largest difference between its networks' x0 and ours, which start the same, over the largest value."""
+def check_same(turn: Turn, teacher: SiT) -> None:
+    """Raises ValueError where one of its networks, before any update, says another x0 than ours."""
     x, t = torch.randn(2, *teacher.shape), torch.tensor([0.2, 0.9], dtype=torch.float64)
     labels = torch.arange(2) % teacher.num_conditions
     with torch.no_grad():
         ours = flow.velocity_to_x0(teacher(x, t.float(), labels)[:, : x.shape[1]], x, t.float())
-        theirs = [network(x, t, labels, fwd_pred_type="x0") for network in turn.networks.values()]
-    return float(max((x0 - ours).abs().max() / ours.abs().max() for x0 in theirs))
+        for name, network in turn.networks.items():
+            theirs = network(x, t, labels, fwd_pred_type="x0")
+            if not torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4):
+                raise ValueError(f"FastGen's {name} differs from ours by {(theirs - ours).abs().max():.2g}")

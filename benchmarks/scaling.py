@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import ratio, save, spread
-from benchmarks.turn import FORMS, Arm, TurnBenchmark, build, perturbed, teacher_of
+from benchmarks.turn import FORMS, Arm, TurnBenchmark, build, random_teacher, teacher_of
 from dmd_dar import config
 from dmd_dar.keys import key
 from dmd_dar.models.sit import SiT
@@ -59,7 +59,7 @@ def measured(bench: ScalingBenchmark, net: str, size: Size) -> dict[str, Any]:
     )
     shape = teacher_of(turn, net).config
     shape = replace(shape, input_size=math.isqrt(size.tokens) * shape.patch, depth=size.depth)
-    turns = {form: build(turn, perturbed(SiT(shape)), Arm(form), Runtime(runtime)) for form in FORMS}
+    turns = {form: build(turn, random_teacher(lambda: SiT(shape)), Arm(form), Runtime(runtime)) for form in FORMS}
     calls = {form: turn.run for form, turn in turns.items()}
     times = interleaved(calls, "cpu", bench.rounds, clock=time.process_time)
     seconds = {form: spread(samples) for form, samples in times.items()}

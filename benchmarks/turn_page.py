@@ -96,10 +96,7 @@ def _beside(net: str, found: dict[str, Any]) -> str:
     head = ["ours", "theirs", "ours, ms", "theirs, ms", "ours over theirs", "over theirs with fused AdamW"]
     head += ["ours, peak of a turn", "theirs", "ours over theirs"]
     rounds = next(iter(found["seconds"].values()))["rounds"]
-    text = (
-        f"**{net}**, B {found['B']}, T {found['T']}; {rounds} rounds. The networks' x0 on both sides differ by at most"
-        f" {found['difference']:.0e} of the largest value.\n\n{markdown_table(head, rows)}"
-    )
+    text = f"**{net}**, B {found['B']}, T {found['T']}; {rounds} rounds.\n\n{markdown_table(head, rows)}"
     names = list(dict.fromkeys(call for calls in found["calls"].values() for call in calls))
     rows = [[call, *(f"{calls.get(call, 0):.4g}" for calls in found["calls"].values())] for call in names]
     text += f"\nCalls of networks a turn, counted in these rounds:\n\n{markdown_table(['', *found['calls']], rows)}"
