@@ -188,6 +188,11 @@ class IdentityHead(nn.Module):
         return h - self.positions
 
 
+def test_the_stream_is_laid_out_token_by_token():
+    """Everything that is added takes the layout of the first summand: channel by channel, all of it would be slow."""
+    assert SiT(SiTConfig()).x_embedder(torch.randn(2, 3, 32, 32)).is_contiguous()
+
+
 def test_unpatchify_is_the_inverse_of_patchify():
     p, channels, d = 2, 3, 12
     model = SiT(SiTConfig(input_size=8, in_channels=channels, patch=p, width=d, depth=1, heads=1)).double()

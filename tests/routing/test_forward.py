@@ -1,10 +1,12 @@
 """Routing without gradients (ops/forward.py) against the equations, over every form and awkward shapes."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from benchmarks.turn import Launches
 from dmd_dar.routing.history import History
 from dmd_dar.routing.ops.forward import ForwardReader
 from dmd_dar.routing.router import RouterBank
@@ -45,6 +47,39 @@ def test_autocast_does_not_reach_into_it():
     one = chain(routing(), 9, 48, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equals_the_equations(one, 3 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("width", [48, 160])  # sources are added one by one; by a product from 4 on
+def test_many_tokens_equal_the_equations(width):
+    for query, scale in itertools.product(QUERIES, SCALES):
+        assert_equals_the_equations(chain(routing(query, scale), 9, width, tokens=130), 1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_the_layout_of_the_stream_in_memory_makes_no_difference(tokens):
+    one = chain(routing(), 9, 160, batch=1, tokens=tokens)
+    plain = one.states("torch")
+    other = dataclasses.replace(one, v_0=one.v_0.mT.contiguous().mT)
+    for a, b in zip(other.states("torch"), plain, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12 * b.abs().max().item())
+        assert b.is_contiguous()
+
+
+@torch.no_grad()
+def test_a_pass_starts_few_operations():
+    """13 sources and 12 routers: a bound on what the demo's network pays beside its residual additions."""
+    one = chain(routing(), 12, 128, batch=1, tokens=64, dtype=torch.float32)
+    with Launches() as counted:
+        one.states("torch")
+    sublayers = 2 * 12  # their own product and tanh
+    assert counted.counts.total() - sublayers <= 165
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [48, 160])
+def test_zero_queries_return_the_stream_of_many_tokens_bit_for_bit(width):
+    assert_the_stream_is_kept(chain(routing(), 20, width, tokens=130, dtype=torch.float32))
 
 
 @torch.no_grad()

@@ -11,9 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from dmd_dar.routing.ops.gather import add_mix
+from dmd_dar.routing.ops.gather import SMALL, add_mix
 from dmd_dar.routing.ops.naive import EPS
 from dmd_dar.routing.router import RouterBank
+
+FEW = 256  # tokens below which a CPU spends more on starting an operation than on its numbers
+LOOPED = 512  # products of as many terms or fewer are added one by one where tokens are not few
 
 
 class ForwardReader:
@@ -30,8 +33,12 @@ class ForwardReader:
         folded = bank.folded_queries(bank(v_0.device), t_embedding, self.wide)
         self.queries = folded.transpose(-1, -2) * width**0.5  # (d, R) or (B, d, R); keys are v / |v| sqrt(d)
         self.floor = torch.full((), EPS * width, dtype=self.wide, device=v_0.device)
-        self.sources = v_0.new_empty(tokens, slots, width, dtype=dtype)
-        self.logits = v_0.new_empty(tokens, slots, len(self.counts), dtype=self.wide)
+        self.sources = v_0.new_empty(slots, tokens, width, dtype=dtype)
+        self.logits = v_0.new_empty(slots, *self.shape[:2], len(self.counts), dtype=self.wide)
+        self.source_of, self.logits_of = self.sources.view(slots, *self.shape).unbind(), self.logits.unbind()
+        self.few = tokens < FEW and dtype == self.wide
+        self.least = min(-(-SMALL // width), slots) if self.few else 0
+        self.sources[: self.least] = 0  # they may be read, with weight 0, before there is a source
         self.summaries = self.outputs = self.taken = 0
         self.cast = torch.is_autocast_enabled(v_0.device.type)
 
@@ -49,15 +56,15 @@ class ForwardReader:
         """Keep v (B, T, d), and its logits for the routers still to come whose rows are below `stop`."""
         rows = slice(max(self.taken + 1 - self.first, 0), min(stop, len(self.counts)))  # the next is router taken + 1
         self.taken += 1
-        if slot == self.sources.shape[1] or rows.start >= rows.stop:
+        if slot == len(self.sources) or rows.start >= rows.stop:
             return  # nothing reads it
-        self.sources[:, slot].view(v.shape).copy_(v)
+        self.source_of[slot].copy_(v)
         wide = v.to(self.wide)
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = torch.addcmul(self.floor, size, size).rsqrt_()  # RMSNorm's 1 / (sqrt(d) RMS)
         with self._exact():
             products = wide @ self.queries[..., rows]  # (B, T, readers)
-        torch.mul(products, scale, out=self.logits[:, slot, rows].view(products.shape))
+        torch.mul(products, scale, out=self.logits_of[slot][..., rows])
 
     def _exact(self) -> AbstractContextManager[object]:
         """Without autocast, where it is on."""
@@ -73,21 +80,25 @@ class ForwardReader:
                 " enabled, or choose the backend naive"
             )
         row = router - self.first
-        n, scale = self.counts[row], self.bank.config.scale
-        s = self.logits[:, :n, row]
-        p = (s - s.amax(dim=1, keepdim=True)).exp_()  # (M, n)
-        z = p.sum(dim=1, keepdim=True)
-        alpha = p / z if observed else None
-        if scale == "stream":
-            assert stream is not None
-            w, h = p.mul_(n).sub_(z).div_(z), stream.reshape(-1, 1, self.shape[-1]).to(self.wide, copy=True)
-        else:
-            w = p.div_(z if scale == "convex" else z / n)
-            h = w.new_zeros(len(w), 1, self.shape[-1])
+        alpha = self.logits[: self.counts[row], ..., row].softmax(dim=0)  # (n, B, T)
+        x = alpha.new_zeros(()).expand(self.shape) if stream is None else stream.to(self.wide)
         with self._exact():
-            h = add_mix(h, w[:, None], self.sources[:, :n])
+            h = self._mixed(alpha.flatten(1).T, x.reshape(-1, 1, self.shape[-1]))
         dtype = self.dtype if stream is None else stream.dtype
-        return h.to(dtype).view(self.shape), None if alpha is None else alpha.T.unflatten(1, self.shape[:2])
+        return h.to(dtype).view(self.shape), alpha if observed else None
+
+    def _mixed(self, alpha: Tensor, x: Tensor) -> Tensor:
+        """x + sum_i w_i v_i, (M, 1, d), for alpha (M, n)."""
+        (tokens, n), scale = alpha.shape, self.bank.config.scale
+        slots, c = max(n, self.least), 1 if scale == "convex" else n
+        padded = alpha.new_zeros(tokens, slots) if slots > n else alpha.new_empty(tokens, n)
+        # softmax gives equal logits the 1 / n that is taken off, to the bit
+        torch.sub(alpha, 1 / n if scale == "stream" else 0, out=padded[:, :n])
+        w, v = padded[:, None], self.sources[:slots].transpose(0, 1)  # (M, 1, slots) of w / c, (M, slots, d)
+        if self.few or (w.dtype == v.dtype and n * v.shape[2] > LOOPED):
+            return torch.baddbmm(x, w, v, alpha=c)
+        w *= c
+        return add_mix(torch.addcmul(x, w[:, :, :1], v[:, :1].to(w.dtype)), w[:, :, 1:], v[:, 1:])
 
     def snapshot(self) -> "ForwardReader":
         return copy.copy(self)

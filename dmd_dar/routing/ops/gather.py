@@ -239,7 +239,7 @@ class Route(torch.autograd.Function):
         reader: Sources,
         row: int,
     ) -> tuple[Tensor, Tensor]:
-        x = None if stream is None else stream.reshape(-1, stream.shape[-1]).to(reader.wide)
+        x = None if stream is None else stream.reshape(-1, stream.shape[-1]).to(reader.wide).contiguous()
         seen = []
         with torch.autocast(token.device.type, enabled=False):
             if query is None:
