@@ -1,10 +1,11 @@
-"""Are students as good where roll-outs are shared? Against teachers whose score is known exactly:
+"""Are students as good where roll-outs are shared, or calls without gradients are in bfloat16?
 
     python -m benchmarks.analytic
+    python -m benchmarks.analytic compare=gradient_free
 
-Four-step students of a 1/f^2 field and of a mixture are distilled by the code that real runs use (phases, draws,
-losses), at equal updates. Student and fake score are the teacher's velocity plus a small network that starts at zero:
-they start as the teacher, as in a real run.
+Four-step students of a 1/f^2 field and of a mixture, whose score is known exactly, are distilled by the code that real
+runs use (phases, draws, losses), at equal updates. Student and fake score are the teacher's velocity plus a small
+network that starts at zero: they start as the teacher, as in a real run.
 """
 
 import copy
@@ -12,7 +13,7 @@ import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ from dmd_dar.methods import rollout
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import few_step_generator
 from dmd_dar.methods.turns import Turns
+from dmd_dar.models.denoiser import NetworkVelocity
 from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.loop import Phase, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
-from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+from dmd_dar.train.processes.runtime import GradientFree, LaunchConfig, Runtime
 
 FAKE_UPDATES = 5
 MODES = torch.stack([torch.tensor([math.cos(a), math.sin(a)]) for a in torch.arange(8) * math.pi / 4])  # (8, 2)
@@ -38,6 +40,31 @@ SIDE = 16
 RUNGS = 4  # at most
 FEATURES = 7 + RUNGS
 FIELD_UPDATES = 400  # of the student
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared at equal updates."""
+
+    shared: bool = True  # roll-outs, as `rollouts: shared` says
+    gradient_free: GradientFree = "float32"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained."""
+
+    updates: int
+    batch_size: int
+    lr: float
+    shift: float = 1.0  # of the t at which scores are compared
+    per_rung: bool = True
+
+
+ARMS = {
+    "rollouts": {"fresh": Arm(shared=False), "shared": Arm()},
+    "gradient_free": {"float32": Arm(), "bfloat16": Arm(gradient_free="bfloat16")},
+}
 
 
 def mixture_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -125,32 +152,42 @@ class Filter(nn.Module):
         return torch.fft.irfft2(gain * torch.fft.rfft2(x_t), s=(SIDE, SIDE))
 
 
+def as_network(velocity: NetworkVelocity) -> NetworkVelocity:
+    """The velocity as a network gives it: under autocast, its input and its output are rounded to bfloat16."""
+
+    def call(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return velocity(x_t, t, cond, *rung)
+        return velocity(x_t.bfloat16().float(), t, cond, *rung).bfloat16()
+
+    return call
+
+
 def distilled(
     teacher: Velocity,
     correction: nn.Module,
     shape: tuple[int, ...],
     rungs: tuple[float, ...],
-    updates: int,
-    batch_size: int,
-    lr: float,
-    shift: float = 1.0,
-    per_rung: bool = True,
-    shared: bool = True,
+    recipe: Recipe,
+    arm: Arm = Arm(),  # noqa: B008
 ) -> Velocity:
-    """The averaged student after `updates` updates; `shared`: roll-outs, as `rollouts: shared` says."""
+    """The averaged student after `recipe.updates` updates."""
     student, fake_score = (Corrected(teacher, copy.deepcopy(correction)) for _ in range(2))
+    runtime = Runtime(LaunchConfig(cpu=True, gradient_free=arm.gradient_free))
+    velocity = runtime.without_gradients(as_network(student), "rollout")
+    fake = as_network(fake_score if recipe.per_rung else lambda x_t, t, cond, rung: fake_score(x_t, t, cond))
     counts = {"fake_score": FAKE_UPDATES, "student": 1}
     method = DMD(
-        student=student,
-        teacher=teacher,
-        fake_score=fake_score if per_rung else lambda x_t, t, cond, rung: fake_score(x_t, t, cond),
+        student=velocity,
+        teacher=runtime.without_gradients(as_network(teacher), "score"),
+        fake_score=runtime.without_gradients(fake, "score"),
         rungs=rungs,
-        renoise=flow.TimeLaw(low=0.02, high=0.98, shift=shift),
+        renoise=flow.TimeLaw(low=0.02, high=0.98, shift=recipe.shift),
         num_classes=1,
         shape=shape,
-        turns=Turns(counts, student, rungs, 1, shape) if shared else None,
+        turns=Turns(counts, velocity, rungs, 1, shape) if arm.shared else None,
     )
-    ema, runtime = Ema(student, 0.98), Runtime(LaunchConfig(cpu=True))
+    ema, updates, lr = Ema(student, 0.98), recipe.updates, recipe.lr
     config = OptimiserConfig(lr=lr, betas=(0.0, 0.99), decay_start=updates // 2, decay_steps=updates // 2 + 1)
     student_phase = Phase("student", student, Optimiser(config, student.parameters()), method.student_loss, ema)
     fakes = FAKE_UPDATES * updates
@@ -158,7 +195,7 @@ def distilled(
     fake_phase = Phase("fake_score", fake_score, Optimiser(config, fake_score.parameters()), method.fake_score_loss)
     for _ in range(updates):
         for phase in (*[fake_phase] * FAKE_UPDATES, student_phase):
-            update(phase, 0, batch_size, runtime)
+            update(phase, 0, recipe.batch_size, runtime)
     return ema.module
 
 
@@ -210,23 +247,23 @@ def octaves_by_rung(student: Velocity, rungs: tuple[float, ...], shape: tuple[in
     return torch.stack([octaves(x) for x in (*outputs, torch.cat(outputs))])
 
 
-def four_step_student_of_a_field(seed: int, per_rung: bool = True, shared: bool = True) -> Tensor:
+def four_step_student_of_a_field(seed: int, per_rung: bool = True, arm: Arm = Arm()) -> Tensor:  # noqa: B008
     """`octaves_by_rung` of it."""
     torch.manual_seed(seed)
     shape, rungs = (1, SIDE, SIDE), flow.default_rungs(4)
-    recipe = dict(updates=FIELD_UPDATES, batch_size=48, lr=5e-3, shift=0.5)
-    student = distilled(field_velocity, Filter(), shape, rungs, **recipe, per_rung=per_rung, shared=shared)
+    recipe = Recipe(FIELD_UPDATES, batch_size=48, lr=5e-3, shift=0.5, per_rung=per_rung)
+    student = distilled(field_velocity, Filter(), shape, rungs, recipe, arm)
     with torch.no_grad():
         return octaves_by_rung(student, rungs, shape)
 
 
-def four_step_student_of_a_mixture(seed: int, updates: int, shared: bool = True) -> tuple[int, float]:
+def four_step_student_of_a_mixture(seed: int, updates: int, arm: Arm = Arm()) -> tuple[int, float]:  # noqa: B008
     """The modes that it finds, and its distance from the truth over that of the teacher in four steps."""
     torch.manual_seed(seed)
     shape, truth, rungs = (2, 1, 1), mixture_samples(), flow.default_rungs(4)
     before = samples_of(mixture_velocity, rungs, shape).flatten(1)
-    recipe = dict(updates=updates, batch_size=256, lr=3e-3, shift=0.25)
-    student = distilled(mixture_velocity, Perceptron(), shape, rungs, **recipe, shared=shared)
+    recipe = Recipe(updates, batch_size=256, lr=3e-3, shift=0.25)
+    student = distilled(mixture_velocity, Perceptron(), shape, rungs, recipe, arm)
     after = samples_of(student, rungs, shape).flatten(1)
     return modes_found(after), mmd(after, truth) / mmd(before, truth)
 
@@ -235,40 +272,44 @@ def four_step_student_of_a_mixture(seed: int, updates: int, shared: bool = True)
 class AnalyticBenchmark:
     """python -m benchmarks.analytic"""
 
+    compare: Literal["rollouts", "gradient_free"] = key("rollouts", "the key whose values are compared")
     seeds: int = key(6, "training seeds of each target and form", least=2)
     updates: int = key(800, "student updates on the mixture", unit="steps", least=1)
     workers: int = key(2, "processes, of one thread each", least=1)
 
 
-def outcome(target: str, seed: int, shared: bool, updates: int) -> dict[str, float]:
+def outcome(target: str, seed: int, arm: Arm, updates: int) -> dict[str, float]:
     """What one student reaches."""
     torch.set_num_threads(1)
     if target == "mixture":
-        modes, distance = four_step_student_of_a_mixture(seed, updates, shared)
+        modes, distance = four_step_student_of_a_mixture(seed, updates, arm)
         return {"modes": modes, "distance": distance}
-    by_rung = four_step_student_of_a_field(seed, shared=shared)
+    by_rung = four_step_student_of_a_field(seed, arm=arm)
     return {"worst octave": by_rung[:-1].abs().max().item(), "top octave": by_rung[:-1, -1].abs().mean().item()}
 
 
 def measure(bench: AnalyticBenchmark) -> None:
     """Each seed's outcomes in both forms, and the mean of the paired differences with its standard error."""
-    cases = [(t, s, f) for t in ("field", "mixture") for s in range(bench.seeds) for f in (False, True)]
+    arms, targets = ARMS[bench.compare], ("field", "mixture")
+    cases = [(t, s, arm) for s in range(bench.seeds) for t in targets for arm in arms.values()]
     with ProcessPoolExecutor(bench.workers) as pool:
         made = list(pool.map(outcome, *zip(*cases, strict=True), [bench.updates] * len(cases)))
     found = dict(zip(cases, made, strict=True))
     result: dict[str, Any] = {"seeds": bench.seeds, "updates": {"field": FIELD_UPDATES, "mixture": bench.updates}}
-    for target in ("field", "mixture"):
-        fresh, shared = ([found[target, seed, form] for seed in range(bench.seeds)] for form in (False, True))
-        result[target] = {name: paired([x[name] for x in fresh], [x[name] for x in shared]) for name in fresh[0]}
+    for target in targets:
+        by_arm = {name: [found[target, seed, arm] for seed in range(bench.seeds)] for name, arm in arms.items()}
+        names = next(iter(by_arm.values()))[0]
+        result[target] = {one: paired({arm: [x[one] for x in made] for arm, made in by_arm.items()}) for one in names}
         print(target, result[target])
-    print(save("analytic_cpu", torch.device("cpu"), result))
+    print(save("analytic_cpu" if bench.compare == "rollouts" else "precision_cpu", torch.device("cpu"), result))
 
 
-def paired(fresh: list[float], shared: list[float]) -> dict[str, Any]:
-    """Both forms by seed, and shared - fresh: its mean and standard error."""
-    gaps = [b - a for a, b in zip(fresh, shared, strict=True)]
+def paired(by_arm: dict[str, list[float]]) -> dict[str, Any]:
+    """Two arms by seed, and the second less the first: its mean and standard error."""
+    (first, a), (second, b) = by_arm.items()
+    gaps = [y - x for x, y in zip(a, b, strict=True)]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return {"fresh": fresh, "shared": shared, "shared - fresh": statistics.mean(gaps), "standard error": error}
+    return {**by_arm, f"{second} - {first}": statistics.mean(gaps), "standard error": error}
 
 
 if __name__ == "__main__":

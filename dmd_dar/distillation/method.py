@@ -35,17 +35,18 @@ def build_method(
     guidance = gan = None
     if cfg.matching.dm_form == "decoupled":
         unguided = calls.watch("unguided_teacher", velocity_of(networks.teacher, prediction))
-        guidance = Guidance(unguided, cfg.matching.guidance_time)
+        guidance = Guidance(runtime.without_gradients(unguided, "score"), cfg.matching.guidance_time)
     if real is not None and cfg.gan.used:
         gan = build_gan(cfg, prediction, networks, real, runtime.device)
-    student = calls.watch("student", velocity_of(networks.student, prediction))
+    student = runtime.without_gradients(calls.watch("student", velocity_of(networks.student, prediction)), "rollout")
+    fake_score = calls.watch("fake_score", velocity_of(networks.fake_score, prediction))
     turns = None
     if cfg.rollouts == "shared" and cfg.student_input == "simulate":
         turns = Turns(cfg.updates, student, cfg.rungs, recipe.num_classes, recipe.shape, cfg.sampler)
     return DMD(
         student=student,
-        teacher=calls.watch("teacher", guided),
-        fake_score=calls.watch("fake_score", velocity_of(networks.fake_score, prediction)),
+        teacher=runtime.without_gradients(calls.watch("teacher", guided), "score"),
+        fake_score=runtime.without_gradients(fake_score, "score"),
         rungs=cfg.rungs,
         renoise=cfg.matching.time,
         num_classes=recipe.num_classes,

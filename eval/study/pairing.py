@@ -23,7 +23,7 @@ BOOK_KEEPING = (
     "launch.",
     "regression.cache",
 )
-NUMERICAL = ("launch.precision",)  # a key under one of those that changes what is learned
+NUMERICAL = ("launch.precision", "launch.gradient_free")  # keys under one of those that change what is learned
 ROUTING = "student.routing."
 # How a student learns: keys of `student` that no arm may differ in, whatever its network is.
 LEARNING = tuple(f"student.{field.name}" for field in fields(OptimiserConfig)) + ("student.ema",)

@@ -5,8 +5,10 @@ import torch
 
 from benchmarks.analytic import (
     SIDE,
+    Arm,
     Filter,
     Perceptron,
+    Recipe,
     distilled,
     field_velocity,
     four_step_student_of_a_field,
@@ -26,7 +28,7 @@ def test_a_one_step_student_of_a_mixture_finds_its_modes():
     torch.manual_seed(0)
     shape, truth = (2, 1, 1), mixture_samples()
     before = samples_of(mixture_velocity, (1.0,), shape).flatten(1)
-    student = distilled(mixture_velocity, Perceptron(), shape, (1.0,), updates=500, batch_size=256, lr=5e-3, shift=0.5)
+    student = distilled(mixture_velocity, Perceptron(), shape, (1.0,), Recipe(500, 256, lr=5e-3, shift=0.5))
     after = samples_of(student, (1.0,), shape).flatten(1)
     assert modes_found(before) == 0 and modes_found(after) >= 7
     assert mmd(after, truth) <= 0.1 * mmd(before, truth)
@@ -37,7 +39,7 @@ def test_a_one_step_student_of_a_field_has_its_spectrum():
     torch.manual_seed(0)
     shape = (1, SIDE, SIDE)
     assert octaves(samples_of(field_velocity, (1.0,), shape))[-1] < -100  # the mean alone
-    student = distilled(field_velocity, Filter(), shape, (1.0,), updates=300, batch_size=48, lr=5e-3)
+    student = distilled(field_velocity, Filter(), shape, (1.0,), Recipe(300, 48, lr=5e-3))
     after = octaves(samples_of(student, (1.0,), shape))
     assert after[-1].abs() <= 1 and after.abs().max() <= 2
 
@@ -45,6 +47,12 @@ def test_a_one_step_student_of_a_field_has_its_spectrum():
 def test_a_four_step_student_of_a_field_has_its_spectrum():
     assert octaves(samples_of(field_velocity, flow.default_rungs(4), (1, SIDE, SIDE)))[-1] < -6
     top = four_step_student_of_a_field(seed=0, per_rung=True)[:, -1]
+    assert top.abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_calls_without_gradients_in_bfloat16_leave_a_four_step_student_as_good():
+    top = four_step_student_of_a_field(seed=0, arm=Arm(gradient_free="bfloat16"))[:, -1]
     assert top.abs().max() <= 1
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
+from dmd_dar.models.denoiser import NetworkVelocity
 from dmd_dar.train.processes.parts import gathered, is_part, outline
 from dmd_dar.train.processes.world import MEETING, World, alone, launched
 
 T = TypeVar("T")
 
+GradientFree = Literal["auto", "float32", "rollouts", "bfloat16"]
 BUCKET = 25 * 2**20  # bytes of gradients in one exchange: large enough for a full rate, small enough to overlap
 
 
@@ -31,7 +33,12 @@ BUCKET = 25 * 2**20  # bytes of gradients in one exchange: large enough for a fu
 class LaunchConfig:
     """Where and how a run computes; nothing here changes what is computed, up to rounding."""
 
-    precision: Literal["auto", "no", "bf16"] = key("auto", "network precision; auto: bf16 on a GPU, float32 on a CPU")
+    precision: Literal["auto", "no", "bf16"] = key(
+        "auto", "network precision; auto: bf16 on a GPU that computes in it, float32 elsewhere"
+    )
+    gradient_free: GradientFree = key(
+        "auto", "calls without gradients that are in bfloat16: none, roll-outs, or scores too; auto: as precision"
+    )
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
     threads: int = key(0, "CPU threads of each process; 0 leaves torch's choice, shared out among processes", least=0)
     accumulation: int = key(1, "micro-batches per optimiser step", least=1)
@@ -109,6 +116,29 @@ class Runtime:
 
     def autocast(self) -> Any:
         return self.accelerator.autocast()
+
+    def without_gradients(self, velocity: NetworkVelocity, part: Literal["rollout", "score"]) -> NetworkVelocity:
+        """The same velocity; its calls without gradients compute as `launch.gradient_free` says of such a part.
+
+        What becomes of their outputs (estimates of x0, differences, losses) is in float32 whatever this says.
+        """
+        narrow, wanted = self.accelerator.mixed_precision == "bf16", self.config.gradient_free
+        bf16 = narrow if wanted == "auto" else wanted == "bfloat16" or (wanted, part) == ("rollouts", "rollout")
+        if bf16 == narrow:
+            return velocity
+        if self.sharded and narrow:
+            raise UserError(
+                f"launch.gradient_free = {wanted}: under launch.sharding = fsdp2 and bf16, weights travel in bfloat16;"
+                " set it to auto, or launch.precision=no"
+            )
+
+        def call(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
+            if torch.is_grad_enabled():
+                return velocity(x_t, t, cond, *rung)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                return velocity(x_t, t, cond, *rung)
+
+        return call
 
     def main_first(self) -> Any:
         """A context that the main process leaves before the others enter it."""
@@ -256,8 +286,7 @@ class Runtime:
 def _accelerator(config: LaunchConfig, world: World | None) -> Accelerator:
     """Of this process alone, or joined with the others of `world`: on GPUs, or on CPUs where there are none."""
     threads = config.threads or torch.get_num_threads()
-    gpu = torch.cuda.is_available() and not config.cpu
-    precision = ("bf16" if gpu else "no") if config.precision == "auto" else config.precision
+    precision = usual_precision(config) if config.precision == "auto" else config.precision
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))
     processes = 1 if world is None else world.processes
     cpu = config.cpu or (processes > 1 and not _exchanging_device())
@@ -273,6 +302,12 @@ def _accelerator(config: LaunchConfig, world: World | None) -> Accelerator:
     if processes > 1 and made.num_processes != processes:
         raise UserError(f"{processes} processes cannot exchange on {made.device.type}: set launch.cpu=true")
     return made
+
+
+def usual_precision(config: LaunchConfig) -> Literal["no", "bf16"]:
+    """What `launch.precision=auto` stands for here. GPUs before compute capability 8.0 only emulate bfloat16."""
+    gpu = torch.cuda.is_available() and not config.cpu
+    return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def _exchanging_device() -> bool:
