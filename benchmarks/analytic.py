@@ -11,6 +11,7 @@ network that starts at zero: they start as the teacher, as in a real run.
 import copy
 import math
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -152,7 +153,7 @@ class Filter(nn.Module):
         return torch.fft.irfft2(gain * torch.fft.rfft2(x_t), s=(SIDE, SIDE))
 
 
-def as_network(velocity: NetworkVelocity) -> NetworkVelocity:
+def as_network(velocity: Callable[..., Tensor]) -> NetworkVelocity:
     """The velocity as a network gives it: under autocast, its input and its output are rounded to bfloat16."""
 
     def call(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:

@@ -163,25 +163,38 @@ def _step(result: dict[str, Any]) -> str:
 
 
 def analytic(read: Read) -> str:
-    """The section of students of known distributions, by how roll-outs are made."""
-    title = "## Equal quality\n\n"
-    result = read("analytic_cpu")
-    if result is None:
-        return f"{title}{OPEN}: run `python -m benchmarks.analytic`.\n"
+    """The section of students of known distributions, by how roll-outs are made and in which precision."""
     words = (
-        "**Four-step students of distributions whose score is known**, at equal updates, with `rollouts: shared` and"
-        f" `fresh`; {result['seeds']} training seeds. The field's numbers are errors of an octave's power in dB, over"
-        " the rungs; the mixture's its modes found, of 8, and the distance from the truth over the teacher's in four"
-        " steps."
+        "**Four-step students of distributions whose score is known**, at equal updates. The field's numbers are errors"
+        " of an octave's power in dB, over the rungs; the mixture's its modes found, of 8, and the distance from the"
+        " truth over the teacher's in four steps."
     )
+    parts = [
+        by_seed("`rollouts`", read("analytic_cpu"), "fresh", "shared", "python -m benchmarks.analytic"),
+        by_seed(
+            "`launch.gradient_free`",
+            read("precision_cpu"),
+            "float32",
+            "bfloat16",
+            "python -m benchmarks.analytic compare=gradient_free",
+        ),
+    ]
+    return f"## Equal quality\n\n{words}\n\n" + "\n".join(parts)
+
+
+def by_seed(key: str, result: dict[str, Any] | None, first: str, second: str, command: str) -> str:
+    """A table of two values of a key, paired by training seed."""
+    if result is None:
+        return f"**{key}**: {OPEN}: run `{command}`.\n"
+    gap = f"{second} - {first}"
     rows = [
-        [target, name, *(f"{statistics.mean(one[form]):.3g}" for form in ("fresh", "shared"))]
-        + [f"{one['shared - fresh']:+.3g} ± {one['standard error']:.2g}"]
+        [target, name, *(f"{statistics.mean(one[form]):.3g}" for form in (first, second))]
+        + [f"{one[gap]:+.3g} ± {one['standard error']:.2g}"]
         for target in ("field", "mixture")
         for name, one in result[target].items()
     ]
-    head = ["target", "", "fresh", "shared", "shared - fresh, paired by seed"]
-    return f"{title}{stand(result)}\n{words}\n\n{markdown_table(head, rows)}"
+    head = ["target", "", first, second, f"{gap}, paired by seed"]
+    return f"**{key}**, {result['seeds']} training seeds. {stand(result)}\n{markdown_table(head, rows)}"
 
 
 def evaluation(read: Read) -> str:

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.turn import Launches
+from benchmarks.turn_cost import Launches
 from dmd_dar.routing.history import History
 from dmd_dar.routing.ops.forward import ForwardReader
 from dmd_dar.routing.router import RouterBank

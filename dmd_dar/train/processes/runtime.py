@@ -117,7 +117,7 @@ class Runtime:
     def autocast(self) -> Any:
         return self.accelerator.autocast()
 
-    def without_gradients(self, velocity: NetworkVelocity, part: Literal["rollout", "score"]) -> NetworkVelocity:
+    def without_gradients(self, velocity: Callable[..., Tensor], part: Literal["rollout", "score"]) -> NetworkVelocity:
         """The same velocity; its calls without gradients compute as `launch.gradient_free` says of such a part.
 
         What becomes of their outputs (estimates of x0, differences, losses) is in float32 whatever this says.
