@@ -45,7 +45,9 @@ class RegressionConfig(LossWeight):
     count: int = key(256, "trajectories", least=1)
     solver_steps: int = key(15, "Heun steps of a trajectory, two evaluations each", unit="steps", least=1)
     seed: int = key(0, "of the trajectories' noise", least=0)
-    cache: str = key("out/pairs", "folder in which trajectories are kept and found again")
+    cache: str = key(
+        "out/pairs", "folder in which the teacher's trajectories and health samples are kept and found again"
+    )
     pairs: str = key(
         "", "folder that dmd_dar.pairs made, in the place of count, seed and cache; empty: none", path=True
     )

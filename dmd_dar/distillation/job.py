@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from dmd_dar import config, plan
+from dmd_dar.data.kept import Kept
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.distillation.identity import Inputs, card_of, identity_of, open_inputs
 from dmd_dar.distillation.method import build_method
@@ -150,7 +151,27 @@ def build_health(assembled: Assembled, student: Generator) -> Health:
         teacher=ode_generator(method.teacher, SOLVER_STEPS),
         runtime=assembled.runtime,
         optimisers={phase.name: phase.optimiser for phase in assembled.cycle},
+        kept=kept_reference(assembled),
     )
+
+
+def kept_reference(assembled: Assembled) -> Kept:
+    """Where the runs of one teacher share what is measured of its samples, under all that decides these."""
+    cfg, method, runtime, inputs = assembled.cfg, assembled.method, assembled.runtime, assembled.inputs
+    facts = {
+        "what": "health samples of the teacher",
+        "teacher": inputs.teacher.digest,
+        "guidance": cfg.guidance_scale,
+        "heun_steps": SOLVER_STEPS,
+        "count": cfg.log.health_samples,
+        "seed": cfg.seed,
+        "classes": method.num_classes,
+        "shape": method.shape,
+        "codec": inputs.codec.digest() if inputs.codec else "",
+        "precision": runtime.precision,
+        "frozen_dtype": cfg.frozen_dtype,
+    }
+    return Kept.of(cfg.regression.cache, runtime.device, facts)
 
 
 def planned(cfg: DistillConfig) -> str:

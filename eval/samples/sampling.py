@@ -3,10 +3,6 @@
 Legend: N images, B of a batch; latents are (N, C, h, w).
 """
 
-import contextlib
-import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
 from dmd_dar import spectrum
-from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.images import to_pixels
+from dmd_dar.data.kept import Kept
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.methods.generate import Generator, balanced_labels, generate
@@ -51,16 +45,6 @@ class Made:
 
     def rows(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if value is not None}
-
-
-@functools.cache
-def code_digest() -> str:
-    """Of the source of dmd_dar: samples of another version are not found again."""
-    root = Path(spectrum.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -170,21 +154,16 @@ class Bench:
         return self.joined(make, what)
 
     def cached(self, facts: dict[str, Any], generator: Generator, what: str = "sampling") -> Made:
-        """The images that `facts`, this bench and the code determine, made once; a damaged file is made anew."""
-        identity = {**facts, "count": self.count, "seed": self.seed, "shape": self.shape, "classes": self.num_classes}
-        identity |= {"code": code_digest(), "torch": torch.__version__, "device": self.device.type}
-        identity |= {"codec": self.codec_digest} if self.codec_digest else {}
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        path, kept = self.cache / f"{name}.safetensors", None
-        if path.is_file():
-            with contextlib.suppress(SafetensorError):
-                kept = Made(**load_file(path))
-        if not self.processes.any(kept is None):
-            return kept  # type: ignore[return-value]
+        """The images that `facts`, this bench and the code determine, made once; a broken file is made anew."""
+        facts = {**facts, "count": self.count, "seed": self.seed, "shape": self.shape, "classes": self.num_classes}
+        facts |= {"codec": self.codec_digest} if self.codec_digest else {}
+        kept = Kept.of(self.cache, self.device, facts)
+        found = kept.find()
+        if not self.processes.any(found is None):
+            return Made(**found)  # type: ignore[arg-type]
         made = self.images(generator, what)
         if self.processes.main:
-            make_folder(self.cache)
-            write_atomic(path, save(made.rows(), metadata={"identity": json.dumps(identity)}))
+            kept.keep(made.rows())
         return made
 
     def call(self, generator: Generator, count: int = LATENCY_BATCH) -> Callable[[], Tensor]:

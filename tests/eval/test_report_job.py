@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dmd_dar import config
@@ -161,6 +162,14 @@ def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
         assert (ours - theirs).abs().max() <= 1
 
 
+def test_the_runs_of_one_teacher_share_what_health_measures_of_it(runs):
+    held = []
+    for path in (runs / "pairs").iterdir():
+        with safe_open(path, framework="pt") as file:
+            held.append(json.loads(file.metadata().get("identity", "{}")).get("what", "pairs"))
+    assert sorted(held) == ["health samples of the teacher", "pairs"]
+
+
 def test_damaged_kept_images_are_made_anew(runs, tmp_path):
     (arm,) = arms.read_runs((str(runs / "residual"),))
     network = arms.GuidedTeacher.of(arm, torch.device("cpu")).network
@@ -177,7 +186,7 @@ def test_images_of_other_code_are_not_found_again(runs, tmp_path, monkeypatch):
     network = arms.GuidedTeacher.of(arm, torch.device("cpu")).network
     maker = Bench.of(options(runs, "residual", cache=tmp_path), network, torch.device("cpu"))
     for digest in ("one", "one", "two"):
-        monkeypatch.setattr(bench, "code_digest", lambda digest=digest: digest)
+        monkeypatch.setattr("dmd_dar.data.kept.code_digest", lambda digest=digest: digest)
         maker.cached({"a": 1}, lambda cond, draws, noise: noise)
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -114,6 +114,11 @@ class Runtime:
             self.device.type, (self.processes // parts, parts), mesh_dim_names=("replicate", "shard")
         )
 
+    @property
+    def precision(self) -> str:
+        """In which networks compute: "no" for float32, or "bf16"."""
+        return self.accelerator.mixed_precision
+
     def autocast(self) -> Any:
         return self.accelerator.autocast()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmd_dar import spectrum
 from dmd_dar.data.images import levels
+from dmd_dar.data.kept import Kept
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import Generator
@@ -44,6 +45,18 @@ class Samples:
     power: Tensor | None  # (F,)
     hf: float  # energy of the band HF
     lines: Tensor | None  # (2, 4) heights of a pixel grid's lines, dB
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that it has, by name, float64."""
+        held = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in held.items()}
+
+    @staticmethod
+    def of_tensors(held: dict[str, Tensor]) -> "Samples":
+        """From `tensors`."""
+        numbers = {name: held[name].item() for name in ("diversity", "saturation", "hf")}
+        absent = dict.fromkeys(("frequencies", "power", "lines"))
+        return Samples(**{**absent, **held, **numbers})  # type: ignore[arg-type]
 
 
 def samples_of(x0: Tensor, cond: Tensor, images: Tensor) -> Samples:
@@ -156,6 +169,7 @@ class Health:
     teacher: Generator
     runtime: Runtime
     optimisers: dict[str, Optimiser]
+    kept: Kept | None = None  # what is measured of the teacher's samples, where it is found again; None: nowhere
     advice: Advice = field(default_factory=Advice)
     reference: Samples | None = None  # of the teacher, measured when it is first wanted
     tally: Tally = field(default_factory=Tally)
@@ -185,16 +199,30 @@ class Health:
 
     def measure(self) -> dict[str, float]:
         """The signals of the samples now."""
-        first, began = self.reference is None, time.monotonic()
+        first, began, found = self.reference is None, time.monotonic(), False
         with self.runtime.autocast(), eagerly():  # batches of other sizes than training's
             if self.reference is None:
-                self.reference = draw(self.teacher, self.panel, self.runtime.device)
+                self.reference, found = self._reference()
             drawn = time.monotonic()
             measured = signals(draw(self.student, self.panel, self.runtime.device), self.reference)
         if first and self.runtime.is_main:
-            took = f"{drawn - began:.1f} s, once; a record takes {time.monotonic() - drawn:.1f} s"
-            LOGGER.info(f"health: {self.panel.count} samples of the teacher took {took}, every {self.every} steps")
+            took = f"took {drawn - began:.1f} s, once" if not found else f"are those of {self.kept and self.kept.path}"
+            record = f"a record takes {time.monotonic() - drawn:.1f} s, every {self.every} steps"
+            LOGGER.info(f"health: {self.panel.count} samples of the teacher {took}; {record}")
         return measured
+
+    def _reference(self) -> tuple[Samples, bool]:
+        """What is measured of the teacher's samples, and whether it was found. Of a sharded teacher an exchange, which
+        all processes take part in or none.
+        """
+        held = self.kept.find() if self.kept else None
+        missing = self.runtime.any(held is None) if self.runtime.sharded else held is None
+        if held is not None and not missing:
+            return Samples.of_tensors(held), True
+        made = draw(self.teacher, self.panel, self.runtime.device)
+        if self.kept and self.runtime.is_main:
+            self.kept.keep(made.tensors())
+        return made, False
 
     def _add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():

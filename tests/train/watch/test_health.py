@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dmd_dar.data.kept import Kept
 from dmd_dar.distillation import job as distill
 from dmd_dar.draws import Draws
 from dmd_dar.models.saved import load_network
@@ -142,6 +143,31 @@ def health_of(student: Tensor, every: int = 2) -> Health:
         runtime=Runtime(LaunchConfig(cpu=True)),
         optimisers={"student": Optimiser(OptimiserConfig(clip=1.0), [p])},
     )
+
+
+def test_what_is_measured_of_the_teacher_is_made_once_and_read_alike(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dmd_dar")
+    student = fields() * 0.8 + 0.01
+    kept, alone = Kept.of(tmp_path, torch.device("cpu"), {"teacher": "a"}), health_of(student)
+    first, again = (dataclasses.replace(health_of(student), kept=kept) for _ in range(2))
+    assert first.measure() == alone.measure()
+    made = [record.getMessage() for record in caplog.records]
+
+    def never(cond: Tensor, draws: Draws, noise: Tensor) -> Tensor:
+        raise AssertionError("the teacher's samples are made again")
+
+    again.teacher = never
+    assert again.measure() == first.measure()
+    assert "took" in made[0] and f"are those of {kept.path}" in caplog.text
+    assert kept.path.stat().st_size < 10_000  # numbers and no images
+
+
+def test_samples_too_small_for_a_spectrum_are_kept_alike():
+    x0 = fields()[..., :8, :8]
+    whole = measured(x0)
+    held = Samples.of_tensors(whole.tensors())
+    assert held.power is None and held.lines is None and math.isnan(held.hf)
+    assert torch.equal(held.mean, whole.mean) and held.diversity == whole.diversity
 
 
 def step_of(norm: float, gap: float = 1.0) -> dict[str, Tensor]:
