@@ -279,6 +279,7 @@ def measure(bench: TurnBenchmark) -> None:
         raise UserError(f"peer = '{bench.peer}': FastGen is compared on a CPU only; add cpu=true")
     load = os.getloadavg()[0]
     if bench.peer:
+        peer.FastGen.of(Path(bench.peer))  # what cannot be measured is said at once
         memory = {net: peaks_beside(bench, net) for net in bench.nets}  # before anything is timed
         print(
             {net: {name: parts["step"] for name, parts in found.items()} for net, found in memory.items()}, flush=True
