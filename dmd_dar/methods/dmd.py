@@ -70,8 +70,8 @@ class Term:
 class DMD:
     """The three networks as velocities and what joins them. The teacher is already guided; the fake score is not.
 
-    A phase's draws decide labels, noise, rung and t, so both arms of a comparison see the same ones. The optional
-    parts are None where they are off.
+    Draws decide labels, noise, rung and t (with `turns`, labels and noise are the roll-out's), so both arms of a
+    comparison see the same ones. The optional parts are None where they are off.
     """
 
     student: Velocity
@@ -136,13 +136,13 @@ class DMD:
     @torch.no_grad()
     def samples(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
         """(x0_student, cond) as `generate` makes them, without gradient."""
-        return self.generate(rung, draws) if self.turns is None else self.turns.sample(draws)
+        return self.generate(rung, draws) if self.turns is None else self.turns.sample(rung, draws)
 
     @torch.no_grad()
     def simulate(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
         """(x_t, cond): the student's own way from pure noise to the rung (arXiv:2405.14867 4.5)."""
         if self.turns is not None:
-            return self.turns.state(draws)
+            return self.turns.state(rung, draws)
         cond, noise = draws.integers("label", self.num_classes), draws.normal("noise", *self.shape)
         return rollout.Rollout(self.student, cond, self.rungs, draws, noise, self.sampler).state(rung), cond
 

@@ -3,8 +3,10 @@
 A turn is one update of the student and those of the fake score and the heads before it, in all of which the student is
 the same. A roll-out through R rungs passes a sample at every one of them, so it can serve R updates; it is computed as
 far as they need it. Each update still sees one rung, uniform over the turns, and noise and labels that no earlier turn
-saw. What is not as with a roll-out for every update: within a turn, rungs are drawn without replacement, and samples at
-different rungs come from the same noise and labels.
+saw. The student draws its rung by itself, as with a roll-out of its own: were it one that the roll-out's other updates
+leave over, the fake score would never have been updated at just the student's rung. What is not as with a roll-out for
+every update: the other updates draw rungs without replacement, samples at different rungs come from the same noise and
+labels, and the student's may be one that an update before it saw.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,7 +17,7 @@ from torch import Tensor
 from dmd_dar.draws import Draws, Habits
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity
-from dmd_dar.methods.rollout import Rollout
+from dmd_dar.methods.rollout import Rollout, rung_of
 
 PHASE = "rollout"
 
@@ -30,7 +32,9 @@ class Place:
 
 @dataclass
 class Turns:
-    """The student's samples for the updates of a turn, by phase: `updates` says how many each phase makes, in order."""
+    """The student's samples for the updates of a turn: `updates` says how many each phase makes, in order, one of the
+    student's at the end.
+    """
 
     updates: dict[str, int]
     student: Velocity
@@ -38,8 +42,8 @@ class Turns:
     num_classes: int
     shape: tuple[int, ...]  # (C, S, S)
     sampler: Sampler = "stochastic"
-    turn: int = field(default=-1, init=False)
-    rollouts: dict[tuple[int, int], Rollout] = field(default_factory=dict, init=False)  # of this turn, by micro-batch
+    under_way: int = field(default=-1, init=False)  # the roll-out that is asked for; none before it will be again
+    rollouts: dict[int, Rollout] = field(default_factory=dict, init=False)  # its own, by micro-batch
     habits: Habits = field(default_factory=Habits, init=False)
 
     def place(self, draws: Draws) -> Place:
@@ -51,7 +55,8 @@ class Turns:
             slot += count
         row, column = divmod(slot, len(self.rungs))
         number = turn * self.per_turn + row
-        return Place(number, self.order(number, draws)[column])
+        own = draws.phase == list(self.updates)[-1]
+        return Place(number, rung_of(draws, self.rungs) if own else self.order(number, draws)[column])
 
     @property
     def per_turn(self) -> int:
@@ -66,31 +71,28 @@ class Turns:
             order[last], order[other] = order[other], order[last]
         return order
 
-    def state(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """(x_t, cond): the student's input at the update's rung."""
-        place = self.place(draws)
-        rollout = self._rollout(place, draws)
+    def state(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(x_t, cond): the student's input at a rung, in the update's roll-out."""
+        rollout = self._rollout(draws)
         with torch.no_grad():
-            return rollout.state(place.rung), rollout.cond
+            return rollout.state(rung), rollout.cond
 
-    def sample(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def sample(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
         """(x0_student, cond): its output from there."""
-        place = self.place(draws)
-        rollout = self._rollout(place, draws)
+        rollout = self._rollout(draws)
         with torch.no_grad():
-            return rollout.output(place.rung), rollout.cond
+            return rollout.output(rung), rollout.cond
 
     def forget(self) -> None:
-        """Drop the roll-outs of the turn at hand; an update makes what it needs of them anew."""
-        self.turn, self.rollouts = -1, {}
+        """Drop the roll-out at hand; an update makes what it needs of it anew."""
+        self.under_way, self.rollouts = -1, {}
 
-    def _rollout(self, place: Place, draws: Draws) -> Rollout:
-        turn = place.rollout // self.per_turn
-        if turn != self.turn:  # the student is another one
-            self.turn, self.rollouts = turn, {}
-        at = place.rollout, draws.part
-        if at not in self.rollouts:
-            there = replace(draws, phase=PHASE, step=place.rollout, habits=self.habits)
+    def _rollout(self, draws: Draws) -> Rollout:
+        number = self.place(draws).rollout
+        if number != self.under_way:
+            self.under_way, self.rollouts = number, {}
+        if draws.part not in self.rollouts:
+            there = replace(draws, phase=PHASE, step=number, habits=self.habits)
             cond, noise = there.integers("label", self.num_classes), there.normal("noise", *self.shape)
-            self.rollouts[at] = Rollout(self.student, cond, self.rungs, there, noise, self.sampler)
-        return self.rollouts[at]
+            self.rollouts[draws.part] = Rollout(self.student, cond, self.rungs, there, noise, self.sampler)
+        return self.rollouts[draws.part]

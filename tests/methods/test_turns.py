@@ -8,7 +8,7 @@ import torch
 from dmd_dar import flow
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.methods.dmd import DMD
-from dmd_dar.methods.rollout import Rollout, predict_x0
+from dmd_dar.methods.rollout import Rollout, predict_x0, rung_of
 from dmd_dar.methods.turns import PHASE, Turns
 
 RUNGS = (1.0, 0.9, 0.75, 0.5)
@@ -40,13 +40,21 @@ def draws_of(phase: str, step: int, start: int = 0, stop: int = 6, part: int = 0
     return Draws(5, phase, step, sample_range(start, stop), part=part)
 
 
-def test_every_sample_is_of_one_roll_out_and_none_serves_two_updates():
+def test_every_sample_is_of_one_roll_out_and_none_serves_two_updates_before_the_students():
     turns, seen = turns_of(Student()), []
     for turn in range(6):
         places = [turns.place(draws_of(*step)) for step in steps_of(turn)]
-        assert {place.rollout for place in places} == {2 * turn, 2 * turn + 1}
-        seen += [(place.rollout, place.rung) for place in places]
-    assert len(set(seen)) == len(seen) == 6 * 7
+        assert [place.rollout for place in places] == [2 * turn] * 4 + [2 * turn + 1] * 3
+        seen += [(place.rollout, place.rung) for place in places[:-1]]
+    assert len(set(seen)) == len(seen) == 6 * 6
+
+
+def test_the_students_rung_is_its_own_whatever_the_others_took():
+    turns, count = turns_of(Student()), 4000
+    both = [[turns.place(draws_of(name, turn)).rung for name in ("discriminator", "student")] for turn in range(count)]
+    assert [rung for _, rung in both] == [rung_of(draws_of("student", turn), RUNGS) for turn in range(count)]
+    together = torch.bincount(torch.tensor([4 * other + own for other, own in both]), minlength=16) / count
+    assert (together - 1 / 16).abs().max() < 4 * (15 / 256 / count) ** 0.5
 
 
 @pytest.mark.parametrize("phase", UPDATES)
@@ -75,8 +83,8 @@ def test_samples_and_states_are_those_of_a_roll_out_of_ones_own(sampler):
         cond, noise = there.integers("label", 7), there.normal("noise", *SHAPE)
         x_t = Rollout(student, cond, RUNGS, there, noise, sampler).state(place.rung)
         for made, expected in (
-            (turns.state(here), x_t),
-            (turns.sample(here), predict_x0(student, x_t, RUNGS[place.rung], cond)),
+            (turns.state(place.rung, here), x_t),
+            (turns.sample(place.rung, here), predict_x0(student, x_t, RUNGS[place.rung], cond)),
         ):
             assert torch.equal(made[0], expected) and torch.equal(made[1], cond) and not made[0].requires_grad
 
@@ -88,30 +96,38 @@ def test_a_turn_calls_the_student_once_at_each_rung_of_a_roll_out_at_most():
     for turn in range(50):
         student.times.clear()
         for phase, step in steps_of(turn, updates):
-            (turns.state if phase == "student" else turns.sample)(draws_of(phase, step))
+            here = draws_of(phase, step)
+            (turns.state if phase == "student" else turns.sample)(turns.place(here).rung, here)
         assert len(student.times) <= 8 and all(student.times.count(t) <= 2 for t in set(student.times))
         assert set(RUNGS) <= set(student.times)  # the first four updates take one roll-out through all rungs
         counts.append(len(student.times))
-    assert abs(sum(counts) / 50 - (4 + 17 / 6)) < 0.5  # expected: max(fake's rung + 1, student's rung), 17 / 6
+    assert abs(sum(counts) / 50 - (4 + 2.75)) < 0.5  # expected: max(fake's rung + 1, student's rung), 2.75
 
 
 def test_a_new_turn_samples_the_student_that_has_moved_since():
     student = Student()
     turns = turns_of(student)
-    before = turns.sample(draws_of("fake_score", 0))[0]
-    assert turns.sample(draws_of("fake_score", 0))[0] is before
+    before = turns.sample(3, draws_of("fake_score", 0))[0]
+    assert turns.sample(3, draws_of("fake_score", 0))[0] is before
     student.weight = 2.0
-    turns.sample(draws_of("fake_score", 5))
-    assert len(turns.rollouts) == 1  # of the turn before, nothing is kept
-    assert not torch.allclose(turns.sample(draws_of("fake_score", 0))[0], before)
+    turns.sample(3, draws_of("fake_score", 5))
+    assert not torch.allclose(turns.sample(3, draws_of("fake_score", 0))[0], before)
+
+
+def test_a_roll_out_that_no_update_will_ask_for_is_not_kept():
+    turns = turns_of(Student())
+    for phase, step in steps_of(0):
+        for part in range(3):
+            turns.state(3, draws_of(phase, step, 2 * part, 2 * part + 2, part))
+        assert len(turns.rollouts) == 3
 
 
 def test_micro_batches_make_the_samples_of_the_whole():
     whole, split = turns_of(Student()), turns_of(Student())
     for phase, step in steps_of(1):
-        parts = [split.sample(draws_of(phase, step, 2 * i, 2 * i + 2, part=i))[0] for i in range(3)]
-        assert torch.allclose(torch.cat(parts), whole.sample(draws_of(phase, step))[0], rtol=0, atol=1e-6)
-    assert len(split.rollouts) == 3 * 2
+        rung = whole.place(draws_of(phase, step)).rung
+        parts = [split.sample(rung, draws_of(phase, step, 2 * i, 2 * i + 2, part=i))[0] for i in range(3)]
+        assert torch.allclose(torch.cat(parts), whole.sample(rung, draws_of(phase, step))[0], rtol=0, atol=1e-6)
 
 
 def test_the_losses_take_rung_samples_and_inputs_from_the_turns():
@@ -140,5 +156,5 @@ def test_the_losses_take_rung_samples_and_inputs_from_the_turns():
             x0, _ = method.samples(places[-1], here)
             (method.student_loss if phase == "student" else method.fake_score_loss)(here)
             assert torch.equal(method.generate(places[-1], here)[0], x0)
-        assert rungs == places and len(set(places)) == 3
+        assert rungs == places and places[0] != places[1]
         rungs.clear()
