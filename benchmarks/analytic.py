@@ -60,6 +60,7 @@ class Recipe:
     lr: float
     shift: float = 1.0  # of the t at which scores are compared
     per_rung: bool = True
+    seed: int = 0  # of every draw
 
 
 ARMS = {
@@ -196,7 +197,7 @@ def distilled(
     fake_phase = Phase("fake_score", fake_score, Optimiser(config, fake_score.parameters()), method.fake_score_loss)
     for _ in range(updates):
         for phase in (*[fake_phase] * FAKE_UPDATES, student_phase):
-            update(phase, 0, recipe.batch_size, runtime)
+            update(phase, recipe.seed, recipe.batch_size, runtime)
     return ema.module
 
 
@@ -252,7 +253,7 @@ def four_step_student_of_a_field(seed: int, per_rung: bool = True, arm: Arm = Ar
     """`octaves_by_rung` of it."""
     torch.manual_seed(seed)
     shape, rungs = (1, SIDE, SIDE), flow.default_rungs(4)
-    recipe = Recipe(FIELD_UPDATES, batch_size=48, lr=5e-3, shift=0.5, per_rung=per_rung)
+    recipe = Recipe(FIELD_UPDATES, batch_size=48, lr=5e-3, shift=0.5, per_rung=per_rung, seed=seed)
     student = distilled(field_velocity, Filter(), shape, rungs, recipe, arm)
     with torch.no_grad():
         return octaves_by_rung(student, rungs, shape)
@@ -263,7 +264,7 @@ def four_step_student_of_a_mixture(seed: int, updates: int, arm: Arm = Arm()) ->
     torch.manual_seed(seed)
     shape, truth, rungs = (2, 1, 1), mixture_samples(), flow.default_rungs(4)
     before = samples_of(mixture_velocity, rungs, shape).flatten(1)
-    recipe = Recipe(updates, batch_size=256, lr=3e-3, shift=0.25)
+    recipe = Recipe(updates, batch_size=256, lr=3e-3, shift=0.25, seed=seed)
     student = distilled(mixture_velocity, Perceptron(), shape, rungs, recipe, arm)
     after = samples_of(student, rungs, shape).flatten(1)
     return modes_found(after), mmd(after, truth) / mmd(before, truth)
@@ -291,6 +292,7 @@ def outcome(target: str, seed: int, arm: Arm, updates: int) -> dict[str, float]:
 
 def measure(bench: AnalyticBenchmark) -> None:
     """Each seed's outcomes in both forms, and the mean of the paired differences with its standard error."""
+    torch.set_num_threads(1)  # as in the workers: the record says so
     arms, targets = ARMS[bench.compare], ("field", "mixture")
     cases = [(t, s, arm) for s in range(bench.seeds) for t in targets for arm in arms.values()]
     with ProcessPoolExecutor(bench.workers) as pool:

@@ -66,8 +66,11 @@ def load(schema: type[T], argv: Sequence[str]) -> T:
 
 
 def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "saved config") -> T:
-    """A saved configuration read back, checked like a file but for paths: they may lie on another machine."""
-    return _assemble(schema, [Layer(where, values)])
+    """A saved configuration read back, checked like a file but for paths: they may lie on another machine.
+
+    Keys that it lacks are the schema's `BEFORE`, what was done before there was such a key, or its defaults.
+    """
+    return _assemble(schema, [Layer(where, keys.filled(values, getattr(schema, "BEFORE", {})))])
 
 
 def read_saved(path: Path) -> dict[str, Any]:

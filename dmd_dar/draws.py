@@ -25,7 +25,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     """
     device, dims = counter[0].device, (2, *[1] * counter[0].ndim)
     rounds = [[(k + i * weyl) & _WORD for k, weyl in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
-    constants = torch.tensor([_MULTIPLIERS, *rounds], device=device).reshape(-1, *dims)
+    # non_blocking: a GPU is given the numbers in passing, nobody waits for it
+    constants = torch.tensor([_MULTIPLIERS, *rounds]).to(device, non_blocking=True).reshape(-1, *dims)
     even, odd = torch.stack(counter[0::2]), torch.stack(counter[1::2])
     for round_key in constants[1:]:
         product = even * constants[0]  # int64 multiplication wraps, which leaves all 64 bits in place

@@ -33,6 +33,12 @@ def key(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def filled(values: dict[str, Any], missing: dict[str, Any]) -> dict[str, Any]:
+    """The nested `values`, with those of `missing` for keys that they lack."""
+    nested = {name: filled(values[name], missing[name]) for name in missing if isinstance(values.get(name), dict)}
+    return {**missing, **values, **nested}
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two nested configurations differ; ABSENT stands for a missing key."""
     differing = []

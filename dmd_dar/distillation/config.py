@@ -1,7 +1,7 @@
 """The keys of a distillation, and what of them contradicts itself."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from dmd_dar import flow
 from dmd_dar.data.config import DataConfig
@@ -96,6 +96,9 @@ class GanConfig(OptimiserConfig, LossWeight):
 @dataclass(frozen=True)
 class DistillConfig:
     """python distill.py"""
+
+    # what a distillation did whose configuration was written before the key existed
+    BEFORE: ClassVar[dict[str, Any]] = {"rollouts": "fresh"}
 
     out_dir: str = key("", "run folder")
     seed: int = key(0, "of every draw", least=0)

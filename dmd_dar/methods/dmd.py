@@ -130,7 +130,7 @@ class DMD:
             x_t, cond = self.simulate(rung, draws)
         else:
             x0, cond = self.data(draws)
-            x_t = flow.interpolate(x0, draws.normal("noise", *self.shape), x0.new_tensor(self.rungs[rung]))
+            x_t = flow.interpolate(x0, draws.normal("noise", *self.shape), x0.new_full((), self.rungs[rung]))
         return rollout.predict_x0(self.student, x_t, self.rungs[rung], cond), cond
 
     @torch.no_grad()

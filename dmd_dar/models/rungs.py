@@ -36,7 +36,7 @@ class RungTable(nn.Module):
 
 def indices(rung: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """The rung that a call names, if any, as a tensor (): a graph compiled for one then serves all."""
-    return tuple(torch.tensor(index, device=device) for index in rung)
+    return tuple(torch.full((), index, dtype=torch.int64, device=device) for index in rung)  # a copy would wait for it
 
 
 class Rungs(nn.Module):

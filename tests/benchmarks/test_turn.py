@@ -34,7 +34,7 @@ def turn_of(arm: Arm):
 )
 def test_a_turn_starts_no_more_kernels_than_it_did(arm, most):
     found = launches(turn_of(arm))
-    assert found["all"] <= most and found["draws"] <= 450
+    assert 0.95 * most <= found["all"] <= most and 400 <= found["draws"] <= 450
 
 
 def test_the_parts_of_a_turn_are_timed_and_add_up():

@@ -194,7 +194,10 @@ def _gather(ctx: Any, gathered: Gathered, v: Tensor, rms: Tensor, folded: Tensor
     rows, form, v = ctx.rows, ctx.form, v.to(rms.dtype)
     dh = gathered.read(rows)
     alpha = torch.stack([gathered.rows[row][0][:, ctx.column] for row in rows], dim=1)  # (M, readers)
-    w = alpha if form.scale == "convex" else alpha * alpha.new_tensor([form.counts[row] for row in rows])
+    w = alpha
+    if form.scale != "convex":
+        counts = torch.tensor([form.counts[row] for row in rows], dtype=alpha.dtype)
+        w = alpha * counts.to(alpha.device, non_blocking=True)
     if folded is not None:
         delta = torch.stack([gathered.rows[row][1] for row in rows], dim=1)
         ds = w * (dots(dh, v) - delta)

@@ -26,12 +26,10 @@ from yaml import YAMLError
 
 from dmd_dar.atomic import recover_folders, sweep, write_atomic
 from dmd_dar.errors import UserError
-from dmd_dar.keys import differences
+from dmd_dar.keys import differences, filled
 
 MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir")
 GROW_ONLY = ("steps",)
-# What a distillation did whose configuration was written before the key existed.
-BEFORE = {"rollouts": "fresh"}
 
 
 class FolderError(UserError):
@@ -61,14 +59,18 @@ class RunFolder:
         may_change: Iterable[str] = MAY_CHANGE,
         grow_only: Iterable[str] = GROW_ONLY,
         resume: Literal["auto", "never"] = "auto",
+        before: dict[str, Any] | None = None,
     ) -> Self:
-        """Lock `out_dir` for `cfg` (plain containers); refuse another configuration and a second run."""
+        """Lock `out_dir` for `cfg` (plain containers); refuse another configuration and a second run.
+
+        `before`: what a saved configuration means by keys that it lacks.
+        """
         path = Path(out_dir)
         made = [folder for folder in (*reversed(path.parents), path) if not os.path.lexists(folder)]
         folder = cls(_make(path), False, -1, cfg, made)
         try:
             folder.lock = _lock(path)
-            folder.resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume)
+            folder.resumed = _admit(path, cfg, tuple(may_change), tuple(grow_only), resume, before or {})
             folder.before = _read(path / "config.yaml") if folder.resumed else {}
         except BaseException:
             folder.close()
@@ -169,7 +171,12 @@ def _holder(lock: int) -> str:
 
 
 def _admit(
-    path: Path, cfg: dict[str, Any], may_change: tuple[str, ...], grow_only: tuple[str, ...], resume: str
+    path: Path,
+    cfg: dict[str, Any],
+    may_change: tuple[str, ...],
+    grow_only: tuple[str, ...],
+    resume: str,
+    before: dict[str, Any],
 ) -> bool:
     """Whether the folder already held this run; a FolderError if it held another one or may not be resumed."""
     saved = path / "config.yaml"
@@ -181,7 +188,7 @@ def _admit(
         raise FolderError(f"out_dir '{path}' already holds a run; use another out_dir, or allow resuming")
     refused = [
         f"{key}: {json.dumps(old)} -> {json.dumps(new)}" + (" (may only grow)" if key in grow_only else "")
-        for key, old, new in differences({name: BEFORE[name] for name in BEFORE if name in cfg} | _read(saved), cfg)
+        for key, old, new in differences(filled(_read(saved), before), cfg)
         if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)
         and not (key in grow_only and _grows(old, new))
     ]

@@ -70,9 +70,9 @@ def open_run(cfg: Any, runtime: Runtime) -> Iterator[RunFolder | None]:
     Where the main process is refused, all of them stop. Until `begin`, a refusal leaves nothing behind.
     """
     runtime.micro_batches(cfg.batch_size)
-    config = dataclasses.asdict(cfg)
+    config, before = dataclasses.asdict(cfg), getattr(cfg, "BEFORE", None)
     folder = runtime.together(
-        lambda: RunFolder.claim(cfg.out_dir, config, resume=cfg.resume) if runtime.is_main else None
+        lambda: RunFolder.claim(cfg.out_dir, config, resume=cfg.resume, before=before) if runtime.is_main else None
     )
     with folder or contextlib.nullcontext():
         yield folder
@@ -106,7 +106,7 @@ def run_cycle(
     checkpoints = Path(cfg.out_dir) / "checkpoints"
     with loop.stop:
         start = loop.restore(checkpoints)
-        with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg), start) as log:
+        with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg) if folder is None else folder.cfg, start) as log:
             if watch.found:
                 log.write({"step": start, **watch.found})
             finished = loop.run(start, log)

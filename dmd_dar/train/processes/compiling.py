@@ -96,7 +96,10 @@ def refusal(launch: LaunchConfig, runtime: Runtime) -> str:
     try:
         torch.compile(torch.sin, dynamic=False)(torch.zeros(8, device=runtime.device))
     except Exception as error:  # of the compiler, of what it calls, or of an installation without either
-        return f"torch.compile does not work here ({first_line(error)}): it needs a C++ compiler such as g++ (CXX)"
+        on_cpu = runtime.device.type == "cpu"
+        compiler = "a C++ compiler such as g++ (CXX)" if on_cpu else "Triton and a C compiler (CC)"
+        kept = "a folder of its own that can be read (TORCHINDUCTOR_CACHE_DIR)"
+        return f"torch.compile does not work here ({first_line(error)}): it needs {compiler}, and {kept}"
     return ""
 
 
