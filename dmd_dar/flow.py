@@ -9,6 +9,7 @@ Other networks' processes, x = alpha x0 + sigma eps, and predictions meet this o
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -202,19 +203,51 @@ def check_rungs(rungs: tuple[float, ...], solver_steps: int | None = None) -> No
         )
 
 
-def time_grid(rungs: tuple[float, ...], steps: int) -> tuple[list[float], list[int]]:
+# How a solver's steps are spread over t, each by what they are even in; "even" is t itself.
+SolverGrid = Literal["even", "sqrt", "cosine"]
+_TIME_AT: dict[SolverGrid, Callable[[float], float]] = {
+    "even": lambda u: u,
+    "sqrt": lambda u: u * u,
+    "cosine": lambda u: math.sin(u * math.pi / 2) ** 2,
+}
+_PLACE_OF: dict[SolverGrid, Callable[[float], float]] = {
+    "even": lambda t: t,
+    "sqrt": math.sqrt,
+    "cosine": lambda t: math.asin(math.sqrt(t)) * 2 / math.pi,
+}
+
+
+def time_grid(rungs: tuple[float, ...], steps: int, law: SolverGrid) -> tuple[list[float], list[int]]:
     """A grid from 1 to 0 in `steps` intervals that passes through every rung, and where in it each rung stands.
 
-    Each interval between rungs (the last one ends at 0) is cut evenly; later intervals, where detail forms, take the
-    remainder. Raises ValueError if there are fewer steps than rungs.
+    Each interval between rungs (the last one ends at 0) is cut at even places u, with t = u ("even"), u^2 ("sqrt") or
+    sin^2(pi u / 2) ("cosine"). The latter two take small steps near data, where fine detail forms and even ones leave
+    noise; "cosine" does so near noise too, where the way begins to bend. "even" gives every interval as many steps,
+    later ones the remainder; the others share them out by length in u, one at least. Raises ValueError if there are
+    fewer steps than rungs.
     """
     if steps < len(rungs):
         raise ValueError(f"{steps} solver steps cannot pass through {len(rungs)} rungs: take at least as many steps")
     ends = [*rungs[1:], 0.0]
-    base, extra = divmod(steps, len(rungs))
+    counts = _even_counts(len(rungs), steps) if law == "even" else _counts(rungs, ends, steps, _PLACE_OF[law])
     grid, positions = [rungs[0]], []
-    for j, (start, end) in enumerate(zip(rungs, ends, strict=True)):
+    for start, end, count in zip(rungs, ends, counts, strict=True):
         positions.append(len(grid) - 1)
-        count = base + (1 if j >= len(rungs) - extra else 0)
-        grid += [start + (end - start) * i / count for i in range(1, count)] + [end]
+        begin, stop = _PLACE_OF[law](start), _PLACE_OF[law](end)
+        grid += [_TIME_AT[law](begin + (stop - begin) * i / count) for i in range(1, count)] + [end]
     return grid, positions
+
+
+def _even_counts(intervals: int, steps: int) -> list[int]:
+    base, extra = divmod(steps, intervals)
+    return [base + (1 if j >= intervals - extra else 0) for j in range(intervals)]
+
+
+def _counts(starts: Sequence[float], ends: Sequence[float], steps: int, place: Callable[[float], float]) -> list[int]:
+    """One step for each interval, and each further one where the steps are the longest in u."""
+    lengths = [place(start) - place(end) for start, end in zip(starts, ends, strict=True)]
+    counts = [1] * len(lengths)
+    for _ in range(steps - len(lengths)):
+        longest = max(range(len(lengths)), key=lambda j: (lengths[j] / counts[j], j))
+        counts[longest] += 1
+    return counts

@@ -25,17 +25,18 @@ from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.generate import balanced_labels
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
 from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
 from dmd_dar.train.processes.filling import Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
 BATCH = 64
-HOW = {"solver": "heun", "labels": "in turn"}
+HOW = {"labels": "in turn"}
 
 
 @dataclass(frozen=True)
-class RegressionConfig(LossWeight):
+class RegressionConfig(LossWeight, Solver):
     """The regression loss on teacher trajectories; without any weight they are left out."""
 
     weight: float = key(0.25, "weight of the loss", least=0)
@@ -43,7 +44,6 @@ class RegressionConfig(LossWeight):
         "mse", "distance; spectrum: squared error by frequency; lpips needs its weights on this machine"
     )
     count: int = key(256, "trajectories", least=1)
-    solver_steps: int = key(15, "Heun steps of a trajectory, two evaluations each", unit="steps", least=1)
     seed: int = key(0, "of the trajectories' noise", least=0)
     cache: str = key(
         "out/pairs", "folder in which the teacher's trajectories and health samples are kept and found again"
@@ -54,7 +54,7 @@ class RegressionConfig(LossWeight):
 
 
 @dataclass(frozen=True)
-class PairsConfig:
+class PairsConfig(Solver):
     """python -m dmd_dar.pairs"""
 
     out: str = key("", "folder for the shards and their manifest")
@@ -62,7 +62,6 @@ class PairsConfig:
     seed: int = key(0, "of the noise; pair i depends on seed and i alone", least=0)
     rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
-    solver_steps: int = key(15, "Heun steps of a trajectory, two evaluations each", unit="steps", least=1)
     shard_size: int = key(64, "pairs in a file, which is written whole or not at all", least=1)
     batch_size: int = key(BATCH, "pairs at a time; changes none of them beyond rounding", least=1)
     workers: int = key(0, "processes of this machine; 0: one for each GPU, one without", least=0)
@@ -83,7 +82,7 @@ class Recipe:
     teacher: str  # models.teachers.Teacher.digest
     guidance_scale: float
     rungs: tuple[float, ...]
-    solver_steps: int
+    solver: Solver
     seed: int
     count: int
     num_classes: int
@@ -110,7 +109,7 @@ def make_trajectories(
         samples = sample_range(start, min(start + batch_size, stop), device)
         noise = Draws(recipe.seed, "pairs", 0, samples).normal("noise", *recipe.shape)
         cond = balanced_labels(samples, recipe.num_classes)
-        parts.append(solve_trajectories(teacher, cond, recipe.rungs, recipe.solver_steps, noise))
+        parts.append(solve_trajectories(teacher, cond, recipe.rungs, recipe.solver, noise))
     return Trajectories(*(torch.cat([getattr(part, name) for part in parts]) for name in TENSORS))
 
 
@@ -147,9 +146,15 @@ class StoredTrajectories:
         return states.to(self.device), ends.to(self.device), cond.to(self.device)
 
 
+def how_solved(solver: Solver) -> dict[str, Any]:
+    """A solver in a folder's content, which names no even grid: the only one before there were others."""
+    values = asdict(solver)
+    return {name: values[name] for name in values if (name, values[name]) != ("solver_grid", "even")}
+
+
 def layout_of(recipe: Recipe, shard_size: int) -> Layout:
     """What a folder of the recipe's trajectories holds, float32."""
-    decides = asdict(recipe)
+    decides = asdict(recipe) | how_solved(recipe.solver)
     count = decides.pop("count")
     states, ends = Form("F32", (len(recipe.rungs), *recipe.shape)), Form("F32", recipe.shape)
     tensors = {"states": states, "ends": ends, "cond": Form("I64", ())}
@@ -158,8 +163,8 @@ def layout_of(recipe: Recipe, shard_size: int) -> Layout:
 
 def wanted_by(cfg: PairsConfig) -> dict[str, Any]:
     """What of `layout_of` needs no look at the teacher."""
-    same = ("guidance_scale", "rungs", "solver_steps", "seed", "n", "shard_size")
-    return {**HOW, **{name: getattr(cfg, name) for name in same}}
+    same = ("guidance_scale", "rungs", "seed", "n", "shard_size")
+    return {**HOW, **how_solved(cfg.ode), **{name: getattr(cfg, name) for name in same}}
 
 
 def open_pairs(folder: str, recipe: Recipe, device: torch.device) -> StoredTrajectories:
@@ -198,7 +203,7 @@ def recipe_and_teacher(cfg: PairsConfig, device: torch.device) -> tuple[Recipe, 
         teacher=teacher.digest,
         guidance_scale=cfg.guidance_scale,
         rungs=cfg.rungs,
-        solver_steps=cfg.solver_steps,
+        solver=cfg.ode,
         seed=cfg.seed,
         count=cfg.n,
         num_classes=form.num_classes,

@@ -20,6 +20,7 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import decoded, ode_generator
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import ModelCard
@@ -41,7 +42,6 @@ from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from dmd_dar.train.watch.failure import Calls
 from dmd_dar.train.watch.preflight import check_data, first_batch
 
-GRID_STEPS = 16  # Heun steps behind the sample grids
 SHOWN_CROPS = 64  # in samples/data.png
 
 
@@ -174,7 +174,7 @@ def train(cfg: PretrainConfig, runtime: Runtime, folder: RunFolder | None) -> No
         (phase,),
         watch=Watch(calls, turns=turns, found=found),
         pictures=Pictures(
-            decoded(ode_generator(averaged, GRID_STEPS), codec and codec.decode), data.shape, data.num_classes
+            decoded(ode_generator(averaged, Solver()), codec and codec.decode), data.shape, data.num_classes
         ),
         results=Results({"student": ema.module}, lambda place, network, _: export(place, network, card, codec)),
     )

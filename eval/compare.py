@@ -15,6 +15,7 @@ from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
+from dmd_dar.methods.solvers import Solver
 
 from .measure.provenance import command_line, provenance
 from .measure.results import Origin
@@ -31,7 +32,7 @@ from .study.wording import seed_table
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Solver):
     """python -m eval.compare"""
 
     arms: ArmsConfig = key(factory=ArmsConfig)
@@ -39,7 +40,6 @@ class CompareConfig:
     out: str = key("out/compare", "folder for compare.json and runs/, one small file for each run")
     n: int = key(1024, "images of each network", least=64)
     seed: int = key(0, "of the evaluation noise, the resampling and the simulations", least=0)
-    solver_steps: int = key(15, "Heun steps of the teacher, two evaluations each", unit="steps", least=1)
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cache: str = key("out/cache", "folder in which images are kept and found again")
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
@@ -61,7 +61,7 @@ class CompareOrigin(Origin):
 
 
 def origin_of(cfg: CompareConfig, groups: RunsByArm) -> CompareOrigin:
-    nothing = CompareConfig(ArmsConfig(residual=("", ""), dar=("", "")))
+    nothing = CompareConfig(arms=ArmsConfig(residual=("", ""), dar=("", "")))
     return CompareOrigin(
         command_line("eval.compare", config.differences(nothing, cfg)),
         configs={str(run.folder): run.raw for runs in groups.values() for run in runs},
@@ -83,7 +83,7 @@ def compare(cfg: CompareConfig) -> None:
     bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
     if processes.main:
         LOGGER.info(f"sampling {cfg.n} images of the teacher and of {sum(map(len, groups.values()))} runs")
-    reference = teacher.sample_set(bench, cfg.solver_steps)
+    reference = teacher.sample_set(bench, cfg.ode)
     study = sample_and_measure(groups, reference, bench)
     if study is not None:
         result = conclude(study, cfg.n, cfg.seed)

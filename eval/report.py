@@ -11,6 +11,7 @@ from dmd_dar.atomic import make_folder
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
+from dmd_dar.methods.solvers import Solver
 
 from .measure.latent import latent_spectra, read_latents
 from .measure.ledger import Ledger
@@ -34,7 +35,7 @@ GENERAL = ("auto", "offline")  # words for `metrics` that stand alone
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Solver):
     """python -m eval.report"""
 
     runs: tuple[str, ...] = key((), "run folders of distill.py; they share teacher, rungs and guidance", path=True)
@@ -56,7 +57,6 @@ class ReportConfig:
     out: str = key("out/report", "folder for report.html, report.json, report.csv and the figures")
     n: int = key(1024, "images of each set that is sampled", least=64)
     seed: int = key(0, "of the evaluation noise, the real crops and the bootstrap", least=0)
-    solver_steps: int = key(15, "Heun steps of the teacher, two evaluations each", unit="steps", least=1)
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cache: str = key("out/cache", "folder in which the teacher's images are kept and found again")
     title: str = key("Did the detail survive?", "heading of the page")

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from dmd_dar.device import chosen_device
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels, ode_generator
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.saved import Denoiser, Saved, read_card, read_network
 
@@ -44,13 +45,12 @@ GRID_ROWS = 8
 
 
 @dataclass(frozen=True)
-class TeacherReportConfig:
+class TeacherReportConfig(Solver):
     """python -m eval.teacher"""
 
     path: str = key("teachers/photos32", "folder of a teacher of the seven photographs", path=True)
     out: str = key("out/teacher", "folder for quality.json and grid.png")
     n: int = key(2048, "samples, classes in turn", least=64)
-    solver_steps: int = key(32, "Heun steps, two evaluations each", unit="steps", least=1)
     neighbours: int = key(4096, "training crops of each class among which the nearest is looked for", least=1)
     seed: int = key(0, "of the noise, the crops and the bootstrap", least=0)
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
@@ -198,8 +198,8 @@ class TeacherSets:
 def sample_sets(cfg: TeacherReportConfig, saved: Saved, network: Denoiser, data: Photos) -> TeacherSets:
     """Row i of every set is of the same class."""
     bench = Bench.of(cfg, network, data.device)
-    facts = {"teacher": saved.digest, "guidance": 1.0, "heun_steps": cfg.solver_steps}
-    generator = ode_generator(velocity_of(network, saved.card.prediction), cfg.solver_steps)
+    facts = {"teacher": saved.digest, "guidance": 1.0, "solver": asdict(cfg.ode)}
+    generator = ode_generator(velocity_of(network, saved.card.prediction), cfg.ode)
     made = bench.cached(facts, generator, "teacher")
     real, null = real_sets(bench, data)
     samples = sample_range(0, cfg.n, data.device)
@@ -232,7 +232,7 @@ def judge_teacher(cfg: TeacherReportConfig) -> None:
         judgement,
         memorisation(read, data, cfg.neighbours, cfg.seed),
         n=cfg.n,
-        evaluations=2 * cfg.solver_steps,
+        evaluations=cfg.ode.evaluations,
         network=saved.digest,
         data_hash=data_hash(),
         provenance=provenance(device, time.monotonic() - began, origin),

@@ -10,6 +10,7 @@ export OMP_NUM_THREADS=1
 seeds=${SEEDS:-"0 1 2"}
 out=${OUT:-out/pilot}
 began=$SECONDS
+reference=(solver=heun solver_steps=15 solver_grid=even) # as when docs/pilot.md was recorded
 arms=(residual dar)
 [[ -n ${FROZEN:-} ]] && arms+=(frozen)
 
@@ -46,8 +47,8 @@ echo "students: $((SECONDS - began)) s"
 compared=()
 for arm in "${arms[@]}"; do compared+=("arms.$arm=[$(runs "$arm")]"); done
 export OMP_NUM_THREADS=${EVAL_THREADS:-2}
-python -m eval.compare "${compared[@]}" "out=$out/compare" n=1024
+python -m eval.compare "${compared[@]}" "out=$out/compare" n=1024 "${reference[@]}"
 echo "compared: $((SECONDS - began)) s"
 python -m eval.report "runs=[$(runs residual "${REPORTED:-}"),$(runs dar "${REPORTED:-}")]" "compare=$out/compare/compare.json" "out=$out/report" \
-  n=1024 metrics=[offline] "title=${TITLE:-Pilot at toy scale, residual and DAR students from several training seeds each}"
+  n=1024 metrics=[offline] "${reference[@]}" "title=${TITLE:-Pilot at toy scale, residual and DAR students from several training seeds each}"
 echo "report: $((SECONDS - began)) s"

@@ -23,6 +23,7 @@ runs=out/pilot/dar_seed0
 for name in rate chunks convex longer; do runs+=",out/pilot_routers/$name"; done
 export OMP_NUM_THREADS=${EVAL_THREADS:-2}
 python -m eval.report "runs=[out/pilot/residual_seed0,$runs]" out=out/pilot_routers/report n=512 metrics=[offline] \
+  solver=heun solver_steps=15 solver_grid=even \
   title="Pilot at toy scale, routers with one choice changed at a time"
 python -m dmd_dar.diagnostics run=out/pilot/dar_seed0 compare=out/pilot_routers/rate out=out/pilot_routers/diagnostics \
   samples=256 probe_pairs=256

@@ -218,17 +218,25 @@ def test_bad_rungs_are_refused(rungs, message):
 @pytest.mark.parametrize(
     ("rungs", "steps"), [((1.0,), 1), ((1.0,), 7), ((1.0, 0.9, 0.75, 0.5), 4), ((1.0, 0.9, 0.75, 0.5), 15)]
 )
-def test_the_grid_passes_through_every_rung(rungs, steps):
-    grid, positions = flow.time_grid(rungs, steps)
+@pytest.mark.parametrize("law", ["even", "sqrt", "cosine"])
+def test_the_grid_passes_through_every_rung(rungs, steps, law):
+    grid, positions = flow.time_grid(rungs, steps, law)
     assert len(grid) == steps + 1 and grid[0] == 1.0 and grid[-1] == 0.0
     assert all(b < a for a, b in zip(grid, grid[1:], strict=False))
     assert tuple(grid[i] for i in positions) == rungs
     counts = [b - a for a, b in zip(positions, [*positions[1:], steps], strict=True)]
-    assert counts == sorted(counts) and counts[-1] - counts[0] <= 1
+    assert min(counts) >= 1 and (law != "even" or (counts == sorted(counts) and counts[-1] - counts[0] <= 1))
+
+
+def test_other_laws_are_even_in_their_own_places_and_share_out_the_steps_by_them():
+    assert flow.time_grid((1.0,), 4, "sqrt")[0] == pytest.approx([1.0, 0.5625, 0.25, 0.0625, 0.0])
+    assert flow.time_grid((1.0,), 3, "cosine")[0] == pytest.approx([1.0, 0.75, 0.25, 0.0])
+    grid, positions = flow.time_grid((1.0, 0.81), 10, "sqrt")  # in sqrt(t): a tenth of the way and nine
+    assert positions == [0, 1] and grid[1:4] == pytest.approx([0.81, 0.64, 0.49])
 
 
 def test_the_grid_is_even_between_rungs_and_needs_enough_steps():
-    grid, positions = flow.time_grid((1.0, 0.4), 5)
+    grid, positions = flow.time_grid((1.0, 0.4), 5, "even")
     assert grid == pytest.approx([1.0, 0.7, 0.4, 0.4 * 2 / 3, 0.4 / 3, 0.0]) and positions == [0, 2]
     with pytest.raises(ValueError, match="3 solver steps cannot pass through 4 rungs"):
-        flow.time_grid((1.0, 0.9, 0.75, 0.5), 3)
+        flow.time_grid((1.0, 0.9, 0.75, 0.5), 3, "cosine")

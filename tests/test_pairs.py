@@ -20,6 +20,7 @@ from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import TimeLaw
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD, Regression
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.saved import ModelCard, load_network, save_network
 from dmd_dar.pairs import PairsConfig, RegressionConfig, make_pairs, make_trajectories, open_pairs, trajectories_for
 from tests.models.tiny_pipelines import public_file
@@ -165,6 +166,8 @@ def test_a_second_signal_ends_it_at_once_and_nothing_half_made_counts(teacher, w
         ("guidance_scale=1.5", "guidance_scale: 1.0 -> 1.5"),
         ("rungs=[1.0,0.5015]", "rungs: [1.0, 0.5] -> [1.0, 0.5015]"),
         ("solver_steps=5", "solver_steps: 4 -> 5"),
+        ("solver=heun", 'solver: "dpm" -> "heun"'),
+        ("solver_grid=sqrt", 'solver_grid: "cosine" -> "sqrt"'),
         ("shard_size=5", "shard_size: 4 -> 5"),
     ],
 )
@@ -188,7 +191,8 @@ def test_a_replaced_teacher_is_noticed(whole, tmp_path, capsys):
         ({"teacher": "another"}, "teacher: "),
         ({"guidance_scale": 2.0}, "guidance_scale: 1.0 -> 2.0"),
         ({"rungs": (1.0, 0.5015)}, "rungs: [1.0, 0.5] -> [1.0, 0.5015]"),
-        ({"solver_steps": 15}, "solver_steps: 4 -> 15"),
+        ({"solver": Solver(solver_steps=15)}, "solver_steps: 4 -> 15"),
+        ({"solver": Solver(solver_steps=4, solver_grid="even")}, "solver_grid: "),
         ({"num_classes": 1000}, "num_classes: 7 -> 1000"),
         ({"shape": (4, 32, 32)}, "shape: "),
         ({"seed": 9, "count": 12}, None),
@@ -203,6 +207,14 @@ def test_a_run_takes_only_the_pairs_that_it_would_make_itself(teacher, whole, ch
     with pytest.raises(UserError, match="regression.pairs = .*Restore these keys, or make pairs") as refused:
         trajectories_for(regression, wanted, velocity, CPU)
     assert said in str(refused.value)
+
+
+def test_a_folder_of_before_there_were_grids_is_one_of_heun_on_an_even_grid(teacher, tmp_path):
+    run(teacher, tmp_path, "solver=heun", "solver_grid=even")
+    content = Shards(tmp_path).layout.content
+    assert content["solver"] == "heun" and content["solver_steps"] == 4 and "solver_grid" not in content
+    recipe, velocity = pairs.recipe_and_teacher(config_of(teacher, tmp_path, "solver=heun", "solver_grid=even"), CPU)
+    assert trajectories_for(RegressionConfig(pairs=str(tmp_path)), recipe, velocity, CPU).count == 10
 
 
 def test_training_on_the_folder_is_training_on_the_trajectories(teacher, tmp_path):

@@ -98,7 +98,10 @@ class DistillConfig:
     """python distill.py"""
 
     # what a distillation did whose configuration was written before the key existed
-    BEFORE: ClassVar[dict[str, Any]] = {"rollouts": "fresh"}
+    BEFORE: ClassVar[dict[str, Any]] = {
+        "rollouts": "fresh",
+        "regression": {"solver": "heun", "solver_grid": "even"},
+    }
 
     out_dir: str = key("", "run folder")
     seed: int = key(0, "of every draw", least=0)

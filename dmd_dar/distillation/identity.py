@@ -52,7 +52,7 @@ def recipe_of(cfg: DistillConfig, teacher: Teacher) -> Recipe:
         teacher=teacher.digest,
         guidance_scale=cfg.guidance_scale,
         rungs=cfg.rungs,
-        solver_steps=cfg.regression.solver_steps,
+        solver=cfg.regression.ode,
         seed=cfg.regression.seed,
         count=cfg.regression.count,
         num_classes=teacher.network.num_conditions,

@@ -17,6 +17,7 @@ from dmd_dar.distillation.networks import Networks, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import Generator, decoded, few_step_generator, ode_generator
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
@@ -29,7 +30,7 @@ from dmd_dar.train.processes import launch
 from dmd_dar.train.processes.compiling import FirstTurn, compile_run
 from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.failure import Calls
-from dmd_dar.train.watch.health import SOLVER_STEPS, Health, Panel
+from dmd_dar.train.watch.health import Health, Panel
 from dmd_dar.train.watch.preflight import preflight
 
 
@@ -148,7 +149,7 @@ def build_health(assembled: Assembled, student: Generator) -> Health:
         every=cfg.log.health_every,
         panel=Panel(cfg.log.health_samples, cfg.seed, method.shape, method.num_classes, codec and codec.decode),
         student=student,
-        teacher=ode_generator(method.teacher, SOLVER_STEPS),
+        teacher=ode_generator(method.teacher, Solver()),
         runtime=assembled.runtime,
         optimisers={phase.name: phase.optimiser for phase in assembled.cycle},
         kept=kept_reference(assembled),

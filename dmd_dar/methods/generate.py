@@ -8,14 +8,14 @@ from torch import Tensor
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods import rollout
+from dmd_dar.methods.solvers import Solver
 
 Generator = Callable[[Tensor, Draws, Tensor], Tensor]  # (cond (B,), draws, noise (B, C, S, S)) -> x0 (B, C, S, S)
 
 
-def ode_generator(velocity: Velocity, steps: int) -> Generator:
-    """Heun on an even grid: 2 evaluations a step."""
-    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    return lambda cond, draws, noise: rollout.solve_ode(velocity, cond, grid, noise)[-1]
+def ode_generator(velocity: Velocity, solver: Solver) -> Generator:
+    """The end of the ODE from the noise."""
+    return lambda cond, draws, noise: solver.path(velocity, cond, noise)[0][-1]
 
 
 def few_step_generator(

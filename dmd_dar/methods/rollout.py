@@ -1,14 +1,14 @@
-"""The few-step student, one definition for training, sampling and evaluation; and the ODE solvers of the teacher.
+"""The few-step student, one definition for training, sampling and evaluation.
 
 Shapes: x_t (B, ...); cond (B,); rungs descend from 1 (pure noise), see flow.check_rungs.
 """
 
-from itertools import pairwise
+import importlib
 
 import torch
 from torch import Tensor
 
-from dmd_dar import flow
+from dmd_dar import flow, moved
 from dmd_dar.draws import Draws
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity
@@ -77,17 +77,9 @@ class Rollout:
         return self.output(len(self.rungs) - 1)
 
 
-def solve_ode(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> list[Tensor]:
-    """Heun's method for dx/dt = v along a descending grid: the state at every grid point, the first being `noise`.
-
-    2 evaluations a step; the same callable may be the guided teacher.
-    """
-    x, states = noise, [noise]
-    for t, t_next in pairwise(grid):
-        times = torch.full((len(x),), t, device=x.device, dtype=x.dtype)
-        v = velocity(x, times, cond)
-        euler = x + (t_next - t) * v
-        corrected = velocity(euler, torch.full_like(times, t_next), cond)
-        x = x + (t_next - t) * (v + corrected) / 2
-        states.append(x)
-    return states
+def __getattr__(name: str) -> object:
+    """The teacher's solvers have a file of their own."""
+    if name != "solve_ode":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    moved.warn(f"{__name__}.solve_ode", "dmd_dar.methods.solvers.heun", 3)
+    return importlib.import_module("dmd_dar.methods.solvers").heun

@@ -10,9 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dmd_dar import flow
 from dmd_dar.guidance import Velocity
-from dmd_dar.methods.rollout import solve_ode
+from dmd_dar.methods.solvers import Solver
 
 
 class Pairs(Protocol):
@@ -45,9 +44,8 @@ class Trajectories:
 
 @torch.no_grad()
 def solve_trajectories(
-    teacher: Velocity, cond: Tensor, rungs: tuple[float, ...], steps: int, noise: Tensor
+    teacher: Velocity, cond: Tensor, rungs: tuple[float, ...], solver: Solver, noise: Tensor
 ) -> Trajectories:
-    """Heun in `steps` steps (2 evaluations each) from `noise` (B, C, S, S), through every rung, to t = 0."""
-    grid, positions = flow.time_grid(rungs, steps)
-    path = solve_ode(teacher, cond, grid, noise)
+    """From `noise` (B, C, S, S), through every rung, to t = 0."""
+    path, positions = solver.path(teacher, cond, noise, rungs)
     return Trajectories(torch.stack([path[i] for i in positions], dim=1), path[-1], cond)

@@ -12,6 +12,7 @@ from dmd_dar.data.config import DataConfig
 from dmd_dar.data.sources import Source
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.messages import LOGGER
+from dmd_dar.methods.solvers import Solver
 
 from ..measure.ledger import Ledger
 from ..samples.parallel import Processes
@@ -41,7 +42,7 @@ class InputKeys(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def solver_steps(self) -> int: ...
+    def ode(self) -> Solver: ...
     @property
     def batch_size(self) -> int: ...
     @property
@@ -102,7 +103,7 @@ def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Pr
     if processes.main:
         LOGGER.info(f"sampling {keys.n} images of the teacher and of {len(runs)} students")
     real = None if data is None else read_real(data, bench)
-    reference = teacher.sample_set(bench, keys.solver_steps)
+    reference = teacher.sample_set(bench, keys.ode)
     baselines = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
     students = {run.name: _student(run, bench, reference, ledger) for run in runs}
     inputs = Inputs(
@@ -110,7 +111,7 @@ def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Pr
         real=real.reference if real else named,
         sets=[*baselines, *(one for one in students.values() if one is not None)],
         runs=[run for run in runs if students[run.name] is not None],
-        fit=real.fit if real else other_samples(teacher, bench, keys.solver_steps),
+        fit=real.fit if real else other_samples(teacher, bench, keys.ode),
         fitted_to=CROPS if real else OWN,
         colour_labels=real.colour_labels if real else None,
         class_names={},
@@ -124,9 +125,9 @@ def _student(run: Run, bench: Bench, reference: ImageSet, ledger: Ledger) -> Ima
     return ledger.attempt("every metric", run.name, lambda: student_set(run, bench, reference))
 
 
-def other_samples(teacher: GuidedTeacher, bench: Bench, solver_steps: int) -> tuple[Tensor, Tensor | None]:
+def other_samples(teacher: GuidedTeacher, bench: Bench, solver: Solver) -> tuple[Tensor, Tensor | None]:
     """Images of the teacher from other noise than those that are compared, and their labels."""
-    other = teacher.sample_set(replace(bench, seed=bench.seed + 1), solver_steps)
+    other = teacher.sample_set(replace(bench, seed=bench.seed + 1), solver)
     return other.first(bench.count), other.labels
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.generate import few_step_generator, ode_generator
 from dmd_dar.methods.rollout import Sampler
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.models import teachers
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.prompts import Prompts
@@ -138,12 +139,12 @@ class GuidedTeacher:
         more = cfg.rungs, cfg.guidance_scale, teacher, codec
         return GuidedTeacher(teacher.network, velocity, teacher.digest, *more)
 
-    def sample_set(self, bench: Bench, solver_steps: int) -> ImageSet:
-        """The reference: Heun in `solver_steps` steps."""
-        generator = ode_generator(self.velocity, solver_steps)
-        identity = {"teacher": self.weights, "guidance": self.guidance_scale, "heun_steps": solver_steps}
+    def sample_set(self, bench: Bench, solver: Solver) -> ImageSet:
+        """The reference."""
+        generator = ode_generator(self.velocity, solver)
+        identity = {"teacher": self.weights, "guidance": self.guidance_scale, "solver": asdict(solver)}
         made = bench.cached(identity, generator, "teacher")
-        facts = SetFacts(network=NetworkFacts.of(self.network, 2 * solver_steps, self.weights))
+        facts = SetFacts(network=NetworkFacts.of(self.network, solver.evaluations, self.weights))
         return made.as_set("teacher", "teacher", True, facts=facts, generator=generator)
 
     def undistilled_sets(self, bench: Bench) -> list[ImageSet]:

@@ -15,9 +15,11 @@ from dmd_dar.data.photos import NAMES
 from dmd_dar.data.sources import open_data
 from dmd_dar.distillation import identity, method
 from dmd_dar.distillation import job as distill
+from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.distillation.networks import networks_of
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
 from dmd_dar.models.sit import SiT, with_routing
@@ -186,16 +188,24 @@ def test_another_configuration_in_the_same_folder_is_refused(teacher, tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_run_of_before_roll_outs_were_shared_goes_on_with_fresh_ones(teacher, tmp_path, capsys):
-    whole = run(teacher, tmp_path / "whole", "steps=2", "rollouts=fresh")
-    run(teacher, tmp_path / "run", "steps=1", "rollouts=fresh")
+def test_a_run_of_before_there_were_these_keys_goes_on_as_it_was(teacher, tmp_path, capsys):
+    """Fresh roll-outs, and trajectories by Heun on an even grid; the evaluation reads it so too."""
+    before = ("rollouts=fresh", "regression.solver=heun", "regression.solver_grid=even")
+    whole = run(teacher, tmp_path / "whole", "steps=2", *before)
+    run(teacher, tmp_path / "run", "steps=1", *before)
     config_file = tmp_path / "run" / "config.yaml"
-    lines = [line for line in config_file.read_text().splitlines(True) if not line.startswith("rollouts:")]
+    new = ("rollouts:", "solver:", "solver_grid:")
+    lines = [line for line in config_file.read_text().splitlines(True) if not line.strip().startswith(new)]
     config_file.write_text("".join(lines))
     with pytest.raises(SystemExit) as stop:
         run(teacher, tmp_path / "run", "steps=2")
-    assert stop.value.code == 2 and 'rollouts: "fresh" -> "shared"' in capsys.readouterr().err.splitlines()[-1]
-    continued = run(teacher, tmp_path / "run", "steps=2", "rollouts=fresh")
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    for change in ('rollouts: "fresh" -> "shared"', 'solver: "heun" -> "dpm"', 'solver_grid: "even" -> "cosine"'):
+        assert change in refusal
+    read = config.from_dict(DistillConfig, config.read_saved(config_file))
+    assert (read.rollouts, read.regression.solver, read.regression.solver_grid) == ("fresh", "heun", "even")
+    continued = run(teacher, tmp_path / "run", "steps=2", *before)
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
@@ -315,7 +325,7 @@ def test_a_run_whose_teacher_or_data_is_unfit_never_begins(teacher, tmp_path, sa
 
 
 def recipe_of(**changes) -> Recipe:
-    fields = {"teacher": "t", "guidance_scale": 1.0, "rungs": (1.0, 0.5), "solver_steps": 2}
+    fields = {"teacher": "t", "guidance_scale": 1.0, "rungs": (1.0, 0.5), "solver": Solver(solver_steps=2)}
     return Recipe(**{**fields, "seed": 0, "count": 3, "num_classes": 7, "shape": (3, 32, 32), **changes})
 
 
@@ -340,7 +350,7 @@ def test_trajectories_are_kept_by_their_recipe_and_a_damaged_file_is_made_anew(t
 
 
 def test_noise_of_trajectories_and_of_evaluation_is_disjoint():
-    recipe = recipe_of(count=40, solver_steps=2, shape=(1, 32, 32))
+    recipe = recipe_of(count=40, shape=(1, 32, 32))
     noise = make_trajectories(recipe, lambda x, t, c: torch.zeros_like(x), torch.device("cpu")).states[:, 0]
     for phase in ("eval", "sample", "grid", "latency"):
         other = Draws(0, phase, 0, sample_range(0, 40)).normal("noise", 1, 32, 32)

@@ -10,6 +10,7 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD, Regression
 from dmd_dar.methods.rollout import rung_of
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.sit import with_routing
@@ -127,7 +128,7 @@ def test_every_rung_is_trained_about_equally():
 @pytest.mark.parametrize("which", ["student_loss", "fake_score_loss"])
 def test_a_batch_in_parts_has_the_same_mean_loss(networks, which):
     teacher = velocity_of(networks[1])
-    paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
+    paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, Solver(solver_steps=4), torch.randn(5, *SHAPE))
     method = method_of(*(velocity_of(n) for n in networks), regression=Regression(paths, LossWeight(0.25)))
     loss = getattr(method, which)
     whole = loss(draws_for(2))[0]
@@ -137,7 +138,7 @@ def test_a_batch_in_parts_has_the_same_mean_loss(networks, which):
 
 def test_joint_loss_is_the_weighted_sum(networks):
     teacher = velocity_of(networks[1])
-    paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, 4, torch.randn(5, *SHAPE))
+    paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, Solver(solver_steps=4), torch.randn(5, *SHAPE))
     method = method_of(*(velocity_of(n) for n in networks), regression=Regression(paths, LossWeight(0.3)))
     loss, metrics = method.student_loss(draws_for(1))
     regression = Regression(paths, LossWeight(1.0))
@@ -149,7 +150,7 @@ def test_joint_loss_is_the_weighted_sum(networks):
 def test_regression_pulls_the_trajectory_state_to_its_end(networks):
     student, teacher, _ = networks
     cond, noise = torch.zeros(1, dtype=torch.int64), torch.randn(1, *SHAPE)
-    paths = solve_trajectories(velocity_of(teacher), cond, RUNGS, 4, noise)
+    paths = solve_trajectories(velocity_of(teacher), cond, RUNGS, Solver(solver_steps=4), noise)
     method = method_of(
         velocity_of(student), None, None, matching_weight=0.0, regression=Regression(paths, LossWeight(1.0))
     )

@@ -14,6 +14,7 @@ from dmd_dar.guidance import guided
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD, Guidance, Regression
 from dmd_dar.methods.generate import few_step_generator
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import Meaning, velocity_of
 from dmd_dar.models.sit import with_routing
@@ -201,7 +202,9 @@ def test_on_data_the_student_is_asked_once_at_the_noised_data():
 
 def test_the_size_of_each_term_s_gradient_is_told():
     student = Samples()
-    paths = solve_trajectories(gaussian(0.0, 1.0), torch.zeros(4).long(), (1.0,), 2, torch.randn(4, *SHAPE).double())
+    paths = solve_trajectories(
+        gaussian(0.0, 1.0), torch.zeros(4).long(), (1.0,), Solver(solver_steps=2), torch.randn(4, *SHAPE).double()
+    )
     method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), matching_weight=2.0)
     method = dataclasses.replace(method, regression=Regression(paths, LossWeight(0.5)))
     metrics = method.student_loss(draws_for())[1]
@@ -218,7 +221,9 @@ def test_the_size_of_each_term_s_gradient_is_told():
 def test_a_weight_of_zero_leaves_its_term_out_from_that_step_on():
     student, paths = (
         Samples(),
-        solve_trajectories(gaussian(0.0, 1.0), torch.zeros(4).long(), (1.0,), 2, torch.randn(4, *SHAPE)),
+        solve_trajectories(
+            gaussian(0.0, 1.0), torch.zeros(4).long(), (1.0,), Solver(solver_steps=2), torch.randn(4, *SHAPE)
+        ),
     )
     ramp = LossWeight(1.0, 0.0, ramp_start=2, ramp_steps=2)
     method = method_of(student, gaussian(1.0, 0.5), gaussian(-0.5, 1.5), regression=Regression(paths, ramp))

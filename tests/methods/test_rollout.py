@@ -9,6 +9,7 @@ from dmd_dar import flow
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.methods import rollout
 from dmd_dar.methods.generate import balanced_labels, few_step_generator, generate, ode_generator
+from dmd_dar.methods.solvers import Solver, dpm, heun
 from dmd_dar.methods.trajectories import solve_trajectories
 
 RUNGS = (1.0, 0.9, 0.75, 0.5)
@@ -49,22 +50,58 @@ def recorded(velocity, calls: list):
     return recording
 
 
-@pytest.mark.parametrize("std", [0.3, 2.0])  # at 1 the path is symmetric and the leading error cancels
-def test_heun_reaches_the_flow_map_with_order_two(std):
+ORDERS = [("heun", law, std) for law in ("even", "sqrt", "cosine") for std in (0.3, 2.0)]
+ORDERS += [("dpm", "sqrt", 0.3), ("dpm", "cosine", 0.3), ("dpm", "cosine", 2.0)]
+
+
+@pytest.mark.parametrize(("name", "law", "std"), ORDERS)  # at std 1 the path is symmetric, the leading error cancels
+def test_solvers_reach_the_flow_map_with_order_two_on_every_grid(name, law, std):
     noise, cond, errors = noise_of(draws()), balanced_labels(draws().samples, 3), []
     for steps in (20, 40, 80):
-        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-        states = rollout.solve_ode(gaussian(std), cond, grid, noise)
+        states, _ = Solver(name, steps, law).path(gaussian(std), cond, noise)
         assert len(states) == steps + 1 and torch.equal(states[0], noise)
         errors.append((states[-1] - on_path(noise, cond, 0.0, std)).abs().max().item())
-        assert torch.allclose(states[steps // 2], on_path(noise, cond, 0.5, std), atol=0.02)
-    assert errors[-1] < 1e-3
-    assert 3.5 < errors[0] / errors[1] < 4.7 and 3.7 < errors[1] / errors[2] < 4.5
+    assert errors[-1] < 2e-3
+    assert 3.5 < errors[0] / errors[1] < 9 and 3.7 < errors[1] / errors[2] < 8
+
+
+@pytest.mark.parametrize("law", ["even", "sqrt", "cosine"])
+@pytest.mark.parametrize("name", ["heun", "dpm"])
+def test_a_solver_stands_where_the_ode_does_at_every_rung(name, law):
+    noise, cond = noise_of(draws()), balanced_labels(draws().samples, 3)
+    states, positions = Solver(name, 160, law).path(gaussian(0.3), cond, noise, RUNGS)
+    for rung, position in zip(RUNGS, positions, strict=True):
+        assert torch.allclose(states[position], on_path(noise, cond, rung, 0.3), atol=4e-3)
+
+
+def test_dpm_takes_one_evaluation_a_step_and_extrapolates_x0_in_log_snr():
+    """Two steps by hand, from the equations of arXiv:2211.01095 with alpha = 1 - t, sigma = t."""
+    calls, noise, cond = [], noise_of(draws()), balanced_labels(draws().samples, 3)
+    grid = [0.8, 0.5, 0.3, 0.0]
+    states = dpm(recorded(gaussian(0.3), calls), cond, grid, noise)
+    assert [t[0].item() for _, t in calls] == grid[:-1]
+    first, second, third = (
+        rollout.predict_x0(gaussian(0.3), x, t, cond) for x, t in zip(states[:-1], grid[:-1], strict=True)
+    )
+    logs = [math.log((1 - t) / t) for t in grid[:-1]]
+    r = (logs[1] - logs[0]) / (logs[2] - logs[1])
+    extrapolated = second + (second - first) / (2 * r)
+    assert torch.allclose(states[1], 0.5 / 0.8 * noise - 0.5 * math.expm1(-(logs[1] - logs[0])) * first, atol=1e-12)
+    expected = 0.3 / 0.5 * states[1] - 0.7 * math.expm1(-(logs[2] - logs[1])) * extrapolated
+    assert torch.allclose(states[2], expected, atol=1e-12)
+    assert torch.allclose(states[3], third, atol=1e-12)
+
+
+def test_dpm_is_exact_for_data_that_is_one_point():
+    noise, cond = noise_of(draws()), balanced_labels(draws().samples, 3)
+    states, positions = Solver("dpm", 5, "cosine").path(gaussian(0.0), cond, noise, RUNGS[:2])
+    assert torch.allclose(states[-1], flow.expand_t(MEANS[cond], noise).expand_as(noise), atol=1e-12)
+    assert torch.allclose(states[positions[1]], on_path(noise, cond, 0.9, 0.0), atol=1e-12)
 
 
 def test_heun_takes_two_evaluations_a_step_at_the_grid_s_times():
     calls = []
-    rollout.solve_ode(recorded(gaussian(0.3), calls), torch.tensor([0]), [1.0, 0.4, 0.0], noise_of(draws(1)))
+    heun(recorded(gaussian(0.3), calls), torch.tensor([0]), [1.0, 0.4, 0.0], noise_of(draws(1)))
     assert [t.item() for _, t in calls] == [1.0, 0.4, 0.4, 0.0]
 
 
@@ -120,12 +157,12 @@ def test_deterministic_sampling_is_euler_on_the_rungs():
 
 def test_trajectories_pass_the_rungs_of_a_direct_solve():
     noise, cond, calls = noise_of(draws()), torch.tensor([0, 1, 2, 2, 1, 0]), []
-    made = solve_trajectories(recorded(gaussian(0.3), calls), cond, RUNGS, 40, noise)
+    made = solve_trajectories(recorded(gaussian(0.3), calls), cond, RUNGS, Solver("heun", 40, "even"), noise)
     assert made.count == 6 and made.states.shape == (6, 4, *SHAPE) and len(calls) == 80
     assert torch.equal(made.states[:, 0], noise) and torch.equal(made.cond, cond)
-    grid = flow.time_grid(RUNGS, 40)[0]
+    grid = flow.time_grid(RUNGS, 40, "even")[0]
     for rung, t in enumerate(RUNGS):
-        direct = rollout.solve_ode(gaussian(0.3), cond, grid[: grid.index(t) + 1], noise)[-1]
+        direct = heun(gaussian(0.3), cond, grid[: grid.index(t) + 1], noise)[-1]
         assert torch.equal(made.states[:, rung], direct)
         assert torch.allclose(direct, on_path(noise, cond, t, 0.3), atol=5e-3)
     assert torch.allclose(made.ends, on_path(noise, cond, 0.0, 0.3), atol=5e-3)
@@ -137,15 +174,15 @@ def test_trajectories_pass_the_rungs_of_a_direct_solve():
 
 def test_the_end_follows_from_the_state_at_any_rung():
     noise, cond = noise_of(draws()), torch.tensor([0, 1, 2, 2, 1, 0])
-    made = solve_trajectories(gaussian(0.3), cond, RUNGS, 40, noise)
-    grid, positions = flow.time_grid(RUNGS, 40)
+    made = solve_trajectories(gaussian(0.3), cond, RUNGS, Solver("heun", 40, "even"), noise)
+    grid, positions = flow.time_grid(RUNGS, 40, "even")
     for rung, position in enumerate(positions):
         states, ends, labels = made.at(rung, torch.arange(6))
-        assert torch.equal(rollout.solve_ode(gaussian(0.3), labels, grid[position:], states)[-1], ends)
+        assert torch.equal(heun(gaussian(0.3), labels, grid[position:], states)[-1], ends)
 
 
 GENERATORS = {
-    "ode": ode_generator(gaussian(0.3), 10),
+    "ode": ode_generator(gaussian(0.3), Solver(solver_steps=10)),
     "stochastic": few_step_generator(gaussian(0.3), RUNGS),
     "deterministic": few_step_generator(gaussian(0.3), RUNGS, "deterministic"),
 }

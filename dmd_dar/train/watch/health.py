@@ -30,7 +30,6 @@ from dmd_dar.train.watch.advice import Advice
 
 CLASSES = 8  # at most, so that several samples share a condition
 CHUNK = 32  # samples at a time
-SOLVER_STEPS = 15  # Heun steps of the teacher's samples, two evaluations each
 
 
 @dataclass(frozen=True)
