@@ -241,6 +241,26 @@ def psd(read: Read) -> str:
     return f"{title}{stand(result)}\n{words}\n{markdown_table(['way', 'ms per image', 'speed-up'], rows)}"
 
 
+def solvers(read: Callable[[str], dict[str, Any] | None]) -> str:
+    """The section of the teacher's solvers."""
+    title = "## Solvers of the teacher's ODE\n\n"
+    result = read("solvers")
+    if result is None:
+        return f"{title}{OPEN}: run `python -m benchmarks.solvers`.\n"
+    rows = [
+        [one["solver"], one["grid"], str(one["evaluations"]), f"{one['rms']:.4f}", f"{one['kurtosis_ratio']:.2f}"]
+        + [f"{one['flat_noise_db']:+.2f}", f"{one['hf_gain_db']:+.2f}", f"{one['fd_wavelet']:.3f}"]
+        for one in result["rows"]
+    ]
+    words = (
+        f"**{result['n']} images of teachers/photos32** against the ODE's own from the same noise (Heun on the cosine"
+        f" grid, {result['reference_steps']} steps): root mean square difference in the images' units of 2, and what a"
+        " report measures."
+    )
+    head = ["solver", "grid", "evaluations", "rms", "kurtosis ratio", "flat noise, dB", "HF gain, dB", "fd_wavelet"]
+    return f"{title}{stand(result)}\n{words}\n\n{markdown_table(head, rows)}"
+
+
 SECTIONS = [
     routing(
         "routing_cpu",
@@ -263,6 +283,7 @@ SECTIONS = [
     sampling("sampling_cpu", "Sampling on a CPU"),
     sampling("sampling_cuda", "Sampling on a GPU"),
     analytic,
+    solvers,
     busy,
     evaluation,
     psd,
