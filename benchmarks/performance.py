@@ -167,7 +167,8 @@ def analytic(read: Read) -> str:
     words = (
         "**Four-step students of distributions whose score is known**, at equal updates. The field's numbers are errors"
         " of an octave's power in dB, over the rungs; the mixture's its modes found, of 8, and the distance from the"
-        " truth over the teacher's in four steps. ± is one standard error; a difference below two of them is not resolved."
+        " truth over the teacher's in four steps. ± is one standard error; a difference below two of them is not"
+        " resolved."
     )
     parts = [
         by_seed("`rollouts`", read("analytic_cpu"), "fresh", "shared", "python -m benchmarks.analytic"),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,7 +163,7 @@ def kept_reference(assembled: Assembled) -> Kept:
         "what": "health samples of the teacher",
         "teacher": inputs.teacher.digest,
         "guidance": cfg.guidance_scale,
-        "heun_steps": SOLVER_STEPS,
+        "solver": asdict(Solver()),
         "count": cfg.log.health_samples,
         "seed": cfg.seed,
         "classes": method.num_classes,
