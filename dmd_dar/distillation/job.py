@@ -170,6 +170,7 @@ def kept_reference(assembled: Assembled) -> Kept:
         "shape": method.shape,
         "codec": inputs.codec.digest() if inputs.codec else "",
         "precision": runtime.precision,
+        "gradient_free": cfg.launch.gradient_free,
         "frozen_dtype": cfg.frozen_dtype,
     }
     return Kept.of(cfg.regression.cache, runtime.device, facts)

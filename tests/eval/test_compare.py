@@ -19,6 +19,7 @@ from dmd_dar import config
 from dmd_dar.distillation import job as distill
 from dmd_dar.flow import Schedule
 from dmd_dar.methods.generate import few_step_generator
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.models import teachers
 from dmd_dar.models.denoiser import Meaning, velocity_of
 from dmd_dar.models.saved import ModelCard, load_network, save_network
@@ -106,7 +107,7 @@ def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):
     (arm,) = arms.read_runs((str(runs / "dar_0"),))
     teacher = arms.GuidedTeacher.of(arm, device)
     bench = Bench.of(cfg, teacher.network, device)
-    reference = teacher.sample_set(bench, 2).images
+    reference = teacher.sample_set(bench, Solver(solver_steps=2)).images
     powers, apart = {"residual": [], "dar": []}, []
     for seed, row in enumerate(written["primary"]["per_seed"]):
         expected = {}
