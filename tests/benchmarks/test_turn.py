@@ -26,9 +26,9 @@ def turn_of(arm: Arm):
     ("arm", "most"),
     [
         (Arm("residual"), 2730),
-        pytest.param(Arm("DAR"), 4250, marks=pytest.mark.slow),
+        pytest.param(Arm("DAR"), 4030, marks=pytest.mark.slow),
         pytest.param(Arm("residual", "shared_lora"), 3500, marks=pytest.mark.slow),
-        (Arm("DAR", "shared_lora"), 5010),
+        (Arm("DAR", "shared_lora"), 4790),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

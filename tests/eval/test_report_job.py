@@ -16,6 +16,7 @@ from dmd_dar import config
 from dmd_dar.data.photos import Photos
 from dmd_dar.distillation import job as distill
 from dmd_dar.errors import UserError
+from dmd_dar.methods.solvers import Solver
 from eval import report
 from eval.measure import suite as distances
 from eval.measure.pair import ImageSet, jsonable
@@ -131,7 +132,7 @@ def test_without_real_images_features_are_fitted_to_other_samples_of_the_teacher
     assert len(images) == 70 and same.max() < 0.5, "none of the images that are compared"
     other = dataclasses.replace(made.bench, seed=made.bench.seed + 1)
     teacher = arms.GuidedTeacher.of(made.runs[0], torch.device("cpu"))
-    assert torch.equal(images, teacher.sample_set(other, 2).images)
+    assert torch.equal(images, teacher.sample_set(other, Solver(solver_steps=2)).images)
 
 
 def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
