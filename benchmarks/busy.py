@@ -60,8 +60,8 @@ def measure(bench: BusyBenchmark) -> None:
         if neighbour == "busy":
             other.start()
         rates[neighbour] = {name: [] for name in SPINS}
-        for _ in range(bench.rounds):
-            for name, count in SPINS.items():
+        for turn in range(bench.rounds):
+            for name, count in list(SPINS.items())[:: 1 if turn % 2 == 0 else -1]:
                 rates[neighbour][name].append(alone(rate, bench, GOMP_SPINCOUNT=count))
         if other.is_alive():
             other.kill()

@@ -16,7 +16,7 @@ from dmd_dar.models.sit import SiT
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 
-LONG = 2000  # steps from which compiling a SiT on a CPU has paid for itself; docs/scaling.md says by how much
+LONG = 2000  # steps from which `auto` compiles a SiT on a CPU; docs/scaling.md says what it gains
 LATER = 3  # turns after the first that are timed
 Networks = Mapping[str, Plain | LoraDenoiser]
 
