@@ -200,7 +200,8 @@ def busy(read: Read) -> str:
     half = by["busy"]["dmd_dar's"]["median"] / by["idle"]["GNU's default"]["median"]
     words = (
         "Forward and backward passes a second of the demo's teacher on all threads, by how long threads spin;"
-        f" {by['idle']['none']['rounds']} rounds. `dmd_dar`'s choice takes {idle:.2f}x of GNU's default's speed on an idle"
-        f" machine, {beside:.1f}x of it beside a busy process, and keeps {half:.2f} of the idle default's there."
+        f" {by['idle']['none']['rounds']} rounds. `dmd_dar`'s choice is {ours['idle'] / default['idle']:.2f}x as fast as"
+        f" GNU's default on an idle machine and {ours['busy'] / default['busy']:.1f}x beside a busy process, where it keeps"
+        f" {ours['busy'] / default['idle']:.2f} of the default's idle speed."
     )
     return f"{title}{stand(result)}\n{words}\n\n{markdown_table(['spins', 'idle', 'busy'], rows)}"
