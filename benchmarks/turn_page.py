@@ -194,14 +194,11 @@ def busy(read: Read) -> str:
         return f"{title}{OPEN}: run `python -m benchmarks.busy`.\n"
     by = result["steps_per_second"]
     rows = [[name, *(f"{by[where][name]['median']:.3g}" for where in ("idle", "busy"))] for name in by["idle"]]
-    idle, beside = (
-        by[where]["dmd_dar's"]["median"] / by[where]["GNU's default"]["median"] for where in ("idle", "busy")
-    )
-    half = by["busy"]["dmd_dar's"]["median"] / by["idle"]["GNU's default"]["median"]
+    ours, default = ({where: by[where][name]["median"] for where in by} for name in ("dmd_dar's", "GNU's default"))
     words = (
         "Forward and backward passes a second of the demo's teacher on all threads, by how long threads spin;"
-        f" {by['idle']['none']['rounds']} rounds. `dmd_dar`'s choice is {ours['idle'] / default['idle']:.2f}x as fast as"
-        f" GNU's default on an idle machine and {ours['busy'] / default['busy']:.1f}x beside a busy process, where it keeps"
-        f" {ours['busy'] / default['idle']:.2f} of the default's idle speed."
+        f" {by['idle']['none']['rounds']} rounds. `dmd_dar`'s choice is {ours['idle'] / default['idle']:.2f}x as fast"
+        f" as GNU's default on an idle machine and {ours['busy'] / default['busy']:.1f}x beside a busy process, where it"
+        f" keeps {ours['busy'] / default['idle']:.2f} of the default's idle speed."
     )
     return f"{title}{stand(result)}\n{words}\n\n{markdown_table(['spins', 'idle', 'busy'], rows)}"
