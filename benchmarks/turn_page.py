@@ -198,7 +198,7 @@ def busy(read: Read) -> str:
     words = (
         "Forward and backward passes a second of the demo's teacher on all threads, by how long threads spin;"
         f" {by['idle']['none']['rounds']} rounds. `dmd_dar`'s choice is {ours['idle'] / default['idle']:.2f}x as fast"
-        f" as GNU's default on an idle machine and {ours['busy'] / default['busy']:.1f}x beside a busy process, where it"
-        f" keeps {ours['busy'] / default['idle']:.2f} of the default's idle speed."
+        f" as GNU's default on an idle machine and {ours['busy'] / default['busy']:.1f}x beside a busy process, where"
+        f" it keeps {ours['busy'] / default['idle']:.2f} of the default's idle speed."
     )
     return f"{title}{stand(result)}\n{words}\n\n{markdown_table(['spins', 'idle', 'busy'], rows)}"
