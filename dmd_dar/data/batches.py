@@ -28,6 +28,11 @@ class Batches:
         filled, inside = math.lcm(self.size, shard_size) // shard_size, self.size // shard_size
         return filled if filled <= max(MOST, inside) else max(1, inside)
 
+    def holds(self, first: int, stop: int) -> bool:
+        """Whether samples first .. stop - 1 are all of the batch begun last."""
+        start, made = self.last
+        return start >= 0 and start <= first and stop <= start + len(next(iter(made.values())))
+
     def samples(self, first: int, stop: int, group: tuple[int, int]) -> dict[str, Tensor]:
         """Samples first .. stop - 1, on the CPU; `group` is the first sample of their group and the one after its last.
 

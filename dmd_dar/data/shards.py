@@ -312,7 +312,7 @@ def fill(
             span = layout.span(indices[0])[0], layout.span(indices[-1])[1]
             with folder.claim(indices) as mine:
                 for index in mine:
-                    if stopped():
+                    if stopped() and not batches.holds(*layout.span(index)):  # what is made is not thrown away
                         return False
                     folder.write(index, batches.samples(*layout.span(index), span))
                     made = True

@@ -1,6 +1,7 @@
 """Distil a few-step student from a teacher: python distill.py config=FILE.yaml [key=value ...]"""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,8 +103,11 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
 def rehearsal_of(assembled: Assembled) -> Rehearsal:
     """What `fit_run` measures a micro-batch by."""
     cfg, turns = assembled.cfg, assembled.method.turns
-    forget = turns.forget if turns is not None else lambda: None
-    return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), forget)
+    if turns is None:
+        return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg))
+    latents = 2 * len(cfg.rungs) * math.prod(assembled.method.shape)
+    kept = latents * (4 + 4)  # float32, and about as many bytes of random bits that a roll-out has not drawn yet
+    return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), turns.forget, kept)
 
 
 def fullest_turn(cfg: DistillConfig) -> int:

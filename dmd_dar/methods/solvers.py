@@ -39,7 +39,8 @@ def dpm(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> P
 
     With h = log((1 - t') / t') - log((1 - t) / t) for a step from t to t' and its x0 extrapolated by the step before,
     D = x0 + h / (2 h_before) (x0 - x0_before), the step is exact for a D that does not change:
-    x' = t'/t x + ((1 - t') - t'/t (1 - t)) D. The first step and the last one to t = 0 take x0 itself.
+    x' = t'/t x + ((1 - t') - t'/t (1 - t)) D. The first two steps from t = 1, where h_before
+    is infinite or there is none, and the last one to t = 0 take x0 itself.
     """
     x, states = noise, [noise]
     before, last = noise, math.inf  # x0 and h of the step before

@@ -50,6 +50,12 @@ def test_batches_are_full_and_no_sample_is_made_twice(tmp_path, size, shard_size
     assert contents(tmp_path / "many") == contents(tmp_path / "each")
 
 
+def test_a_stop_keeps_what_is_made(tmp_path):
+    batches = Noting(6)
+    assert not run(tmp_path, batches, 14, 3, stopped=lambda: bool(batches.made))
+    assert batches.made == [(0, 6)] and len([name for name in contents(tmp_path) if name.startswith("shard")]) == 2
+
+
 @pytest.mark.parametrize(("size", "shard_size"), [(4, 3), (6, 3), (4, 6), (9, 10)])
 def test_a_sample_is_of_the_same_batch_whoever_makes_it_and_whatever_is_there(tmp_path, size, shard_size):
     run(tmp_path / "whole", Noting(size, tells=True), 31, shard_size)

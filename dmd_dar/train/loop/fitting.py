@@ -25,13 +25,14 @@ class Rehearsal:
     """Each network's loss and gradients on one micro-batch, for the memory that they take.
 
     Nothing is stepped or exchanged: weights, averages, optimisers and torch's random state are afterwards what they
-    were. `forget` drops what the losses keep for the rest of a turn.
+    were. `forget` drops what the losses keep for the rest of a turn, `kept` bytes a sample of a step.
     """
 
     cycle: tuple[Phase, ...]
     seed: int
     turn: int = 0  # which turn's updates are made: one in which all losses are on
     forget: Callable[[], None] = lambda: None
+    kept: int = 0
 
     def fits(self, runtime: Runtime, size: int, parts: int) -> bool:
         """Whether `size` samples at a time, `parts` times a step, fit into this process's memory.
@@ -41,7 +42,8 @@ class Rehearsal:
         phases, fitted = {phase.name: phase for phase in self.cycle}.values(), True
         try:
             with torch.random.fork_rng([runtime.device] if runtime.device.type == "cuda" else []):
-                reserved = torch.empty(self._beside(runtime), dtype=torch.uint8, device=runtime.device)
+                beside = self._beside(runtime) + self.kept * size * (parts - 1)
+                reserved = torch.empty(beside, dtype=torch.uint8, device=runtime.device)
                 for phase in phases:
                     self._gradients(phase, runtime, size, parts)
                 del reserved

@@ -107,7 +107,7 @@ def run_cycle(
     with loop.stop:
         start = loop.restore(checkpoints)
         with RunLog.open(folder, cfg.log, dataclasses.asdict(cfg) if folder is None else folder.cfg, start) as log:
-            if watch.found:
+            if watch.found and not start:  # the log holds every step once
                 log.write({"step": start, **watch.found})
             finished = loop.run(start, log)
         runtime.any(False)  # a launcher ends the others once one is gone: wait for the one that closes the log

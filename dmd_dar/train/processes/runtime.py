@@ -377,9 +377,13 @@ def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return filled
 
 
+FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # said by others than torch's allocator
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether it says that a device's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    """Whether it says that a device's memory is full, by torch's allocator or by a library's own."""
+    by_library = isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
+    return by_library or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def free_memory() -> None:

@@ -21,6 +21,7 @@ from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.models.denoiser import NetworkVelocity
 from dmd_dar.train.processes.parts import local
+from dmd_dar.train.processes.runtime import out_of_memory
 
 FOLDER = "failure"
 ASIDE = {  # what else calls networks, and how to do without it
@@ -107,7 +108,7 @@ def _remedy(error: Exception, phase: str) -> str:
             "launch.compile=off goes on without the compiler; if a process was killed while it compiled, remove torch's"
             " compiled files (TORCHINDUCTOR_CACHE_DIR, else torchinductor_USER in the temporary folder)"
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
         return "set launch.microbatch to fewer samples (auto finds a number when a run starts), or lower batch_size"
     if not isinstance(error, FloatingPointError):
         return "its weights are those of the last complete step; the same command continues from the last checkpoint"

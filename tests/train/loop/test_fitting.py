@@ -200,3 +200,30 @@ def test_the_turn_that_is_rehearsed_has_all_losses_that_any_has():
 def test_what_says_that_memory_is_full():
     assert out_of_memory(FULL) and out_of_memory(torch.OutOfMemoryError("of another wording"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_a_full_gpu_is_known_whoever_says_it(error, full):
+    assert out_of_memory(error) is full
+
+
+def test_what_the_losses_keep_for_other_micro_batches_counts(monkeypatch):
+    reserved, empty = [], torch.empty
+
+    def noting(size, **options):
+        reserved.append(size)
+        return empty(0, **options)
+
+    rehearsal = Rehearsal((), 0, kept=1000)
+    monkeypatch.setattr(fitting.torch, "empty", noting)
+    monkeypatch.setattr(Rehearsal, "_beside", lambda self, runtime: 7)
+    assert rehearsal.fits(Runtime(LaunchConfig(cpu=True)), 4, 3) and reserved == [7 + 1000 * 4 * 2]
