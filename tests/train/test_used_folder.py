@@ -12,6 +12,7 @@ from dmd_dar import config, encode, pairs, pretrain
 from dmd_dar.data import latents
 from dmd_dar.data.shards import ShardFolder
 from dmd_dar.distillation import job as distill
+from dmd_dar.methods.solvers import Solver
 from dmd_dar.train.disk.folder import FolderError, RunFolder
 from tests.tiny import ON_CPU
 
@@ -79,7 +80,7 @@ def test_a_used_run_folder_is_refused_first(tmp_path, inputs, capsys, name, faul
 
 
 def begun_pairs(out: Path) -> None:
-    recipe = pairs.Recipe("digest", 1.0, (1.0, 0.5), 2, 0, 8, 7, (3, 32, 32))
+    recipe = pairs.Recipe("digest", 1.0, (1.0, 0.5), Solver(solver_steps=2), 0, 8, 7, (3, 32, 32))
     ShardFolder(out, pairs.layout_of(recipe, 4)).close()
 
 
