@@ -1,6 +1,6 @@
 """How long a student takes to sample: python -m benchmarks.sampling
 
-Latency of a batch and images a second, at 1, 2 and 4 calls and batches of 1 and 64, for plain residual additions and
+Latency of a batch and images a second, at 1, 2 and 4 calls and batches of any sizes, for plain residual additions and
 DAR: the nets of benchmarks/turn.py, interleaved rounds in one process. On a CPU, times are CPU time of one thread.
 """
 
@@ -15,6 +15,7 @@ import torch
 from benchmarks.record import ratio, save, spread
 from benchmarks.turn import FORMS, Form, TurnBenchmark, teacher_of
 from dmd_dar import config, flow
+from dmd_dar.device import chosen_device
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import few_step_generator
@@ -39,7 +40,7 @@ class SamplingBenchmark:
 
     @property
     def cuda(self) -> bool:
-        return torch.cuda.is_available() and not self.cpu
+        return chosen_device(self.cpu).type == "cuda"
 
 
 def sampler(bench: SamplingBenchmark, net: str, form: Form, runtime: Runtime) -> Callable[[int, int], None]:

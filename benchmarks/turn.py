@@ -23,6 +23,7 @@ from benchmarks.memory import alone
 from benchmarks.record import ratio, save, spread
 from benchmarks.turn_cost import Turn, counted_calls, launches, peak, shares
 from dmd_dar import config, flow
+from dmd_dar.device import chosen_device
 from dmd_dar.distillation.networks import Memory, Networks, build_networks
 from dmd_dar.draws import Draws
 from dmd_dar.errors import UserError
@@ -41,6 +42,7 @@ from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.loop import Phase, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
+from eval.measure.provenance import git_state
 from eval.samples.cost import WARM_UP, interleaved
 
 RUNGS = flow.default_rungs(4)
@@ -95,7 +97,7 @@ class TurnBenchmark:
 
     @property
     def cuda(self) -> bool:
-        return torch.cuda.is_available() and not self.cpu
+        return chosen_device(self.cpu).type == "cuda"
 
     @property
     def batch(self) -> int:
@@ -147,7 +149,7 @@ def build(bench: TurnBenchmark, teacher: SiT, arm: Arm, runtime: Runtime) -> Tur
         {name: getattr(networks, name) for name in NETWORKS},
         [module for phase in phases if phase.ema for module in phase.ema.modules.values()],
         [phase.optimiser.adamw for phase in phases],
-        [(phase.optimiser, "step") for phase in phases],
+        [(phase.optimiser, part) for phase in phases for part in ("norm", "step")],
     )
 
 
@@ -293,6 +295,8 @@ def measure(bench: TurnBenchmark) -> None:
         "nets": nets,
         "load_average": {"before": load, "after": os.getloadavg()[0]},
     }
+    if bench.peer:
+        result["peer_commit"] = git_state(Path(bench.peer))
     for net, found in nets.items():
         if bench.peer:
             print(net, *(f"{row['ours']} / {row['theirs']}: {row['ratio']:.3f}" for row in found["rows"]), sep="\n  ")

@@ -3,21 +3,17 @@
 The same command continues what was stopped, and several of them share the work of one folder.
 """
 
-import contextlib
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dmd_dar import config, flow
-from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data.batches import Batches, Make
+from dmd_dar.data.kept import Kept
 from dmd_dar.data.shards import Form, Layout, Shards, differences
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError
@@ -88,9 +84,6 @@ class Recipe:
     num_classes: int
     shape: tuple[int, ...]
 
-    def name(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
-
 
 def make_trajectories(
     recipe: Recipe,
@@ -114,17 +107,12 @@ def make_trajectories(
 
 
 def trajectories(recipe: Recipe, teacher: Velocity, cache: str, device: torch.device) -> Trajectories:
-    """Those of `recipe`, from the cache if they are there, else made and kept. A damaged file is made anew.
-
-    Runs may share a cache: the file appears whole, under the recipe's own name.
-    """
-    path = make_folder(cache) / f"{recipe.name()}.safetensors"
-    if path.is_file():
-        with contextlib.suppress(SafetensorError):
-            return Trajectories(**load_file(path, device=str(device)))
+    """Those of `recipe`, from the cache if they are there, else made and kept."""
+    kept = Kept(Path(cache), asdict(recipe))  # of any version of this code: a run is continued with the same ones
+    if found := kept.find():
+        return Trajectories(**{name: found[name].to(device) for name in TENSORS})
     made = make_trajectories(recipe, teacher, device)
-    tensors = {name: getattr(made, name).contiguous().cpu() for name in TENSORS}
-    write_atomic(path, save(tensors, metadata={"recipe": json.dumps(asdict(recipe))}))
+    kept.keep({name: getattr(made, name) for name in TENSORS})
     return made
 
 

@@ -20,6 +20,7 @@ from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import Generator, decoded, few_step_generator, ode_generator
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.teachers import guided_velocity
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.ema import Ema
@@ -149,11 +150,12 @@ def train(
 def build_health(assembled: Assembled, student: Generator) -> Health:
     """The averaged student's samples are held against the guided teacher's, by its ODE."""
     cfg, method, codec = assembled.cfg, assembled.method, assembled.inputs.codec
+    guided = guided_velocity(assembled.networks.teacher, assembled.inputs.teacher.prediction, cfg.guidance_scale)
     return Health(
         every=cfg.log.health_every,
         panel=Panel(cfg.log.health_samples, cfg.seed, method.shape, method.num_classes, codec and codec.decode),
         student=student,
-        teacher=ode_generator(method.teacher, Solver()),
+        teacher=ode_generator(assembled.calls.watch("teacher", guided), Solver()),  # in the student's own precision
         runtime=assembled.runtime,
         optimisers={phase.name: phase.optimiser for phase in assembled.cycle},
         kept=kept_reference(assembled),
@@ -174,7 +176,6 @@ def kept_reference(assembled: Assembled) -> Kept:
         "shape": method.shape,
         "codec": inputs.codec.digest() if inputs.codec else "",
         "precision": runtime.precision,
-        "gradient_free": cfg.launch.gradient_free,
         "frozen_dtype": cfg.frozen_dtype,
     }
     return Kept.of(cfg.regression.cache, runtime.device, facts)

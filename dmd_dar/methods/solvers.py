@@ -18,10 +18,10 @@ from dmd_dar.keys import key
 from dmd_dar.methods.rollout import predict_x0
 
 SolverName = Literal["dpm", "heun"]
-Path = list[Tensor]  # the state at every time of a grid, the first being the noise
+States = list[Tensor]  # the state at every time of a grid, the first being the noise
 
 
-def heun(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> Path:
+def heun(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> States:
     """Heun's method: 2 evaluations a step, order 2; the same callable may be the guided teacher."""
     x, states = noise, [noise]
     for t, t_next in pairwise(grid):
@@ -34,7 +34,7 @@ def heun(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> 
     return states
 
 
-def dpm(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> Path:
+def dpm(velocity: Velocity, cond: Tensor, grid: list[float], noise: Tensor) -> States:
     """DPM-Solver++(2M), arXiv:2211.01095 Algorithm 2: 1 evaluation a step, order 2.
 
     With h = log((1 - t') / t') - log((1 - t) / t) for a step from t to t' and its x0 extrapolated by the step before,
@@ -61,7 +61,7 @@ def _log_ratio(t: float) -> float:
     return math.log((1 - t) / t)
 
 
-METHODS: dict[SolverName, Callable[[Velocity, Tensor, list[float], Tensor], Path]] = {"dpm": dpm, "heun": heun}
+METHODS: dict[SolverName, Callable[[Velocity, Tensor, list[float], Tensor], States]] = {"dpm": dpm, "heun": heun}
 EVALUATIONS: dict[SolverName, int] = {"dpm": 1, "heun": 2}  # of the velocity, for one step
 
 
@@ -85,7 +85,7 @@ class Solver:
 
     def path(
         self, velocity: Velocity, cond: Tensor, noise: Tensor, rungs: tuple[float, ...] = (1.0,)
-    ) -> tuple[Path, list[int]]:
+    ) -> tuple[States, list[int]]:
         """The states along the grid, which passes through every rung, and the place of each rung among them."""
         grid, positions = flow.time_grid(rungs, self.solver_steps, self.solver_grid)
         return METHODS[self.solver](velocity, cond, grid, noise), positions

@@ -103,12 +103,12 @@ def rows_of(one: ImageSet, rank: int = 0, world: int = 1) -> Rows:
 
 
 def chosen_rows(one: ImageSet, *readers: str) -> SetRows:
-    """What these of READERS alone say of each image, for a command that needs no more."""
+    """What these of READERS and ALONE say of each image, for a command that needs no more."""
     return SetRows(one.stream.size, _joined([_read(as_floats(batch), readers) for batch in one.batches()]))
 
 
 def _read(images: Tensor, readers: Sequence[str]) -> Rows:
-    return grouped({name: READERS[name](images) for name in readers})
+    return grouped({name: (READERS | ALONE)[name](images) for name in readers})
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
@@ -130,6 +130,9 @@ READERS: dict[str, Callable[[Tensor], Rows]] = {
     "structure": structure.structure_rows,
     "wavelet": _wavelet_rows,
     "grid": lambda images: {"lines": torch.from_numpy(power_map.grid_lines(images))},
+}
+ALONE: dict[str, Callable[[Tensor], Rows]] = {  # parts of the above, for who needs no more
+    "hf_kurtosis": lambda images: {"values": torch.from_numpy(structure.hf_kurtosis(images))},
 }
 
 

@@ -25,16 +25,16 @@ COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without it
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
 
 
-def git_state() -> str | None:
-    """Commit, with -dirty where the tree differs from it; None outside a checkout.
+def git_state(root: Path = ROOT) -> str | None:
+    """Commit of the checkout at `root`, with -dirty where the tree differs from it; None where that is none.
 
     An installed copy has none, although its environment may lie in another repository.
     """
-    if not (ROOT / ".git").exists():
+    if not (root / ".git").exists():
         return None
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -50,11 +50,11 @@ class SampledSet:
         """By the code that measures a set of a report. ValueError where the classes of the images are not known."""
         if one.classes is None:
             raise ValueError(f"{one.name}: its classes are not known")
-        rows = chosen_rows(one, LUMA, "structure")
+        rows = chosen_rows(one, LUMA, "hf_kurtosis")
         return SampledSet(
             labels=one.classes,
             luma=rows.spectrum(),
-            kurtosis=float(np.median(rows.structure.kurtosis)),
+            kurtosis=float(np.median(rows.groups["hf_kurtosis"]["values"].numpy())),
             features=features.extract(one.stream, features.wavelet()).values,
             diversity=class_spread(one),
         )

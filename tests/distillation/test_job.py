@@ -11,6 +11,7 @@ from torch import nn
 
 from dmd_dar import config, sample
 from dmd_dar.data.config import DataConfig
+from dmd_dar.data.kept import Kept
 from dmd_dar.data.photos import NAMES
 from dmd_dar.data.sources import open_data
 from dmd_dar.distillation import identity, method
@@ -343,7 +344,7 @@ def test_trajectories_are_kept_by_their_recipe_and_a_damaged_file_is_made_anew(t
     assert len(calls) == made and torch.equal(first.ends, again.ends) and torch.equal(first.states, again.states)
     trajectories(recipe_of(guidance_scale=2.0), velocity, str(tmp_path), device)
     assert len(calls) == 2 * made
-    kept = tmp_path / f"{recipe_of().name()}.safetensors"
+    kept = Kept(tmp_path, dataclasses.asdict(recipe_of())).path
     kept.write_bytes(kept.read_bytes()[:-7])
     repaired = trajectories(recipe_of(), velocity, str(tmp_path), device)
     assert len(calls) == 3 * made and torch.equal(first.ends, repaired.ends)

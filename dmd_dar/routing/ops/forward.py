@@ -16,7 +16,6 @@ from dmd_dar.routing.ops.naive import EPS
 from dmd_dar.routing.router import RouterBank
 
 FEW = 256  # tokens below which a CPU spends more on starting an operation than on its numbers
-LOOPED = 512  # products of as many terms or fewer are added one by one where tokens are not few
 
 
 class ForwardReader:
@@ -39,23 +38,23 @@ class ForwardReader:
         self.few = tokens < FEW and dtype == self.wide
         self.least = min(-(-SMALL // width), slots) if self.few else 0
         self.sources[: self.least] = 0  # they may be read, with weight 0, before there is a source
-        self.summaries = self.outputs = self.taken = 0
+        self.summaries = self.outputs = 0
         self.cast = torch.is_autocast_enabled(v_0.device.type)
 
     def summary(self, v: Tensor) -> None:
         """c_n of the chunk that ends here; the chunk's outputs are read no more."""
-        self._store(v, self.summaries, len(self.counts))
+        self._store(v, self.summaries, self.summaries * self.bank.chunk_size, len(self.counts))
         self.summaries, self.outputs = self.summaries + 1, 0
 
     def output(self, v: Tensor) -> None:
         """An output of the chunk that is being built: routers up to the one behind its end may read it."""
-        self._store(v, self.summaries + self.outputs, self.summaries * self.bank.chunk_size + 2 - self.first)
+        done = (self.summaries - 1) * self.bank.chunk_size + self.outputs + 1
+        self._store(v, self.summaries + self.outputs, done, self.summaries * self.bank.chunk_size + 2 - self.first)
         self.outputs += 1
 
-    def _store(self, v: Tensor, slot: int, stop: int) -> None:
-        """Keep v (B, T, d), and its logits for the routers still to come whose rows are below `stop`."""
-        rows = slice(max(self.taken + 1 - self.first, 0), min(stop, len(self.counts)))  # the next is router taken + 1
-        self.taken += 1
+    def _store(self, v: Tensor, slot: int, done: int, stop: int) -> None:
+        """Keep v (B, T, d), and its logits for the routers behind sublayer `done` whose rows are below `stop`."""
+        rows = slice(max(done + 1 - self.first, 0), min(stop, len(self.counts)))
         if slot == len(self.sources) or rows.start >= rows.stop:
             return  # nothing reads it
         self.source_of[slot].copy_(v)
@@ -95,7 +94,7 @@ class ForwardReader:
         # softmax gives equal logits the 1 / n that is taken off, to the bit
         torch.sub(alpha, 1 / n if scale == "stream" else 0, out=padded[:, :n])
         w, v = padded[:, None], self.sources[:slots].transpose(0, 1)  # (M, 1, slots) of w / c, (M, slots, d)
-        if self.few or (w.dtype == v.dtype and n * v.shape[2] > LOOPED):
+        if self.few or (w.dtype == v.dtype and n * v.shape[2] >= SMALL):
             return torch.baddbmm(x, w, v, alpha=c)
         w *= c
         return add_mix(torch.addcmul(x, w[:, :, :1], v[:, :1].to(w.dtype)), w[:, :, 1:], v[:, 1:])

@@ -14,7 +14,8 @@ from dmd_dar.messages import LOGGER
 from dmd_dar.models.footprint import nbytes
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.loop import Phase
-from dmd_dar.train.processes.runtime import Runtime, free_memory, out_of_memory
+from dmd_dar.train.processes.memory import free_memory, out_of_memory
+from dmd_dar.train.processes.runtime import Runtime
 
 SPARE = 0.05  # of a GPU's memory that a rehearsal leaves alone: gaps between tensors, the libraries' work space
 REMEDY = "launch.checkpointing=true or weights=shared_lora need less, and python -m dmd_dar.plan says how much"

@@ -1,4 +1,6 @@
-"""Processes, devices, precision and sharding. The only importer of accelerate and, with parts.py, torch.distributed."""
+"""Processes, devices, precision and sharding. accelerate is imported here and in memory.py alone, torch.distributed
+here and in parts.py.
+"""
 
 import os
 import warnings
@@ -13,7 +15,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from dmd_dar.draws import sample_range
@@ -375,20 +376,6 @@ def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         filled[-1].append(p)
         size += p.numel() * p.element_size()
     return filled
-
-
-FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # said by others than torch's allocator
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says that a device's memory is full, by torch's allocator or by a library's own."""
-    by_library = isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
-    return by_library or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-
-
-def free_memory() -> None:
-    """Give back what nothing refers to any more, to Python and to the device."""
-    clear_device_cache(garbage_collection=True)
 
 
 def wandb_tracker(project: str, **settings: Any) -> WandBTracker:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DivergedError, UserError
 from dmd_dar.models.denoiser import NetworkVelocity
+from dmd_dar.train.processes.memory import out_of_memory
 from dmd_dar.train.processes.parts import local
-from dmd_dar.train.processes.runtime import out_of_memory
 
 FOLDER = "failure"
 ASIDE = {  # what else calls networks, and how to do without it

@@ -19,7 +19,8 @@ from dmd_dar.train.disk import checkpoint, log
 from dmd_dar.train.loop import fitting
 from dmd_dar.train.loop.fitting import Rehearsal, fit_run, largest
 from dmd_dar.train.loop.loop import update
-from dmd_dar.train.processes.runtime import LaunchConfig, Runtime, out_of_memory
+from dmd_dar.train.processes.memory import out_of_memory
+from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.distillation.test_job import arguments
 from tests.tiny import tiny_teacher
 from tests.train.loop.test_loop import phase_of, states
