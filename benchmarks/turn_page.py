@@ -67,10 +67,11 @@ def peer(read: Read) -> str:
     result = read("turn_peer_cpu")
     if result is None:
         return f"{title}{OPEN}: run `python -m benchmarks.turn peer=CHECKOUT`.\n"
-    load, commit = result["load_average"], result.get("peer_commit")
+    load, commit = result["load_average"], result.get("peer_commit") or "not recorded"
     words = (
         f"**One student update and {result['updates']} of the fake score**, float32; CPU time of one thread,"
-        f" interleaved in one process; FastGen at {f'`{commit}`' if commit else 'a commit that is not recorded'}; load average {load['before']:.1f} before, {load['after']:.1f} after. FastGen's"
+        f" interleaved in one process; FastGen's commit: {commit}; load average {load['before']:.1f} before,"
+        f" {load['after']:.1f} after. FastGen's"
         " DMD2 and its trainer's step compute their turn, on our networks in its protocol, without GAN and guidance."
         " Its image method noises real data: `data`, which ours does with `student_input: data`. `simulated` gives it"
         " the student's own way to the same rungs as our `fresh`, made by its sampling loop. AdamW is not fused, as in"
