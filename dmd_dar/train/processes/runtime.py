@@ -1,6 +1,4 @@
-"""Processes, devices, precision and sharding. accelerate is imported here and in memory.py alone, torch.distributed
-here and in parts.py.
-"""
+"""Processes, devices, precision and sharding. The only importer of accelerate and, with parts.py, torch.distributed."""
 
 import os
 import warnings
