@@ -25,11 +25,12 @@ COMMIT = "DMD_DAR_COMMIT"  # names the commit of code that was copied without it
 PACKAGES = ("torch", "numpy", "scipy", "PyWavelets", "pillow", "matplotlib")
 
 
-def git_state(root: Path = ROOT) -> str | None:
-    """Commit of the checkout at `root`, with -dirty where the tree differs from it; None where that is none.
+def git_state(root: Path | None = None) -> str | None:
+    """Commit of the checkout at `root` (None: this code's), with -dirty where the tree differs; None where it is none.
 
     An installed copy has none, although its environment may lie in another repository.
     """
+    root = root or ROOT
     if not (root / ".git").exists():
         return None
     try:
