@@ -25,6 +25,7 @@ from .page.html import write_report
 from .samples.parallel import Processes, Rows
 from .study import forest
 from .study.checks import conclusions, student_checks
+from .study.convergence import discretisation
 from .study.inputs import Inputs, read_inputs
 from .study.twins import forest_of, seed_pairs, several_seeds
 
@@ -125,12 +126,14 @@ def measured(cfg: ReportConfig, inputs: Inputs, readings: Readings, suite: Suite
     comparisons = measure(compared, cfg.seed, suite, ledger, readings.images)
     latent = latent_spectra(inputs.everything, reference, real, cfg.seed, ledger, readings.latents)
     seeds = seed_by_seed(cfg, inputs, ledger)
+    error = None if inputs.twice is None else discretisation(reference, inputs.twice, cfg.seed)
     checks = student_checks(comparisons.sets)
     return replace(
         Report(**vars(comparisons)),
         skipped=list(ledger.skipped),
         latent=latent,
         forest=seeds,
+        discretisation=error,
         fitted_to=inputs.fitted_to,
         checks=checks,
         conclusions=conclusions(checks, inputs.runs),
@@ -180,6 +183,8 @@ def publish(cfg: ReportConfig, whole: Report, inputs: Inputs, readings: Readings
     write_report(whole, sets, out, {one.name: mean_plane(one, readings.images[one.name].rows) for one in sets})
     print(terminal_table(whole))
     print(*whole.conclusions, sep="\n")
+    if whole.discretisation is not None:
+        print(whole.discretisation.sentence)
     print_skipped(whole.skipped)
     print(f"report: {out / 'report.html'}")
     missed = [one for one in whole.skipped if one.requested]

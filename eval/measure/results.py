@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from ..metrics.classifier import Modes
+from ..metrics.convergence import Discretisation
 from ..metrics.diversity import DiversityRatio
 from ..metrics.features import FeatureDistance
 from ..metrics.intervals import Interval
@@ -366,6 +367,7 @@ class Report(Measurements):
 
     latent: LatentResult | None = None
     forest: Forest | None = None
+    discretisation: Discretisation | None = None  # of the reference; None where no network made it
     fitted_to: str = ""
     checks: list[Check] = field(default_factory=list)
     conclusions: list[str] = field(default_factory=list)

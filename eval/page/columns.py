@@ -8,6 +8,7 @@ from ..metrics.features import FeatureDistance
 from ..metrics.intervals import Interval
 from .cells import NOTHING, Cell, fact, number, span
 
+UNCONVERGED = ", unconverged reference"
 REFERENCES: tuple[Reference, ...] = ("teacher", "real")
 
 
@@ -98,10 +99,17 @@ def terminal_table(report: Report) -> str:
         lines = [[f"against {reference_name(report, reference)}", "verdict", *(column.heading for column in COLUMNS)]]
         for row, against in compared(report, reference):
             cells = [column.number(row, against).replace("−", "-") for column in COLUMNS]
-            lines.append([row.name, against.verdict.word, *cells])
+            lines.append([row.name, verdict_word(report, reference, against), *cells])
         widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
         tables.append("\n".join(_aligned(line, widths) for line in lines if len(lines) > 1))
     return "\n\n".join(filter(None, tables))
+
+
+def verdict_word(report: Report, reference: Reference, against: Comparison) -> str:
+    """The verdict, and whether it compares with a teacher whose samples are not yet those of its ODE."""
+    error = report.discretisation
+    unsure = reference == "teacher" and error is not None and not error.converged
+    return against.verdict.word + (UNCONVERGED if unsure else "")
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:

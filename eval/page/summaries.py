@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..measure.results import Comparison, Reference, Report, SetRow
 from ..samples.cost import SamplingCost
 from .cells import NOTHING, Cell, Table, fact, finite, minus, number, short, span, the
-from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, compared, reference_name
+from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, compared, reference_name, verdict_word
 from .csv import Number, numbers
 
 
@@ -31,7 +31,10 @@ def answers(report: Report) -> list[Answer]:
     """One for each student or folder; for each set where there is none of them."""
     pairs = compared(report, "teacher")
     chosen = [pair for pair in pairs if pair[0].role in ("student", "images")]
-    return [Answer(row.name, against.verdict.word, _reason(row, against)) for row, against in chosen or pairs]
+    return [
+        Answer(row.name, verdict_word(report, "teacher", against), _reason(row, against))
+        for row, against in chosen or pairs
+    ]
 
 
 def _reason(row: SetRow, against: Comparison) -> str:
@@ -56,7 +59,7 @@ def summary(report: Report, reference: Reference, columns: Sequence[Column] = CO
     rows = [
         [
             Cell(row.name, row.facts.routing.label if row.facts.routing else ""),
-            Cell(against.verdict.word, kind="verdict"),
+            Cell(verdict_word(report, reference, against), kind="verdict"),
             *(column.cell(row, against) for column in columns),
         ]
         for row, against in compared(report, reference)
@@ -71,6 +74,8 @@ def findings(report: Report) -> list[str]:
     """The first sentence of a comparison over seeds, then those that the report's command adds."""
     first, stop, _ = (report.forest.conclusion if report.forest else "").partition(". ")
     sentences = [first + stop.strip()] if first else []
+    if report.discretisation is not None:
+        sentences.append(report.discretisation.sentence)
     return [minus(sentence) for sentence in (*sentences, *report.conclusions)]
 
 

@@ -19,6 +19,7 @@ from ..samples.parallel import Processes
 from ..samples.real import Real, named_real, open_fitting, read_real
 from ..samples.sampling import Bench, with_costs
 from ..samples.sets import ImageSet, read_set
+from .convergence import twice_as_fine
 from .runs import GuidedTeacher, Run, read_runs, require_teacher
 from .students import student_set
 
@@ -64,6 +65,7 @@ class Inputs:
     data_hash: str | None = None
     prompts: dict[int, str] | None = None  # of the runs, by number, as far as their texts are known; None for labels
     bench: Bench | None = None  # None without networks
+    twice: ImageSet | None = None  # the reference once more, solved with twice as many steps; None without networks
 
     @property
     def everything(self) -> list[ImageSet]:
@@ -117,6 +119,7 @@ def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Pr
         class_names={},
         data_hash=real.hash if real else None,
         bench=bench,
+        twice=twice_as_fine(teacher, bench, keys.ode),
     )
     return with_names(inputs, teacher, real)
 

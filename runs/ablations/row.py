@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.keys import key
-from eval.measure.provenance import code_now
+from dmd_dar.eval.measure.provenance import code_now
 
 ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).parent
@@ -57,7 +57,11 @@ def extract(report: dict[str, Any]) -> dict[str, Any]:
     (student,) = (one for one in report["sets"] if one["role"] == "student")
     (check,) = report["checks"]
     against = student["against"]["teacher"]
-    accuracy = {one["name"]: one["against"]["real"]["modes"]["agreement"] for one in report["sets"] if one["role"] in ("teacher", "student")}
+    accuracy = {
+        one["name"]: one["against"]["real"]["modes"]["agreement"]
+        for one in report["sets"]
+        if one["role"] in ("teacher", "student")
+    }
     names = ("verdict", "hf_kurtosis_ratio", "flat_noise_db")
     return {
         **{name: against[name] for name in names},
