@@ -367,7 +367,8 @@ class Report(Measurements):
 
     latent: LatentResult | None = None
     forest: Forest | None = None
-    discretisation: Discretisation | None = None  # of the reference; None where no network made it
+    # of the reference; None where no network made it
+    discretisation: Discretisation | None = field(default=None, metadata=OPTIONAL)
     fitted_to: str = ""
     checks: list[Check] = field(default_factory=list)
     conclusions: list[str] = field(default_factory=list)

@@ -25,11 +25,11 @@ class Discretisation:
 
     @property
     def exceeded(self) -> list[str]:
-        """What is beyond the verdict's margins, or for fd_wavelet above its null, by name."""
-        low, high = KURTOSIS_RANGE
+        """What is beyond the verdict's margins, or for fd_wavelet above its null, by name; not what is undefined."""
+        (low, high), kurtosis = KURTOSIS_RANGE, self.hf_kurtosis_ratio.value
         beyond = {
             "HF gain": abs(self.hf_gain_db.value) > GAIN_MARGIN_DB,
-            "kurtosis": not low <= self.hf_kurtosis_ratio.value <= high,
+            "kurtosis": kurtosis < low or kurtosis > high,
             "flat noise": abs(self.flat_noise_db.value) > FLAT_NOISE_DB,
             "fd_wavelet": self.fd_wavelet_null is not None and self.fd_wavelet > self.fd_wavelet_null,
         }

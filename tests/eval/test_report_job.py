@@ -98,7 +98,8 @@ def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
     assert {"residual", "dar", "regression", "teacher", "real", "undistilled, Euler"} <= rows.keys()
     routing = rows["dar"]["facts"]["routing"]
     assert routing["deviation"] < 1e-3 and abs(routing["hf_gain_shift_db"]) < 0.1
-    assert rows["dar"]["facts"]["label"] == "router unused" and "router unused" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert rows["dar"]["facts"]["label"] == "router unused" and "router unused" in printed
     assert "label" not in rows["residual"]["facts"]
     assert sum(sentence.startswith("dar against residual:") for sentence in result["conclusions"]) == 1
     page = (runs / "report" / "report.html").read_text()
@@ -116,6 +117,11 @@ def test_a_report_over_real_runs_says_what_it_must(runs, capsys):
     low, high = costs["latency_ms_range"]
     assert 0 < low <= costs["latency_ms_per_image"] <= high and costs["peak_memory_mb"] > 0
     assert rows["teacher"]["facts"]["latency_ms_per_image"] > 0 and "latency_ms_per_image" not in rows["real"]["facts"]
+    error = result["discretisation"]
+    assert (error["evaluations"], error["evaluations_twice"], error["images"]) == (2, 4, 70)
+    said = "The teacher at 2 calls against itself at 4, same noise, 70 images: HF gain"
+    assert said in page and said in printed and all(math.isfinite(error[name]["low"]) for name in ("hf_gain_db",))
+    assert ("unconverged reference" in page) == (not error["converged"]) == bool(error["exceeded"])
     assert result["forest"] is None and result["skipped"] == []
     assert (runs / "report" / "report.csv").read_text().count("\ndar,student,teacher,") > 50
 
@@ -157,7 +163,7 @@ def test_the_teachers_images_are_kept_and_do_not_depend_on_the_batch(runs):
         cfg = options(runs, "residual", cache=runs / cache, batch_size=batch_size)
         sampled(cfg)
     names = [sorted(path.name for path in (runs / cache).iterdir()) for cache in ("one", "two")]
-    assert names[0] == names[1] and len(names[0]) == 4
+    assert names[0] == names[1] and len(names[0]) == 5  # with the teacher by twice as many steps
     for name in names[0]:
         ours, theirs = (load_file(runs / cache / name)["images"].int() for cache in ("one", "two"))
         assert (ours - theirs).abs().max() <= 1

@@ -273,7 +273,7 @@ def test_a_comparison_file(tmp_path):
 def test_the_answer_over_seeds_is_told_first():
     def told(conclusion: str | None, *conclusions: str) -> list[str]:
         seeds = None if conclusion is None else replace(forest(), conclusion=conclusion)
-        return findings(SimpleNamespace(forest=seeds, conclusions=list(conclusions)))
+        return findings(SimpleNamespace(forest=seeds, conclusions=list(conclusions), discretisation=None))
 
     assert told("No difference: D = -0.5 dB. More.", "one") == ["No difference: D = \u22120.5 dB.", "one"]
     assert told(None) == [] and told(None, "x.") == ["x."] and told("", "x.") == ["x."]
