@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
-from dmd_dar.keys import key
 from dmd_dar.eval.measure.provenance import code_now
+from dmd_dar.keys import key
 
 ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).parent
