@@ -27,7 +27,7 @@ from .study import forest
 from .study.checks import conclusions, student_checks
 from .study.convergence import discretisation
 from .study.inputs import Inputs, read_inputs
-from .study.twins import forest_of, seed_pairs, several_seeds
+from .study.twins import forest_of, pairs_by_steps
 
 __all__ = ["ReportConfig", "main", "report"]
 
@@ -39,10 +39,13 @@ GENERAL = ("auto", "offline")  # words for `metrics` that stand alone
 class ReportConfig(Solver):
     """python -m eval.report"""
 
-    runs: tuple[str, ...] = key((), "run folders of distill.py; they share teacher, rungs and guidance", path=True)
+    runs: tuple[str, ...] = key((), "run folders of distill.py; they share teacher and data", path=True)
     images: tuple[str, ...] = key((), "further sets: folders of PNG or npy files, named after the folder", path=True)
     reference: str = key(TEACHER, "what the verdict compares with: the runs' teacher, or without runs a folder")
     real: str = key("", "folder of real images; empty: of runs, crops of their own data where these fit", path=True)
+    guidance_scale: float | None = key(
+        None, "of the reference; needed where the guidance of runs differs; null: the runs' own", least=0
+    )
     compare: str = key("", "compare.json of eval.compare, whose seeds are drawn", path=True)
     metrics: tuple[Metric, ...] = key(
         ("auto",), "which metrics with weights: auto takes those whose weights are there, offline none, or name them"
@@ -147,8 +150,8 @@ def seed_by_seed(cfg: ReportConfig, inputs: Inputs, ledger: Ledger) -> Forest | 
     """
     if cfg.compare:
         return ledger.attempt("seed by seed", cfg.compare, lambda: forest.from_file(cfg.compare))
-    pairs = seed_pairs(inputs.runs, inputs.sets)
-    if not several_seeds(pairs):
+    pairs = pairs_by_steps(inputs.runs, inputs.sets)
+    if not pairs:
         return None
     return ledger.attempt("seed by seed", "", lambda: forest_of(pairs, inputs.runs, inputs.reference, cfg.seed))
 

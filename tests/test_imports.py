@@ -14,7 +14,6 @@ GROUND = {
     "messages",
     "keys",
     "atomic",
-    "colour",
     "device",
     "draws",
     "flow",

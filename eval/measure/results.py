@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from ..metrics.classifier import Modes
-from ..metrics.colour import ColourComparison
 from ..metrics.convergence import Discretisation
 from ..metrics.diversity import DiversityRatio
 from ..metrics.features import FeatureDistance
@@ -110,7 +109,7 @@ class Comparison:
     paired: bool
     reference_images: int
     class_share_gap: float | None  # None where classes are not known
-    verdict: Verdict  # on detail
+    verdict: Verdict
     gain_db: dict[str, Interval]  # by band
     gain_db_median: dict[str, float] | None  # by band, of paired sets
     images_for_quarter_db: int | None
@@ -137,7 +136,6 @@ class Comparison:
     neighbours: dict[str, PlacedNeighbours]  # by extractor
     modes: Modes | None
     lpips_paired: LpipsPaired | None
-    colour: ColourComparison | None = field(default=None, metadata=OPTIONAL)  # None in files of before
 
 
 @dataclass(frozen=True)
@@ -238,9 +236,10 @@ class SeedDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class ForestComparison:
-    """DAR against one arm, seed by seed and over all of them, in dB."""
+    """DAR against one arm, seed by seed and over all of them, in dB. `steps` tells several numbers of steps apart."""
 
     baseline: str
+    steps: str | None = field(default=None, metadata=OPTIONAL)
     method: str
     pilot: bool
     p: float

@@ -21,7 +21,7 @@ class Cell:
 
     text: str
     small: str = ""
-    kind: Literal["", "verdict", "colour", "code"] = ""
+    kind: Literal["", "verdict", "code"] = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Real is black, the teacher blue, residual vermilion, DAR green; each line has a style of its own besides.
 """
 
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from torch import Tensor
 
 from ..measure.results import Bands, Forest, ForestComparison, LatentResult, Report, SeedCurves, SetRow
 from ..metrics.intervals import Interval
+from . import over_calls
 from .cells import finite
 from .columns import charted
+from .drawing import BAND_GREY, DAR, DASHES, MARKERS, REAL, RESIDUAL, TEACHER, finished, kind_colours, plain, png_of
 
-REAL, TEACHER, RESIDUAL, DAR = "#000000", "#0072B2", "#D55E00", "#009E73"
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#B8A800")  # Okabe-Ito; grey and a darker yellow for white paper
-DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
-MARKERS = "osD^vPX"
-BAND_GREY = "0.93"
+BY_CALLS = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":")  # from most calls to fewest
 NEAR_DB, MOST_SPAN_DB = 2.0, 25.0
 MAP_COLUMNS = 4
 LEAST_MAP_SPAN_DB = 2.0  # of the colour scale of differences
@@ -41,18 +39,30 @@ class Style:
 def styles(rows: Sequence[SetRow]) -> dict[str, Style]:
     """Colour, line style and marker of each set of a result, by role and by what its name says it is.
 
-    Students of one arm that were trained from different seeds share its colour.
+    Students of one arm that were trained from different seeds share its colour. Where sets differ in their steps, the
+    colour says the kind and the dash the number of calls.
     """
     free, chosen, owner = list(OTHERS), {}, {}
+    kinds = kind_colours(row.facts.kind for row in rows if row.facts.kind)
+    calls = sorted({_calls(row) for row in rows if row.facts.kind}, reverse=True)
     for index, row in enumerate(rows):
+        marker = MARKERS[index % len(MARKERS)]
+        if row.facts.kind:
+            dash = BY_CALLS[min(calls.index(_calls(row)), len(BY_CALLS) - 1)]
+            chosen[row.name] = Style(kinds[row.facts.kind], dash, marker)
+            continue
         colour, seed = _own_colour(row), row.facts.seed
         if colour is None or (colour in owner and seed in owner[colour]):
             colour = free.pop(0) if free else OTHERS[index % len(OTHERS)]
         owner.setdefault(colour, []).append(seed)
         named = {REAL: "-", TEACHER: "-", RESIDUAL: "--", DAR: "-."}
         dash = named[colour] if colour in named else DASHES[index % len(DASHES)]
-        chosen[row.name] = Style(colour, dash, MARKERS[index % len(MARKERS)])
+        chosen[row.name] = Style(colour, dash, marker)
     return chosen
+
+
+def _calls(row: SetRow) -> int:
+    return row.facts.network.evaluations if row.facts.network else 0
 
 
 def _own_colour(row: SetRow) -> str | None:
@@ -63,13 +73,16 @@ def _own_colour(row: SetRow) -> str | None:
 
 
 def charts(report: Report, planes: dict[str, Tensor]) -> dict[str, bytes]:
-    """All charts of the report by name: gain, bands, psd, maps and, where there are several seeds, forest and curves.
+    """All charts of the report by name: gain, bands, psd, maps; calls where there are several steps; forest and curves
+    where there are several seeds.
 
     planes: each set's mean log power, (H, W) in dB, by name.
     """
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         drawn = {"gain": gain_figure(report), "bands": band_figure(report), "psd": psd_figure(report)}
         drawn["maps"] = map_figure(report, planes)
+        if over_calls.lines(report):
+            drawn["calls"] = over_calls.drawn(report)
         if report.latent:
             drawn["latent"] = latent_figure(report, report.latent)
         if report.forest:
@@ -97,7 +110,7 @@ def gain_figure(report: Report) -> bytes:
         panels[1].set_title("the same, enlarged", fontsize=10, loc="left", pad=18)
     panels[-1].set_ylim(-NEAR_DB, NEAR_DB)
     panels[-1].set_xlabel("frequency (cycles per pixel; 0.5 is the finest)")
-    return _finish(figure, panels[0])
+    return finished(figure, panels[0])
 
 
 @dataclass(frozen=True)
@@ -115,14 +128,14 @@ def _gain_panel(axes: Axes, report: Report, bands: Bands, curves: Iterable[GainC
     _margin_strip(axes, report)
     for one in curves:
         style = look[one.name]
-        axes.plot(one.frequencies, one.gain_db, color=style.colour, ls=style.dash, lw=2, label=_plain(one.name))
+        axes.plot(one.frequencies, one.gain_db, color=style.colour, ls=style.dash, lw=2, label=plain(one.name))
     axes.set_xlim(bands.edges[0], 0.5)
-    axes.set_ylabel(f"against {_plain(report.teacher)} (dB)")
+    axes.set_ylabel(f"against {plain(report.teacher)} (dB)")
 
 
 def _margin_strip(axes: Axes, report: Report) -> None:
     margin = report.margins.gain_db
-    axes.axhline(0, color=TEACHER, lw=1.5, label=f"{_plain(report.teacher)}, ±{margin:g} dB")
+    axes.axhline(0, color=TEACHER, lw=1.5, label=f"{plain(report.teacher)}, ±{margin:g} dB")
     axes.axhspan(-margin, margin, color=TEACHER, alpha=0.16, lw=0)
 
 
@@ -143,7 +156,7 @@ def latent_figure(report: Report, latent: LatentResult) -> bytes:
     each.set_xticks(range(latent.channels))
     each.set_xlabel("latent channel")
     each.set_ylabel("HF gain (dB)")
-    return _finish(figure, over)
+    return finished(figure, over)
 
 
 def band_figure(report: Report) -> bytes:
@@ -160,7 +173,7 @@ def band_figure(report: Report) -> bytes:
         panels[1].set_title("the same, enlarged", fontsize=10, loc="left")
     panels[-1].set_ylim(-NEAR_DB, NEAR_DB)
     panels[-1].set_xticks(range(len(names)), [_band_label(report.bands, name) for name in names])
-    return _finish(figure, panels[0])
+    return finished(figure, panels[0])
 
 
 def _band_panel(axes: Axes, report: Report) -> None:
@@ -170,10 +183,10 @@ def _band_panel(axes: Axes, report: Report) -> None:
     for place, (row, against) in enumerate(rows):
         x = np.arange(len(names)) + 0.7 * ((place + 0.5) / len(rows) - 0.5)
         low, value, high = _ends([against.gain_db[name] for name in names])
-        style, errors, label = look[row.name], np.clip([value - low, high - value], 0, None), _plain(row.name)
+        style, errors, label = look[row.name], np.clip([value - low, high - value], 0, None), plain(row.name)
         axes.errorbar(x, value, errors, fmt=style.marker, color=style.colour, label=label, capsize=3, ms=6, lw=1.6)
     axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_ylabel(f"gain against {_plain(report.teacher)} (dB)")
+    axes.set_ylabel(f"gain against {plain(report.teacher)} (dB)")
 
 
 def _ends(intervals: Sequence[Interval]) -> Iterator[np.ndarray]:
@@ -195,7 +208,7 @@ def psd_figure(report: Report) -> bytes:
     axes.set_yscale("log")
     for row in report.sets:
         if row.role != "null":
-            style, label = look[row.name], _plain(row.name)
+            style, label = look[row.name], plain(row.name)
             axes.plot(row.frequencies, row.power, color=style.colour, ls=style.dash, lw=1.8, label=label)
     axes.set_xlim(report.bands.edges[0], 0.5)
     _shade_bands(axes, report.bands)
@@ -204,7 +217,7 @@ def psd_figure(report: Report) -> bytes:
     axes.minorticks_off()
     axes.set_xlabel("frequency (cycles per pixel)")
     axes.set_ylabel("power of luma (image units²)")
-    return _finish(figure, axes)
+    return finished(figure, axes)
 
 
 def map_figure(report: Report, means: dict[str, Tensor]) -> bytes:
@@ -220,9 +233,9 @@ def map_figure(report: Report, means: dict[str, Tensor]) -> bytes:
     parts = figure.subfigures(2, 1, height_ratios=[max(1, n) for n in lines], squeeze=False)[:, 0]
     _planes(parts[0], planes, "mean log power (dB)", cmap="viridis", vmin=low, vmax=high)
     if differences:
-        label = f"minus {_plain(report.teacher)} (dB)"
+        label = f"minus {plain(report.teacher)} (dB)"
         _planes(parts[1], differences, label, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -span, span))
-    return _png(figure)
+    return png_of(figure)
 
 
 def _planes(part: Any, planes: dict[str, np.ndarray], label: str, **options: Any) -> None:
@@ -232,7 +245,7 @@ def _planes(part: Any, planes: dict[str, np.ndarray], label: str, **options: Any
         height, width = plane.shape  # f = 0 lies in the middle of pixel [H // 2, W // 2]
         ends = (-0.5 - 0.5 / width, 0.5 - 0.5 / width, 0.5 - 0.5 / height, -0.5 - 0.5 / height)
         image = panel.imshow(plane, extent=ends, interpolation="nearest", **options)
-        panel.set_title(_plain(_shortened(name, 24)), fontsize=10)
+        panel.set_title(plain(_shortened(name, 24)), fontsize=10)
         panel.set_xticks([-0.5, 0, 0.5 - 1 / width], ["−½", "0", "½"], fontsize=8)
         panel.set_yticks([-0.5, 0, 0.5 - 1 / height], ["−½", "0", "½"], fontsize=8)
     for panel in axes[len(planes) :]:
@@ -264,13 +277,13 @@ def forest_figure(forest: Forest) -> bytes:
         axes.axvline(0, color="0.35", lw=1)
         axes.grid(axis="y", color=BAND_GREY)
         axes.set_axisbelow(True)
-    gains.set_yticks(range(len(lines)), [_plain(line.title) for line in lines])
+    gains.set_yticks(range(len(lines)), [plain(line.title) for line in lines])
     gains.set_ylim(len(lines) - 0.5, -0.5)
     gains.set_xlabel("HF gain against the teacher (dB)")
     difference.set_xlabel("nearer by (dB); above 0 favours DAR")
     for arm, (colour, marker) in looks.items():
-        gains.plot([], [], marker, color=colour, label=_plain(arm))
-    return _finish(figure, gains)
+        gains.plot([], [], marker, color=colour, label=plain(arm))
+    return finished(figure, gains)
 
 
 def seed_curves_figure(report: Report, seeds: SeedCurves) -> bytes:
@@ -287,13 +300,13 @@ def seed_curves_figure(report: Report, seeds: SeedCurves) -> bytes:
         axes = difference if name == "difference" else gains
         value, low, high = (_drawable(part) for part in (curve.value, curve.low, curve.high))
         axes.fill_between(seeds.frequencies, low, high, color=colour, alpha=0.18, lw=0)
-        label = None if axes is difference else _plain(name)
+        label = None if axes is difference else plain(name)
         axes.plot(seeds.frequencies, value, color=colour, ls=dash, lw=2, label=label)
-    gains.set_ylabel(f"against {_plain(report.teacher)} (dB)")
+    gains.set_ylabel(f"against {plain(report.teacher)} (dB)")
     difference.set_ylabel("nearer by (dB)")
     difference.set_xlabel("frequency (cycles per pixel; 0.5 is the finest)")
     difference.set_xlim(report.bands.edges[0], 0.5)
-    return _finish(figure, gains)
+    return finished(figure, gains)
 
 
 @dataclass(frozen=True)
@@ -308,11 +321,9 @@ class ForestLine:
 
 def forest_lines(one: ForestComparison) -> list[ForestLine]:
     """A line for each seed of a comparison and one for all of them."""
-    lines = [
-        ForestLine(f"{one.baseline}, seed {seed.seed}", seed.gain_db, seed.difference_db, False)
-        for seed in one.per_seed
-    ]
-    return [*lines, ForestLine(f"{one.baseline}, all seeds", one.gain_db, one.difference_db, True)]
+    name = ", ".join(filter(None, [one.baseline, one.steps]))
+    lines = [ForestLine(f"{name}, seed {seed.seed}", seed.gain_db, seed.difference_db, False) for seed in one.per_seed]
+    return [*lines, ForestLine(f"{name}, all seeds", one.gain_db, one.difference_db, True)]
 
 
 def _forest_bar(axes: Axes, y: int, line: ForestLine) -> None:
@@ -324,11 +335,6 @@ def _forest_bar(axes: Axes, y: int, line: ForestLine) -> None:
         else:
             axes.plot([interval.value, end], [y, y], color=colour, lw=3 if line.of_all else 1.6)
     axes.plot(interval.value, y, "d" if line.of_all else "o", color=colour, ms=9 if line.of_all else 6)
-
-
-def _plain(name: str) -> str:
-    """A name as matplotlib shall show it: no mathematics, not hidden by a leading underscore."""
-    return name.replace("$", r"\$") if not name.startswith("_") else " " + name.replace("$", r"\$")
 
 
 def _band_label(bands: Bands, name: str) -> str:
@@ -356,17 +362,3 @@ def _shade_bands(axes: Axes, bands: Bands) -> None:
             fontsize=9,
             color="0.35",
         )
-
-
-def _finish(figure: Figure, axes: Axes) -> bytes:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        columns = min(4, len(labels))
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=3)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()

@@ -130,22 +130,24 @@ def grid(names: Mapping[int, str], sets: Sequence[ImageSet], rows: Sequence[Row]
     names: of the classes, by label.
     """
     height, width = (zoom * length for length in tiles(sets[0].first(1)).shape[1:3])
-    size = (ROW_LABEL + len(sets) * (width + GAP), HEADER + len(rows) * (height + GAP))
+    headers = [header_lines(one.name, width) for one in sets]
+    top = HEADER + (HEADER_FONT + 4) * max(0, *(len(lines) - 2 for lines in headers))
+    size = (ROW_LABEL + len(sets) * (width + GAP), top + len(rows) * (height + GAP))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, one in enumerate(sets):
         left = ROW_LABEL + column * (width + GAP)
-        for line, part in enumerate(header_lines(one.name, width)):
+        for line, part in enumerate(headers[column]):
             place = (left, 4 + line * (HEADER_FONT + 4))
             draw.text(place, part, fill="black", font=_font(HEADER_FONT))
         numbers = {i: image for i, row in enumerate(rows) if (image := row.images[one.name]) is not None}
         pictures = tiles(one.rows(list(numbers.values()))) if numbers else []
         for i, picture in zip(numbers, pictures, strict=True):
             large = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(large, (left, HEADER + i * (height + GAP)))
+            canvas.paste(large, (left, top + i * (height + GAP)))
     for i, row in enumerate(rows):
         text = fitted(row_name(names, row, i), ROW_LABEL - 12, ROW_FONT)
-        draw.text((6, HEADER + i * (height + GAP) + 4), text, fill="black", font=_font(ROW_FONT))
+        draw.text((6, top + i * (height + GAP) + 4), text, fill="black", font=_font(ROW_FONT))
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
@@ -161,10 +163,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def header_lines(name: str, width: int) -> list[str]:
-    """A set's name over its column, on two lines where it has a comma, or is too long and has a place to break."""
+    """A set's name over its column, on two lines where it has a comma, or is too long and has a place to break; on
+    three where what follows the comma is too long and has another.
+    """
     whole = " ".join(name.split())
     if ", " in whole:
-        lines = whole.split(", ", 1)
+        first, rest = whole.split(", ", 1)
+        long = _font(HEADER_FONT).getlength(rest) > width
+        lines = [first, *(rest.rsplit(", ", 1) if long else [rest])]
     elif _font(HEADER_FONT).getlength(whole) <= width:
         lines = [whole]
     else:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ..measure.results import Comparison, Forest, LatentResult, Report, SeedCurves, SetRow
 from ..metrics.intervals import Interval
 from ..metrics.power_map import DIRECTIONS, PEAK_DB, Directions, GridLine
+from . import over_calls
 from .cells import NOTHING, Cell, Figure, Table, finite, interval_cell, minus, number, the
 from .columns import REFERENCES, charted
 from .figures import forest_lines
@@ -19,6 +20,8 @@ def chart_sections(report: Report, drawn: Mapping[str, bytes]) -> list[Figure]:
         psd(report, drawn["psd"]),
         maps(report, drawn["maps"]),
     ]
+    if "calls" in drawn:
+        charts.insert(0, over_calls.section(report, drawn["calls"]))
     if report.latent:
         charts.append(latent(report.latent, the(report.teacher), drawn["latent"]))
     if report.forest:

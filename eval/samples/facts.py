@@ -64,6 +64,10 @@ class SetFacts:
     seed: int | None = None  # of its training
     routing: RouterUse | None = None
     cost: SamplingCost | None = None
+    rungs: tuple[float, ...] | None = None  # like the next ones, where the runs of a report differ in rungs or guidance
+    guidance_scale: float | None = None  # of the teacher: the reference's, or with which it was distilled
+    sampler: str | None = None  # Euler or re-noised
+    kind: str | None = None  # what is equal, but for its steps, to other sets
 
     def as_json(self) -> dict[str, Any]:
         """The facts that apply, flat, by the names that they have in report.json."""
@@ -73,4 +77,5 @@ class SetFacts:
         if self.routing is not None:
             facts |= {"routing": self.routing.as_json(), "label": self.routing.label}
         facts |= {} if self.cost is None else asdict(self.cost)
+        facts |= {name: getattr(self, name) for name in ("rungs", "guidance_scale", "sampler", "kind")}
         return {name: value for name, value in facts.items() if value is not None}

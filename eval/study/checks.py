@@ -10,21 +10,21 @@ from .twins import routed, twins, unequal
 
 def student_checks(rows: Sequence[SetRow]) -> list[Check]:
     """For every student: fd_wavelet above its null, HF gain and least class diversity, beside those of the better
-    undistilled sampler. Empty without students.
+    undistilled sampler at its own steps. Empty without students.
     """
-    students = [row for row in rows if row.role == "student"]
-    if not students:
-        return []
-    baseline = better_baseline(rows)
-    return [check(row, baseline) for row in students]
+    return [check(row, better_baseline(row, rows)) for row in rows if row.role == "student"]
 
 
-def better_baseline(rows: Sequence[SetRow]) -> SetRow:
-    """The undistilled sampler nearer to the teacher by fd_wavelet: the one that students have to beat."""
-    return min(
-        (row for row in rows if row.role == "undistilled"),
-        key=lambda row: against_teacher(row).distances["fd_wavelet"].value,
-    )
+def better_baseline(student: SetRow, rows: Sequence[SetRow]) -> SetRow:
+    """The undistilled sampler of the student's rungs and guidance that is nearer to the teacher by fd_wavelet: the one
+    that it has to beat.
+    """
+    ours = student.facts
+    undistilled = [row for row in rows if row.role == "undistilled"]
+    twins = [
+        row for row in undistilled if (row.facts.rungs, row.facts.guidance_scale) == (ours.rungs, ours.guidance_scale)
+    ]
+    return min(twins, key=lambda row: against_teacher(row).distances["fd_wavelet"].value)
 
 
 def against_teacher(row: SetRow) -> Comparison:
@@ -106,8 +106,9 @@ def routing_comparisons(checks: Sequence[Check], runs: Sequence[Run]) -> list[st
         if same:
             sentences.append(compare_pair(by_name[run.name], by_name[same[0].name]))
         elif plain:
-            keys = ", ".join(unequal(run.cfg, plain[0].cfg))
-            sentences.append(f"{run.name} and {plain[0].name} differ in {keys} too: not a comparison of routing.")
+            nearest = next((other for other in plain if other.few_steps == run.few_steps), plain[0])
+            keys = ", ".join(unequal(run.cfg, nearest.cfg))
+            sentences.append(f"{run.name} and {nearest.name} differ in {keys} too: not a comparison of routing.")
     return sentences
 
 

@@ -1,7 +1,8 @@
 """Gains seed by seed: several runs of each arm in one report, or the compare.json that eval.compare wrote."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ class Pair:
     dar: ImageSet
 
 
-def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int) -> Forest:
+def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int, steps: str = "") -> Forest:
     """D = mean over seeds of |HF gain residual| - |HF gain DAR| of students that were trained in pairs, in dB.
 
-    seed: of the resampling and the simulations. UnfitError for more pairs than the exact test takes.
+    seed: of the resampling and the simulations. steps: what tells these pairs from others. UnfitError for more pairs
+    than the exact test takes.
     """
     if len(pairs) > LARGEST_EXACT:
         raise UnfitError(
@@ -45,6 +47,7 @@ def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int) -> Forest:
     ]
     primary = ForestComparison(
         baseline="residual",
+        steps=steps or None,
         method=result.method,
         pilot=result.pilot,
         p=result.p,
@@ -55,6 +58,12 @@ def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int) -> Forest:
     )
     label = pilot_label(result.pilot)
     return Forest(source="the runs of this report", label=label, conclusion="", comparisons=[primary])
+
+
+def joined(forests: Sequence[Forest]) -> Forest:
+    """One forest of several; a pilot where one of them is."""
+    label = next((one.label for one in forests if one.label), "")
+    return replace(forests[0], label=label, comparisons=[line for one in forests for line in one.comparisons])
 
 
 def _high(one: ImageSet) -> np.ndarray:

@@ -20,7 +20,8 @@ from ..samples.real import Real, named_real, open_fitting, read_real
 from ..samples.sampling import Bench, with_costs
 from ..samples.sets import ImageSet, read_set
 from .convergence import twice_as_fine
-from .runs import GuidedTeacher, Run, read_runs, require_teacher
+from .kinds import told_apart
+from .runs import GuidedTeacher, Run, read_runs, reference_guidance, require_teacher
 from .students import student_set
 
 CROPS = "real crops that are not compared"
@@ -38,6 +39,8 @@ class InputKeys(Protocol):
     def reference(self) -> str: ...
     @property
     def real(self) -> str: ...
+    @property
+    def guidance_scale(self) -> float | None: ...
     @property
     def n(self) -> int: ...
     @property
@@ -97,7 +100,7 @@ def read_inputs(keys: InputKeys, device: torch.device, ledger: Ledger, processes
 def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Processes) -> Inputs:
     """Every network of the runs on the same noise, and images of their data where these fit the teacher's."""
     runs = read_runs(keys.runs)
-    teacher = GuidedTeacher.of(runs[0], device)
+    teacher = GuidedTeacher.of(runs[0], device, reference_guidance(runs, keys.guidance_scale))
     require_teacher(runs, teacher.weights)
     bench = Bench.of(keys, teacher.network, device, teacher.codec, processes)
     named = named_real(keys.real, bench) if keys.real else None
@@ -106,10 +109,11 @@ def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Pr
         LOGGER.info(f"sampling {keys.n} images of the teacher and of {len(runs)} students")
     real = None if data is None else read_real(data, bench)
     reference = teacher.sample_set(bench, keys.ode)
-    baselines = [*(real.beside if real else []), *teacher.undistilled_sets(bench)]
-    students = {run.name: _student(run, bench, reference, ledger) for run in runs}
+    undistilled = teacher.undistilled_sets(bench, (run.few_steps for run in runs))
+    baselines = [*(real.beside if real else []), *undistilled]
+    students = told_apart({run.name: _student(run, bench, reference, ledger) for run in runs}, runs)
     inputs = Inputs(
-        reference=reference,
+        reference=_with_guidance(reference, teacher, runs, keys.guidance_scale),
         real=real.reference if real else named,
         sets=[*baselines, *(one for one in students.values() if one is not None)],
         runs=[run for run in runs if students[run.name] is not None],
@@ -122,6 +126,13 @@ def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Pr
         twice=twice_as_fine(teacher, bench, keys.ode),
     )
     return with_names(inputs, teacher, real)
+
+
+def _with_guidance(reference: ImageSet, teacher: GuidedTeacher, runs: list[Run], named: float | None) -> ImageSet:
+    """The reference, whose facts tell its guidance where that is named or the runs differ in their steps."""
+    if named is None and len({run.few_steps for run in runs}) == 1:
+        return reference
+    return replace(reference, facts=replace(reference.facts, guidance_scale=teacher.guidance_scale))
 
 
 def _student(run: Run, bench: Bench, reference: ImageSet, ledger: Ledger) -> ImageSet | None:

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from ..samples.facts import NetworkFacts, SetFacts
 from ..samples.real import REAL_NAMES
 from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
+from .few_steps import FewSteps, plain, titles
 
 SAMPLERS: dict[str, Sampler] = {"Euler": "deterministic", "re-noised": "stochastic"}
+SAMPLER_NAMES = {sampler: name for name, sampler in SAMPLERS.items()}
 RESERVED = (*REAL_NAMES, "teacher")
 
 
@@ -47,6 +49,17 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """What the card of its student says of its training: steps, teacher, data, ..."""
         return self.saved.card.origin
+
+    @property
+    def few_steps(self) -> FewSteps:
+        """What it shares with its undistilled twins."""
+        return FewSteps(self.cfg.rungs, self.cfg.guidance_scale)
+
+    @property
+    def sampled_with(self) -> FewSteps:
+        """The same with its own sampler, which a single step knows nothing of."""
+        single = len(self.cfg.rungs) == 1
+        return replace(self.few_steps, sampler=None if single else SAMPLER_NAMES[self.cfg.sampler])
 
     def student(self, device: torch.device | str = "cpu") -> teachers.Teacher:
         """Its network, read anew at every call: a ConfigError where its files have changed since the card was read."""
@@ -94,13 +107,13 @@ def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def read_runs(folders: tuple[str, ...]) -> list[Run]:
-    """The finished runs; a ConfigError where they do not share teacher, data, rungs and guidance."""
+    """The finished runs; a ConfigError where they do not share teacher and data."""
     read = [read_run(folder) for folder in folders]
     names = [run.name for run in read]
     if len(set(names)) < len(names):
         raise config.ConfigError(f"runs: several folders are called {names}; give each a name of its own")
     for run in read[1:]:
-        for what in ("rungs", "guidance_scale", "data", "teacher"):
+        for what in ("data", "teacher"):
             ours, theirs = getattr(read[0].cfg, what), getattr(run.cfg, what)
             if ours != theirs:
                 fault = f"{what} {theirs} in {run.name}, {ours} in {read[0].name}"
@@ -108,14 +121,26 @@ def read_runs(folders: tuple[str, ...]) -> list[Run]:
     return read
 
 
+def reference_guidance(runs: Sequence[Run], given: float | None) -> float:
+    """The teacher's guidance in the reference: `given`, else the runs' own. A ConfigError where theirs differ."""
+    if given is not None:
+        return given
+    first = runs[0]
+    for run in runs[1:]:
+        ours, theirs = first.cfg.guidance_scale, run.cfg.guidance_scale
+        if ours != theirs:
+            fault = f"guidance_scale is {ours} in {first.name}, {theirs} in {run.name}"
+            raise config.ConfigError(f"runs: {fault}; say which the reference has, guidance_scale={plain(ours)}")
+    return first.cfg.guidance_scale
+
+
 @dataclass(frozen=True)
 class GuidedTeacher:
-    """The teacher of all runs, guided as they were."""
+    """The teacher of all runs, guided as the reference is."""
 
     network: Denoiser
     velocity: Velocity
     weights: str
-    rungs: tuple[float, ...]
     guidance_scale: float
     loaded: teachers.Teacher
     codec: Codec | None = None
@@ -130,14 +155,15 @@ class GuidedTeacher:
         return self.network.prompts
 
     @staticmethod
-    def of(run: Run, device: torch.device) -> "GuidedTeacher":
-        """A ConfigError where it is not the one that the run was distilled from."""
-        cfg = run.cfg
-        teacher, codec = open_teacher(cfg.teacher, cfg.data, device)
+    def of(run: Run, device: torch.device, guidance_scale: float | None = None) -> "GuidedTeacher":
+        """With that guidance, the run's where it is None. A ConfigError where it is not the one that the run was
+        distilled from.
+        """
+        teacher, codec = open_teacher(run.cfg.teacher, run.cfg.data, device)
         require_teacher([run], teacher.digest)
-        velocity = teachers.guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
-        more = cfg.rungs, cfg.guidance_scale, teacher, codec
-        return GuidedTeacher(teacher.network, velocity, teacher.digest, *more)
+        scale = run.cfg.guidance_scale if guidance_scale is None else guidance_scale
+        velocity = teachers.guided_velocity(teacher.network, teacher.prediction, scale)
+        return GuidedTeacher(teacher.network, velocity, teacher.digest, scale, teacher, codec)
 
     def sample_set(self, bench: Bench, solver: Solver) -> ImageSet:
         """The reference."""
@@ -147,15 +173,32 @@ class GuidedTeacher:
         facts = SetFacts(network=NetworkFacts.of(self.network, solver.evaluations, self.weights))
         return made.as_set("teacher", "teacher", True, facts=facts, generator=generator)
 
-    def undistilled_sets(self, bench: Bench) -> list[ImageSet]:
-        """The teacher itself at the students' rungs, along the ODE and re-noised: what distillation has to beat."""
-        sets, identity = [], {"teacher": self.weights, "guidance": self.guidance_scale, "rungs": self.rungs}
-        facts = SetFacts(network=NetworkFacts.of(self.network, len(self.rungs), self.weights))
-        for name, sampler in SAMPLERS.items():
-            generator = few_step_generator(self.velocity, self.rungs, sampler)
-            made = bench.cached({**identity, "sampler": sampler}, generator, f"undistilled, {name}")
-            sets.append(made.as_set(f"undistilled, {name}", "undistilled", True, facts=facts, generator=generator))
+    def undistilled_sets(self, bench: Bench, several: Iterable[FewSteps]) -> list[ImageSet]:
+        """The teacher itself with each of the students' few steps: what distillation has to beat.
+
+        Along the ODE and re-noised. Beside others a single step, which knows no difference, stands once; and names and
+        facts say which steps a set has.
+        """
+        sets, named = [], titles(several)
+        guided = len({few.guidance_scale for few in named}) > 1
+        for few, title in named.items():
+            twice = len(few.rungs) > 1 or len(named) == 1
+            for sampler in SAMPLERS if twice else ("",):
+                facts = SetFacts(network=NetworkFacts.of(self.network, len(few.rungs), self.weights))
+                if title:
+                    guidance = f"guidance {plain(few.guidance_scale)}" if guided else ""
+                    kind = ", ".join(filter(None, ["undistilled", guidance, sampler]))
+                    facts = replace(facts, **vars(replace(few, sampler=sampler or None)), kind=kind)
+                name = ", ".join(filter(None, ["undistilled", title, sampler]))
+                sets.append(self._undistilled(bench, few, SAMPLERS[sampler or "Euler"], name, facts))
         return sets
+
+    def _undistilled(self, bench: Bench, few: FewSteps, sampler: Sampler, name: str, facts: SetFacts) -> ImageSet:
+        velocity = teachers.guided_velocity(self.network, self.loaded.prediction, few.guidance_scale)
+        generator = few_step_generator(velocity, few.rungs, sampler)
+        identity = {"teacher": self.weights, "guidance": few.guidance_scale, "rungs": few.rungs, "sampler": sampler}
+        made = bench.cached(identity, generator, name)
+        return made.as_set(name, "undistilled", True, facts=facts, generator=generator)
 
 
 def require_teacher(runs: Iterable[Run], digest: str) -> None:

@@ -7,7 +7,8 @@ from dmd_dar.distillation.config import DistillConfig
 
 from ..measure.results import Forest
 from ..samples.sets import ImageSet
-from .forest import Pair, from_runs
+from .few_steps import titles
+from .forest import Pair, from_runs, joined
 from .pairing import ROUTING, RunsByArm, book_keeping, different_networks, same_data
 from .runs import Run
 
@@ -44,11 +45,24 @@ def several_seeds(pairs: Sequence[Pair]) -> bool:
     return len({pair.seed for pair in pairs}) >= max(2, len(pairs))
 
 
-def forest_of(pairs: list[Pair], runs: Sequence[Run], reference: ImageSet, seed: int) -> Forest:
-    """Gains of pairs seed by seed; a ConfigError where runs of one arm hold one network or their data differ.
+def pairs_by_steps(runs: Sequence[Run], sets: Sequence[ImageSet]) -> dict[str, list[Pair]]:
+    """`seed_pairs` of each of the few steps of which there are several seeds, by what tells these steps apart."""
+    titled = titles(run.sampled_with for run in runs)
+    pairs = {title: seed_pairs([run for run in runs if run.sampled_with == few], sets) for few, title in titled.items()}
+    return {title: found for title, found in pairs.items() if several_seeds(found)}
+
+
+def forest_of(pairs: dict[str, list[Pair]], runs: Sequence[Run], reference: ImageSet, seed: int) -> Forest:
+    """Gains of pairs seed by seed, by steps; a ConfigError where runs of one arm hold one network or their data differ.
 
     seed: of the resampling.
     """
+    require_trained_apart([pair for some in pairs.values() for pair in some], runs)
+    return joined([from_runs(some, reference, seed, title) for title, some in pairs.items()])
+
+
+def require_trained_apart(pairs: Sequence[Pair], runs: Sequence[Run]) -> None:
+    """Refuse one network in two pairs, and students of other data."""
     residual, dar = {pair.residual.name for pair in pairs}, {pair.dar.name for pair in pairs}
     groups: RunsByArm = {
         "residual": [run for run in runs if run.name in residual],
@@ -57,4 +71,3 @@ def forest_of(pairs: list[Pair], runs: Sequence[Run], reference: ImageSet, seed:
     for name, members in groups.items():
         different_networks(name, members)
     same_data(groups)
-    return from_runs(pairs, reference, seed)

@@ -324,6 +324,7 @@ def test_the_page_is_shown(page, tmp_path, width):
 def test_runs_of_one_arm_are_told_apart_over_their_columns():
     assert grids.header_lines("teacher", 128) == ["teacher"]
     assert grids.header_lines("undistilled, re-noised", 128) == ["undistilled", "re-noised"]
+    assert grids.header_lines("undistilled, 2 steps, re-noised", 128) == ["undistilled", "2 steps", "re-noised"]
     assert grids.header_lines("residual_seed0", 128) == ["residual_", "seed0"]
     longer = [grids.header_lines(f"residual_with_a_long_name_seed{seed}", 128) for seed in (0, 1)]
     assert longer[0] != longer[1] and all(len(lines) == 2 and lines[1].startswith("…") for lines in longer)
