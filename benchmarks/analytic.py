@@ -1,7 +1,8 @@
-"""Are students as good where roll-outs are shared, or calls without gradients are in bfloat16?
+"""Are students as good where roll-outs are shared, calls without gradients are in bfloat16, or t is cut by rung?
 
     python -m benchmarks.analytic
     python -m benchmarks.analytic compare=gradient_free
+    python -m benchmarks.analytic compare=above_next_rung
 
 Four-step students of a 1/f^2 field and of a mixture, whose score is known exactly, are distilled by the code that real
 runs use (phases, draws, losses), at equal updates. Student and fake score are the teacher's velocity plus a small
@@ -49,6 +50,7 @@ class Arm:
 
     shared: bool = True  # roll-outs, as `rollouts: shared` says
     gradient_free: GradientFree = "float32"
+    above_next_rung: bool = False  # as matching.above_next_rung
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class Recipe:
 ARMS = {
     "rollouts": {"fresh": Arm(shared=False), "shared": Arm()},
     "gradient_free": {"float32": Arm(), "bfloat16": Arm(gradient_free="bfloat16")},
+    "above_next_rung": {"everywhere": Arm(), "above": Arm(above_next_rung=True)},
 }
+
+
+RESULTS = {"rollouts": "analytic_cpu", "gradient_free": "precision_cpu", "above_next_rung": "intervals_cpu"}
 
 
 def mixture_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -188,6 +194,7 @@ def distilled(
         num_classes=1,
         shape=shape,
         turns=Turns(counts, velocity, rungs, 1, shape) if arm.shared else None,
+        above_next_rung=arm.above_next_rung,
     )
     ema, updates, lr = Ema(student, 0.98), recipe.updates, recipe.lr
     config = OptimiserConfig(lr=lr, betas=(0.0, 0.99), decay_start=updates // 2, decay_steps=updates // 2 + 1)
@@ -274,7 +281,9 @@ def four_step_student_of_a_mixture(seed: int, updates: int, arm: Arm = Arm()) ->
 class AnalyticBenchmark:
     """python -m benchmarks.analytic"""
 
-    compare: Literal["rollouts", "gradient_free"] = key("rollouts", "the key whose values are compared")
+    compare: Literal["rollouts", "gradient_free", "above_next_rung"] = key(
+        "rollouts", "the key whose values are compared"
+    )
     seeds: int = key(6, "training seeds of each target and form", least=2)
     updates: int = key(800, "student updates on the mixture", unit="steps", least=1)
     workers: int = key(2, "processes, of one thread each", least=1)
@@ -304,7 +313,7 @@ def measure(bench: AnalyticBenchmark) -> None:
         names = next(iter(by_arm.values()))[0]
         result[target] = {one: paired({arm: [x[one] for x in made] for arm, made in by_arm.items()}) for one in names}
         print(target, result[target])
-    print(save("analytic_cpu" if bench.compare == "rollouts" else "precision_cpu", torch.device("cpu"), result))
+    print(save(RESULTS[bench.compare], torch.device("cpu"), result))
 
 
 def paired(by_arm: dict[str, list[float]]) -> dict[str, Any]:

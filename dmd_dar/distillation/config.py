@@ -70,6 +70,9 @@ class MatchingConfig:
     dm_form: Literal["standard", "decoupled"] = key(
         "standard", "decoupled: the teacher's guidance acts at a t of its own law, guidance_time"
     )
+    above_next_rung: bool = key(
+        False, "compare at t from the next rung up only: the noise that is added there hides what lies below"
+    )
     time: flow.TimeLaw = key(factory=inner_times)
     guidance_time: flow.TimeLaw = key(factory=inner_times)
 
@@ -150,11 +153,26 @@ class DistillConfig:
                 )
         if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
             raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
+        if self.matching.above_next_rung:
+            self._check_intervals()
         frozen = self.weights == "shared_lora" or self.frozen_dtype != "float32" or self.launch.offload
         if frozen and self.launch.sharding != "none":
             raise ValueError(
                 "launch.sharding splits weights, but shared_lora, frozen_dtype bfloat16 and launch.offload keep frozen"
                 " ones whole in every process: set it to none, or leave these out"
+            )
+
+    def _check_intervals(self) -> None:
+        """Each rung has an interval of t to be matched in."""
+        if self.sampler != "stochastic":
+            raise ValueError(
+                "sampler deterministic adds no noise that would hide what lies below the next rung: set"
+                " matching.above_next_rung to false, or sampler to stochastic"
+            )
+        if len(self.rungs) > 1 and self.rungs[1] >= self.matching.time.high:
+            raise ValueError(
+                f"matching.above_next_rung leaves the first rung t from {self.rungs[1]:g} to matching.time.high ="
+                f" {self.matching.time.high:g}, which is nothing: lower rungs, or raise matching.time.high"
             )
 
     @property

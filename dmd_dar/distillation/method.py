@@ -59,6 +59,7 @@ def build_method(
         regression=build_regression(cfg.regression, recipe, guided, runtime, inputs.codec),
         gan=gan,
         turns=turns,
+        above_next_rung=cfg.matching.above_next_rung,
     )
 
 

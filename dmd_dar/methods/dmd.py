@@ -4,7 +4,7 @@ Shapes: images (B, C, S, S); cond (B,) labels; t (B,); rung the index of the ste
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class DMD:
     teacher: Velocity
     fake_score: FakeScore
     rungs: tuple[float, ...]
-    renoise: flow.TimeLaw  # of the t at which student and teacher are compared
+    renoise: flow.TimeLaw  # of the t at which student and teacher are compared; see `time_of`
     num_classes: int
     shape: tuple[int, ...]  # (C, S, S)
     sampler: rollout.Sampler = "stochastic"
@@ -89,10 +89,22 @@ class DMD:
     regression: Regression | None = None
     gan: GAN | None = None
     turns: Turns | None = None  # if given, the student's samples are of roll-outs that a turn's updates share
+    above_next_rung: bool = False
 
     def rung_of(self, draws: Draws) -> int:
         """The index of the rung of a training step, one for the whole batch."""
         return rollout.rung_of(draws, self.rungs) if self.turns is None else self.turns.place(draws).rung
+
+    def time_of(self, rung: int) -> flow.TimeLaw:
+        """The law of t at which samples of a rung are compared with the teacher's.
+
+        With `above_next_rung` it is mapped into t from the next rung up: fresh noise of that size is added to them
+        anyway, and two distributions that are equal once they are noised to the next rung's t are equal at every larger
+        t, too. What lies below is left to the rungs below. (Intervals of t for each step: arXiv:2510.27684.)
+        """
+        if not self.above_next_rung or rung + 1 == len(self.rungs):
+            return self.renoise
+        return replace(self.renoise, low=max(self.renoise.low, self.rungs[rung + 1]))
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Distribution matching + regression + GAN, jointly, at one rung (arXiv:2311.18828 Eq. 9)."""
@@ -113,7 +125,7 @@ class DMD:
     def matching(self, x0_student: Tensor, cond: Tensor, rung: int, draws: Draws) -> tuple[Loss, Metrics]:
         """The matching term as a loss of x0_student (arXiv:2311.18828 Eq. 7), and how far the two scores differ."""
         teacher = self.teacher if self.guidance is None else self.guidance.unguided
-        x_t, t, _ = rollout.renoise(x0_student.detach(), self.renoise, "score", draws)
+        x_t, t, _ = rollout.renoise(x0_student.detach(), self.time_of(rung), "score", draws)
         x0_teacher = x0_of(teacher, x_t, t, cond)
         x0_fake = x0_of(self.fake_score, x_t, t, cond, rung)
         gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
@@ -150,7 +162,7 @@ class DMD:
         """Flow matching on the student's own samples, which get no gradient (arXiv:2311.18828 Eq. 6)."""
         rung = self.rung_of(draws)
         x0_student, cond = self.samples(rung, draws)
-        x_t, t, eps = rollout.renoise(x0_student, self.renoise, "score", draws)
+        x_t, t, eps = rollout.renoise(x0_student, self.time_of(rung), "score", draws)
         weight = t.square() if self.x0_space else 1.0
         loss = losses.flow_matching_loss(self.fake_score(x_t, t, cond, rung), x0_student, eps, weight)
         if self.gan is None or not self.gan.feature_weight:
