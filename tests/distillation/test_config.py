@@ -55,13 +55,18 @@ def test_decoupled_matching_needs_guidance_and_uses_it(teacher, tmp_path):
         ("gan={feature_weight: 1.0, features: teacher}", "gan.feature_weight"),
         ("gan={weight: 1.0, hidden: 0}", "gan.hidden"),
         ("regression.metric=huber", "pseudo_huber"),
+        (
+            "sampler=deterministic matching.above_next_rung=true",
+            "sampler = 'deterministic' (command line): sampler deterministic adds no noise",
+        ),
+        ("rungs=[1,0.99] matching.above_next_rung=true", "matching.time.high = 0.98"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, said, capsys, monkeypatch):
     monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(SystemExit) as stop:
-        distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", wrong))
+        distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", *re.split(" (?=matching)", wrong)))
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and said in message
 

@@ -189,3 +189,44 @@ def test_the_fake_score_alone_is_asked_with_the_rung(networks):
         fake = draws_for(step, phase="fake_score")
         method.fake_score_loss(fake)
         assert rungs["fake_score"][-1] == (rung_of(fake, RUNGS),)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_rung_is_matched_above_the_next_one_alone_where_that_is_asked(above):
+    seen: dict[str, dict[int, list[float]]] = {"teacher": {}, "fake_score": {}}
+
+    def watched(name: str):
+        plain = gaussian_velocity(torch.zeros(SHAPE), 0.5)
+
+        def velocity(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
+            seen[name].setdefault(here[0], []).extend(t.tolist())
+            return plain(x_t, t, cond)
+
+        return velocity
+
+    method = method_of(
+        GaussianStudent(torch.zeros(SHAPE), 0.5),
+        watched("teacher"),
+        watched("fake_score"),
+        above_next_rung=above,
+    )
+    for step in range(40):
+        for phase, loss in (("student", method.student_loss), ("fake_score", method.fake_score_loss)):
+            draws = draws_for(step, stop=16, phase=phase)
+            here = [method.rung_of(draws)]
+            loss(draws)
+    lowest = (0.9, 0.75, 0.5, 0.02) if above else (0.02,) * 4
+    for name, by_rung in seen.items():
+        assert sorted(by_rung) == [0, 1, 2, 3], name
+        for rung, times in by_rung.items():
+            width, drawn = 0.98 - lowest[rung], torch.tensor(times)
+            assert lowest[rung] <= drawn.min() < lowest[rung] + 0.1 * width
+            assert 0.98 - 0.1 * width < drawn.max() <= 0.98
+            assert drawn.mean().item() == pytest.approx(lowest[rung] + width / 2, abs=0.1 * width)
+
+
+def test_each_rungs_interval_ends_at_the_next_rung_and_the_last_ones_at_the_laws_own_low():
+    method = method_of(None, None, None, above_next_rung=True)
+    laws = [method.time_of(rung) for rung in range(4)]
+    assert [law.low for law in laws] == [0.9, 0.75, 0.5, 0.02] and {law.high for law in laws} == {0.98}
+    assert method_of(None, None, None, rungs=(1.0,), above_next_rung=True).time_of(0) == method.renoise
