@@ -55,6 +55,12 @@ class FakeScoreConfig(OptimiserConfig):
     updates: int = key(5, "optimiser steps for every one of the student", unit="steps", least=1)
     per_rung: bool = key(True, "it is told which rung made a sample; off: samples of all rungs are one distribution")
     rung_lr: float = key(1e-3, "learning rate of what tells it the rung, which starts at 0", above=0)
+    follow: float = key(
+        0.0,
+        "share of the way to the student's weights that it goes after each update of those",
+        least=0,
+        below=1,
+    )
     space: Literal["flow", "x0"] = key("flow", "where its error is squared; x0: times t^2, so low noise counts less")
 
 
@@ -155,6 +161,11 @@ class DistillConfig:
             raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
         if self.matching.above_next_rung:
             self._check_intervals()
+        if self.fake_score.follow and self.weights == "shared_lora":
+            raise ValueError(
+                "fake_score.follow moves weights, but under weights shared_lora student and fake score have adapters,"
+                " whose product it would not move alike: set it to 0, or weights to full"
+            )
         frozen = self.weights == "shared_lora" or self.frozen_dtype != "float32" or self.launch.offload
         if frozen and self.launch.sharding != "none":
             raise ValueError(

@@ -23,7 +23,7 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.teachers import guided_velocity
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
-from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.ema import Ema, Follower
 from dmd_dar.train.loop.fitting import Rehearsal, fit_run
 from dmd_dar.train.loop.job import Pictures, Results, begin, open_run, run_cycle
 from dmd_dar.train.loop.loop import OpenRun, Phase, Watch
@@ -85,7 +85,8 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
     student, fake_score = networks.student, networks.fake_score
     router_lr = cfg.student.routing.lr
     optimiser = Optimiser(cfg.student, student.backbone_parameters(), (student.router_parameters(), router_lr))
-    student_phase = Phase("student", student, optimiser, method.student_loss, averages)
+    follower = Follower(fake_score, cfg.fake_score.follow) if cfg.fake_score.follow else None
+    student_phase = Phase("student", student, optimiser, method.student_loss, averages, follower)
     optimiser = Optimiser(
         cfg.fake_score,
         fake_score.backbone_parameters(),

@@ -140,6 +140,7 @@ ALL_LOSSES = (
     "regression.metric=spectrum",
 )
 ALL_LOSSES += ("student.ema=[0.1,0.9]", "sampler=deterministic", "student_input=data", "fake_score.space=x0")
+ALL_LOSSES += ("fake_score.follow=0.1",)
 
 
 def test_all_losses_resume_bit_for_bit_and_every_average_is_saved(teacher, tmp_path):

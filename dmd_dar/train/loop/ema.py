@@ -1,6 +1,7 @@
-"""Exponential moving averages of a network's weights."""
+"""Networks that follow another one's weights: its exponential moving averages, and a fake score its student."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,3 +30,22 @@ class Ema:
     def state_dict(self) -> dict[str, Any]:
         """The weights by decay."""
         return {decay: module.state_dict() for decay, module in self.modules.items()}
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A network in training that moves by `share` towards another one's weights after each of that one's updates.
+
+    Implicit distribution alignment (SenseFlow, arXiv:2506.00523): the fake score follows its student, which it has to
+    keep up with. Weights that only one of the two has, such as those of routers, stay as they are.
+    """
+
+    network: nn.Module
+    share: float
+
+    @torch.no_grad()
+    def follow(self, leader: nn.Module) -> None:
+        theirs = dict(leader.named_parameters())
+        pairs = [(mine, theirs[name]) for name, mine in self.network.named_parameters() if name in theirs]
+        mine, led = ([tensors[place] for tensors in pairs] for place in (0, 1))
+        torch._foreach_lerp_(mine, led, self.share)  # pyright: ignore[reportPrivateImportUsage]

@@ -16,7 +16,7 @@ from dmd_dar.stop import StopRequest
 from dmd_dar.train.disk import checkpoint
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import Progress, RunLog
-from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.ema import Ema, Follower
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes import replicas
 from dmd_dar.train.processes.compiling import FirstTurn
@@ -37,6 +37,7 @@ class Phase:
     optimiser: Optimiser
     loss: Callable[[Draws], tuple[Tensor, Metrics]]
     ema: Ema | None = None
+    follower: Follower | None = None  # of the network; its weights are saved by the phase that trains it
     steps: int = field(default=0, init=False)  # optimiser steps made
     habits: Habits = field(default_factory=Habits, init=False, repr=False)
 
@@ -70,12 +71,15 @@ def update(phase: Phase, seed: int, batch_size: int, runtime: Runtime) -> dict[s
     for name, value in (("loss", loss), ("gradient norm", size)):
         if not math.isfinite(value):
             raise FloatingPointError(f"the {name} is {value}")
-    runtime.settle(phase.network, *(phase.ema.modules.values() if phase.ema is not None else ()))
+    followers = [phase.follower.network] if phase.follower is not None else []
+    runtime.settle(phase.network, *followers, *(phase.ema.modules.values() if phase.ema is not None else ()))
     phase.optimiser.step(phase.steps, norm)
     metrics["gradient_norm"] = torch.tensor(size)
     phase.steps += 1
     if phase.ema is not None:
         phase.ema.update(phase.network, phase.steps)
+    if phase.follower is not None:
+        phase.follower.follow(phase.network)
     return {f"{phase.name}/{name}": value for name, value in metrics.items()}
 
 

@@ -14,7 +14,7 @@ from dmd_dar.train.disk import checkpoint
 from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.disk.log import RunLog
-from dmd_dar.train.loop.ema import Ema
+from dmd_dar.train.loop.ema import Ema, Follower
 from dmd_dar.train.loop.loop import Course, Loop, OpenRun, Phase, update
 from dmd_dar.train.loop.optimise import Optimiser, OptimiserConfig
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
@@ -225,6 +225,20 @@ def test_ema_follows_by_its_decay():
     ema.update(module, 10_000)
     assert ema.module.weight.item() == pytest.approx(1 - 0.99 * (1 - first))
     assert not ema.module.weight.requires_grad
+
+
+def test_a_follower_goes_its_share_of_the_way_after_each_update_of_its_leader():
+    leader, follower = phase_of(), phase_of()
+    follower.network.register_parameter("rung", nn.Parameter(torch.ones(2)))
+    before = {name: p.detach().clone() for name, p in follower.network.named_parameters()}
+    leader.follower = Follower(follower.network, 0.25)
+    update(leader, 0, 4, Runtime(LaunchConfig(cpu=True)))
+    theirs = dict(leader.network.named_parameters())
+    for name, mine in follower.network.named_parameters():
+        wanted = before[name] if name == "rung" else 0.75 * before[name] + 0.25 * theirs[name]
+        torch.testing.assert_close(mine.detach(), wanted.detach())
+    assert not all(torch.equal(before[name], p) for name, p in follower.network.named_parameters())
+    assert follower.steps == 0 and not follower.optimiser.adamw.state
 
 
 def test_routers_have_their_own_rate_and_no_weight_decay():
