@@ -10,7 +10,7 @@ from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
 from .runs import GuidedTeacher
 
-IMAGES = 256  # at most: paired by noise, so that a quarter of a decibel shows
+IMAGES = 128  # at most: they are paired by noise, so that a quarter of a decibel shows
 
 
 def twice_as_fine(teacher: GuidedTeacher, bench: Bench, solver: Solver) -> ImageSet:
