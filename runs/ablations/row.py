@@ -91,7 +91,8 @@ def measure(cfg: RowConfig) -> None:
         "commit": code_now().commit,
         "commands": [shlex.join(words) for words in lines],
         "train_seconds": seconds[0],
-        "machine": report["provenance"]["machine"],
+        "device": report["provenance"]["device"],
+        "versions": report["provenance"]["versions"],
     }
     kept = make_folder(KEPT) / f"{cfg.row}_{cfg.arm}_seed{cfg.seed}.json"
     row = {"row": cfg.row, "arm": cfg.arm, "seed": cfg.seed, **extract(report), "provenance": provenance}
