@@ -8,7 +8,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.eval.measure.provenance import code_now
 from dmd_dar.keys import key
+from dmd_dar.train.disk import log
 
 ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).parent
@@ -81,16 +81,14 @@ def extract(report: dict[str, Any]) -> dict[str, Any]:
 
 def measure(cfg: RowConfig) -> None:
     """Run the commands, keep the numbers."""
-    began, lines = time.monotonic(), commands(cfg)
-    seconds = []
+    lines = commands(cfg)
     for words in lines:
         subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
-        seconds.append(round(time.monotonic() - began))
     report = json.loads((ROOT / cfg.folder / "report" / "report.json").read_text())
     provenance = {
         "commit": code_now().commit,
         "commands": [shlex.join(words) for words in lines],
-        "train_seconds": seconds[0],
+        "seconds_per_update": 1 / log.read(ROOT / cfg.folder / "log.jsonl")[-1]["steps_per_second"],
         "device": report["provenance"]["device"],
         "versions": report["provenance"]["versions"],
     }
