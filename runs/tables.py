@@ -1,7 +1,8 @@
-"""Tables of README.md and docs/pilot.md, from docs/results: python runs/tables.py rewrites them in place."""
+"""Tables of README.md and of pages of docs, from docs/results: python runs/tables.py rewrites them in place."""
 
 import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
 PILOT = ROOT / "docs" / "pilot.md"
+RECIPES = ROOT / "docs" / "recipes.md"
+ROWS = ROOT / "runs" / "ablations"
 TEACHER = ROOT / "teachers" / "photos32" / "quality.json"
 REPORTS = {"demo": "Demo (`make demo`)", "long": "5:1 recipe (`runs/photos32_long.sh`)"}
+NOTHING = "–"
 HEADINGS = (
     "network",
     "calls",
@@ -145,6 +149,38 @@ def readme_tables() -> str:
     return "\n".join(parts)
 
 
+def recipes_table() -> str:
+    """A line for each row and arm of runs/ablations that was measured; several seeds stand beside each other."""
+    measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted((RESULTS / "ablations").glob("*.json")):
+        one = json.loads(path.read_text())
+        measured.setdefault((one["row"], one["arm"]), []).append(one)
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "verdict": lambda one: one["verdict"]["word"],
+        "HF gain, dB": lambda one: f"{one['gain_db']['HF']['value']:+.2f}",
+        "kurtosis ratio": lambda one: f"{one['hf_kurtosis_ratio']['value']:.2f}",
+        "flat noise, dB": lambda one: f"{one['flat_noise_db']['value']:+.1f}",
+        "grid line, dB": lambda one: f"{one['grid_db']:+.1f}",
+        "chroma HF, dB": lambda one: f"{sum(p['value'] for p in one['chroma_hf_db'].values()) / 2:+.1f}",
+        "`fd_wavelet` above null": lambda one: f"{one['fd_wavelet_excess']:.2f}",
+        "share of undistilled": lambda one: NOTHING if one["fd_share"] is None else f"{one['fd_share']:.2f}",
+        "least class diversity": lambda one: f"{one['least_diversity']:.2f}",
+        "accuracy of the teacher's": lambda one: f"{one['accuracy_ratio']:.2f}",
+    }
+    heads = ["row", "arm", "updates", "seeds", *columns]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for (row, arm), seeds in sorted(measured.items(), key=lambda item: (item[0][0] != "base", item[0])):
+        facts = [f"`{row}`", arm, str(seeds[0]["updates"]), ", ".join(str(one["seed"]) for one in seeds)]
+        lines.append("| " + " | ".join([*facts, *(", ".join(map(of, seeds)) for of in columns.values())]) + " |")
+    meanings = [f"- `{row}`: {meaning_of(row)}" for row in dict.fromkeys(row for row, _ in sorted(measured))]
+    return "\n".join([*lines, "", *meanings]) + "\n"
+
+
+def meaning_of(row: str) -> str:
+    """What the row's file says of itself in its first line."""
+    return (ROWS / f"{row}.yaml").read_text().partition("\n")[0].removeprefix("# ")
+
+
 def with_table(text: str, name: str, table: str) -> str:
     """`text` with what stands between the markers of that name replaced. Raises ValueError where one is missing."""
     before, start, rest = text.partition(f"<!-- {name} -->\n")
@@ -155,12 +191,13 @@ def with_table(text: str, name: str, table: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """What README.md and docs/pilot.md should hold."""
+    """What README.md, docs/pilot.md and docs/recipes.md should hold."""
     routers = routers_table(json.loads((RESULTS / "pilot_routers" / "report.json").read_text()))
     pilot = PILOT.read_text()
     for name, text in (("conclusion", pilot_words()), ("rungs", rungs_table()), ("routers", routers)):
         pilot = with_table(pilot, name, text)
-    return {README: with_table(README.read_text(), "tables", readme_tables()), PILOT: pilot}
+    recipes = with_table(RECIPES.read_text(), "rows", recipes_table())
+    return {README: with_table(README.read_text(), "tables", readme_tables()), PILOT: pilot, RECIPES: recipes}
 
 
 @dataclass(frozen=True)
