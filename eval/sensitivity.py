@@ -1,8 +1,8 @@
 """What can each metric see? python -m eval.sensitivity out=DIR data=photos n=512
 
 Sets of images spoiled in known ways against a reference of the same source. Each metric's value is read in units of
-its own null: z = (value - mean) / deviation over fresh, unspoiled sets of the same size. The verdict compares the
-reference with itself spoiled, image by image, as students and teacher share their noise.
+its own null: z = (value - mean) / deviation over fresh, unspoiled sets of the same size. The verdicts, on detail and on
+colour, compare the reference with itself spoiled, image by image, as students and teacher share their noise.
 Legend: N images of a set.
 """
 
@@ -26,10 +26,11 @@ from dmd_dar.draws import Draws, sample_range
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
 
-from .measure.one_set import LUMA, chosen_rows
+from .measure.one_set import CHROMA, LUMA, chosen_rows
 from .measure.provenance import command_line, provenance
 from .measure.results import Origin, Provenance
-from .metrics import features, power_map, sliced, spoil, structure
+from .metrics import colour, features, power_map, sliced, spoil, structure
+from .metrics.colour import ColourVerdict, colour_verdict
 from .metrics.frechet import feature_distance
 from .metrics.record import jsonable
 from .metrics.spectrum import BAND_NAMES, Spectrum, gain_curve, hfer_difference, pooled_gains
@@ -91,7 +92,12 @@ SPOILERS: dict[str, Spoiler] = {
     "phases scrambled": changing(lambda x, draws: spoil.phase_scrambled(x, draws)),
     "HF phases scrambled": changing(lambda x, draws: spoil.phase_scrambled(x, draws, above=0.25)),
     "brightness +8/255": changing(lambda x, draws: spoil.brighter(x, 8)),
+    "brightness +16/255": changing(lambda x, draws: spoil.brighter(x, 16)),
     "contrast x 0.9": changing(lambda x, draws: spoil.contrast(x, 0.9)),
+    "saturation x 1.2": changing(lambda x, draws: spoil.saturated(x, 1.2)),
+    "saturation x 0.8": changing(lambda x, draws: spoil.saturated(x, 0.8)),
+    "colour noise 4/255": changing(lambda x, draws: spoil.with_chroma_noise(x, 4, draws)),
+    "columns 6/255, period 4": changing(lambda x, draws: spoil.with_lattice(x, 6, 4)),
     "mode drop": mode_dropped,
 }
 
@@ -102,6 +108,7 @@ class Measured:
 
     luma: Spectrum
     structure: structure.Structure
+    colour: np.ndarray  # (N, 6), columns of colour.COLUMNS
     lines: np.ndarray  # (N, 2, 4, 5)
     slices: sliced.Slices
     features: dict[str, features.Features]
@@ -115,10 +122,11 @@ def extractors_of(draw: Callable[[str], Labelled], seed: int) -> list[features.E
 def measure(images: Tensor, extractors: list[features.Extractor]) -> Measured:
     """By the code that measures a set of a report; seeds of patches and of their directions are always 0."""
     one = ImageSet("set", images, None, "images", paired=False)
-    rows = chosen_rows(one, LUMA, "structure", "grid")
+    rows = chosen_rows(one, LUMA, *CHROMA, "structure", "colour", "grid")
     return Measured(
         luma=rows.spectrum(),
         structure=rows.structure,
+        colour=rows.colour,
         lines=rows.lines,
         slices=sliced.Slices(sliced.sliced_patches(images)),
         features={extractor.name: features.extract(one.stream, extractor) for extractor in extractors},
@@ -142,6 +150,8 @@ def metrics(ours: Measured, theirs: Measured) -> dict[str, float]:
         "largest grid peak, dB": np.nanmax(np.abs(heights)),
         **_structure_metrics(ours.structure, theirs.structure),
     }
+    everything = colour.groups_of(None, None, None)
+    values_by_name |= colour.colour_values(ours.colour, theirs.colour, everything)
     levels = sliced.level_distances(ours.slices, theirs.slices)
     values_by_name |= {f"sliced Wasserstein, level {i}": level for i, level in enumerate(levels)}
     for name, values in ours.features.items():
@@ -163,9 +173,13 @@ def _structure_metrics(ours: structure.Structure, theirs: structure.Structure) -
     }
 
 
+def data_of(cfg: SensitivityConfig) -> photos.Photos | textures.Textures:
+    return {"photos": photos.Photos, "textures": textures.Textures}[cfg.data](cfg.size)
+
+
 def source(cfg: SensitivityConfig) -> Callable[[str], Labelled]:
     """Independent sets of the data by name, the classes in turn."""
-    data = {"photos": photos.Photos, "textures": textures.Textures}[cfg.data](cfg.size)
+    data = data_of(cfg)
     samples = sample_range(0, cfg.n)
     labels = samples % data.num_classes
     return lambda name: Labelled(data.crops(labels, Draws(cfg.seed, f"sensitivity {name}", 0, samples)), labels)
@@ -194,6 +208,7 @@ class Spoiled:
     values: dict[str, float]
     z: dict[str, float | None]
     verdict: Verdict
+    colour: ColourVerdict
 
 
 @dataclass(frozen=True)
@@ -209,6 +224,7 @@ class Sensitivity:
 
 def sensitivity(cfg: SensitivityConfig) -> Sensitivity:
     """Measure fresh sets for the nulls, then every way to spoil; says the verdicts as it goes."""
+    colour_labels = set(data_of(cfg).colour_labels)
     draw, draws = source(cfg), Draws(cfg.seed, "spoil", 0, sample_range(0, cfg.n))
     reference, fresh = draw("reference"), draw("fresh")
     extractors = extractors_of(draw, cfg.seed)
@@ -219,18 +235,26 @@ def sensitivity(cfg: SensitivityConfig) -> Sensitivity:
     for name, spoiler in SPOILERS.items():
         values = metrics(measure(spoiler(fresh, draws).images, extractors), theirs)
         z = {metric: nulls[metric].z(value) for metric, value in values.items()}
-        spoiled[name] = Spoiled(values, z, paired_verdict(spoiler, reference, draws))
-        LOGGER.info(f"{name}: {spoiled[name].verdict.word}")
+        verdicts = paired_verdicts(spoiler, reference, draws, colour_labels)
+        spoiled[name] = Spoiled(values, z, *verdicts)
+        LOGGER.info(f"{name}: {words(spoiled[name])}")
     return Sensitivity(SCHEMA_VERSION, cfg, nulls, spoiled)
 
 
-def paired_verdict(spoiler: Spoiler, reference: Labelled, draws: Draws) -> Verdict:
+def paired_verdicts(
+    spoiler: Spoiler, reference: Labelled, draws: Draws, colour_labels: set[int]
+) -> tuple[Verdict, ColourVerdict]:
     """Of the reference's own images, spoiled, against themselves; unpaired where their classes are others."""
     ours = spoiler(reference, draws)
-    paired = torch.equal(ours.labels, reference.labels)
-    return structure.verdict(
-        ours.images, reference.images, labels=ours.labels, reference_labels=reference.labels, paired=paired
-    )
+    paired, labels = torch.equal(ours.labels, reference.labels), (ours.labels, reference.labels)
+    given = {"labels": labels[0], "reference_labels": labels[1], "paired": paired}
+    detail = structure.verdict(ours.images, reference.images, **given)
+    return detail, colour_verdict(ours.images, reference.images, colour_labels=colour_labels, **given)
+
+
+def words(row: Spoiled) -> str:
+    """Both verdicts in a few words; colour that is right is not told."""
+    return row.verdict.word + ("" if row.colour.word == colour.OK else f"; {row.colour.word}")
 
 
 def terminal_table(result: Sensitivity) -> str:
@@ -238,7 +262,7 @@ def terminal_table(result: Sensitivity) -> str:
     spoiled = result.spoiled
     width = max(len(name) for name in result.null)
     lines = ["z = (value - null mean) / null deviation; * where |z| is at least 3", ""]
-    lines += [f"{i:>3}  {name:<26} {row.verdict.word}" for i, (name, row) in enumerate(spoiled.items())]
+    lines += [f"{i:>3}  {name:<26} {words(row)}" for i, (name, row) in enumerate(spoiled.items())]
     lines += ["", " " * width + "".join(f"{i:>8}" for i in range(len(spoiled)))]
     for metric in result.null:
         lines.append(f"{metric:<{width}}" + "".join(f"{_shown(row.z[metric]):>8}" for row in spoiled.values()))
@@ -255,11 +279,11 @@ def as_csv(result: Sensitivity) -> str:
     """One line for each metric and way to spoil."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["spoiled", "metric", "value", "null_mean", "null_deviation", "z", "verdict"])
+    writer.writerow(["spoiled", "metric", "value", "null_mean", "null_deviation", "z", "verdict", "colour"])
     for name, row in result.spoiled.items():
         for metric, null in result.null.items():
             cells = [row.values[metric], null.mean, null.deviation, row.z[metric]]
-            writer.writerow([name, metric, *cells, row.verdict.word])
+            writer.writerow([name, metric, *cells, row.verdict.word, row.colour.word])
     return buffer.getvalue()
 
 
@@ -282,8 +306,8 @@ def figure(result: Sensitivity) -> bytes:
             fontsize=8,
             color=colour,
         )
-    words = [f"{name}\n({row.verdict.word})" for name, row in rows.items()]
-    axes.set_xticks(range(len(rows)), words, rotation=55, ha="right", rotation_mode="anchor", fontsize=8)
+    titles = [f"{name}\n({words(row)})" for name, row in rows.items()]
+    axes.set_xticks(range(len(rows)), titles, rotation=55, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_title(f"z against the null, {result.config.data}, n = {result.config.n}", fontsize=11)
     buffer = io.BytesIO()

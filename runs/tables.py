@@ -39,6 +39,12 @@ def interval(value: dict[str, float]) -> str:
     return f"{value['value']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
 
 
+def verdict(against: dict[str, Any]) -> str:
+    """On detail and, where the report has one, on colour."""
+    colour = against.get("colour")
+    return against["verdict"]["word"] + (f"; {colour['verdict']['word']}" if colour else "")
+
+
 def row(one: dict[str, Any], shares: dict[str, float]) -> str:
     """One network against the teacher."""
     against, share = one["against"]["teacher"], shares.get(one["name"])
@@ -46,7 +52,7 @@ def row(one: dict[str, Any], shares: dict[str, float]) -> str:
     cells = [
         one["name"],
         str(one["facts"]["evaluations"]),
-        against["verdict"]["word"],
+        verdict(against),
         interval(against["gain_db"]["HF"]),
         f"{min(by_class):+.1f} to {max(by_class):+.1f}",
         f"{against['hf_kurtosis_ratio']['value']:.2f}",

@@ -14,6 +14,7 @@ GROUND = {
     "messages",
     "keys",
     "atomic",
+    "colour",
     "device",
     "draws",
     "flow",

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..metrics import sliced
+from ..metrics import colour, sliced
 from ..metrics.classifier import Modes
 from ..metrics.features import FeatureDistance, compare_features
 from ..metrics.neighbours import HalvesNull, Neighbours, PlacedNeighbours
 from ..metrics.perceptual import LpipsPaired
 from ..metrics.sliced import LevelDistance
-from ..metrics.spectrum import Spectrum, gain_curve, log_spectral_distance
+from ..metrics.spectrum import Spectrum, gain_curve, labelled, log_spectral_distance
 from .ledger import Ledger
 from .one_set import MeasuredSet
 from .suite import Suite, mean_lpips, modes_of, neighbours, neighbours_null
@@ -78,6 +78,24 @@ class SpectralDistance:
     lsd: float
     lsd_signed: float
     lsd_null: float
+
+
+def colour_nulls(one: MeasuredSet, target: Target, colour_labels: set[int] | None) -> dict[str, float]:
+    """How far from no difference another set of the reference's source would read, by measure of colour; at the sizes
+    that are compared, unpaired.
+    """
+    other, second = target.measured, target.second_for(one)
+    spread = 1 / len(one) + 1 / len(other)
+    if second is None:
+        rng, own = np.random.default_rng([target.seed, 5]), labelled(other.colour, other.source.labels)
+        known = None if other.source.labels is None else colour_labels
+        found, its_spread = colour.halved_null(own, known, rng, NULL_SPLITS), 4 / len(other)
+    else:
+        groups = colour.groups_of(second.source.classes, other.source.classes, colour_labels)
+        values = colour.colour_values(second.colour, other.colour, groups)
+        found = {name: abs(value - colour.neutral(name)) for name, value in values.items()}
+        its_spread = 1 / len(second) + 1 / len(other)
+    return {name: null * (spread / its_spread) ** 0.5 for name, null in found.items()}
 
 
 def lsd(one: MeasuredSet, target: Target) -> SpectralDistance:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import features, power_map, sliced, structure
+from ..metrics import colour, features, power_map, sliced, structure
 from ..metrics.diversity import class_diversity
 from ..metrics.features import Features
 from ..metrics.spectrum import Channel, Spectrum, as_floats, spectrum_of
@@ -36,6 +36,7 @@ class MeasuredSet:
     luma: Spectrum
     chroma: dict[str, Spectrum]
     structure: structure.Structure
+    colour: np.ndarray  # (N, 6), columns of colour.COLUMNS
     lines: np.ndarray  # (N, 2, 4, 5), see power_map.grid_lines
     plane: Tensor  # (H, W) mean log power, dB
     wavelet_energy: np.ndarray  # (3, 3) mean log energy, finest level first, columns LH, HL, HH
@@ -85,6 +86,12 @@ class SetRows:
         return structure.Structure.of(self.groups["structure"])
 
     @property
+    def colour(self) -> np.ndarray:
+        """(N, 6), columns of colour.COLUMNS."""
+        energies = [self.groups[channel]["energies"].numpy() for channel in CHROMA]
+        return colour.with_speckle(self.groups["colour"]["values"].numpy(), energies, self.size)
+
+    @property
     def lines(self) -> np.ndarray:
         """(N, 2, 4, 5), see power_map.grid_lines."""
         return self.groups["grid"]["lines"].numpy()
@@ -129,6 +136,7 @@ READERS: dict[str, Callable[[Tensor], Rows]] = {
     **{channel: partial(_spectrum_rows, channel=channel) for channel in (LUMA, *CHROMA)},
     "structure": structure.structure_rows,
     "wavelet": _wavelet_rows,
+    "colour": colour.colour_rows,
     "grid": lambda images: {"lines": torch.from_numpy(power_map.grid_lines(images))},
 }
 ALONE: dict[str, Callable[[Tensor], Rows]] = {  # parts of the above, for who needs no more
@@ -154,6 +162,7 @@ def measure_one(one: ImageSet, read: Reading, seed: int) -> MeasuredSet:
         luma=rows.spectrum(),
         chroma={channel: rows.spectrum(channel) for channel in CHROMA},
         structure=rows.structure,
+        colour=rows.colour,
         lines=rows.lines,
         plane=mean_plane(one, read.rows),
         wavelet_energy=rows.groups["wavelet"]["energy"].numpy().mean(0),

@@ -3,6 +3,7 @@
 Legend: N images of a set, F radial bins. Everything is measured on 8-bit images mapped to [0, 1].
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,10 +16,11 @@ from torch import Tensor
 from dmd_dar.spectrum import BAND_NAMES, band_edges
 
 from ..metrics import structure
+from ..metrics.colour import ColourComparison, Placed, colour_intervals, colour_verdict_of, groups_of
 from ..metrics.diversity import DiversityRatio, class_diversity, diversity_ratios
 from ..metrics.frechet import standardise
 from ..metrics.intervals import Interval, Sample, bootstrap_interval, images_for_half_width
-from ..metrics.power_map import grid_peaks, sector_means
+from ..metrics.power_map import GridLine, grid_peaks, sector_means
 from ..metrics.spectrum import (
     band_gains,
     gain_curve,
@@ -33,7 +35,7 @@ from ..samples.images import UnfitError
 from ..samples.parallel import one_thread, side_by_side
 from ..samples.sets import ImageSet, validate
 from .ledger import Ledger
-from .nulls import Target, lsd, over_features, sliced_levels
+from .nulls import Target, colour_nulls, lsd, over_features, sliced_levels
 from .one_set import CHROMA, MeasuredSet, Reading, measure_one, read_one
 from .results import Against, Bands, Comparison, Margins, Measurements, Reference, SetRow, Wavelet, jsonable
 from .suite import Suite, against_statistics, clip_result, diversity_result
@@ -256,7 +258,7 @@ def compare_sets(
     flat_noise = interval(structure.flat_noise_db, lambda m: m.structure.flat)
     gradient = interval(structure.kurtosis_ratio, lambda m: m.structure.gradient_kurtosis)
     agreement = interval(structure.parent_child_difference, lambda m: m.structure.parent_child)
-    return Comparison(
+    compared = Comparison(
         reference=other.source.name,
         paired=paired,
         reference_images=len(other),
@@ -284,6 +286,8 @@ def compare_sets(
         chroma=_chroma(samples, colour_labels if samples.both_known else None),
         **vars(over_features(one, target, suite, ledger)),
     )
+    nulls = colour_nulls(one, target, colour_labels)
+    return replace(compared, colour=_colour(samples, colour_labels, compared.grid_lines, nulls))
 
 
 def _hfer_difference(ours: Sample, theirs: Sample, *, paired: bool, rng: np.random.Generator) -> Interval:
@@ -307,6 +311,17 @@ def _diversity(samples: Samples) -> dict[str, DiversityRatio]:
             for m in both
         ]
     return {name: diversity_ratios(*pair) for name, pair in pairs.items()}
+
+
+def _colour(
+    samples: Samples, colour_labels: set[int] | None, lines: list[GridLine], nulls: dict[str, float]
+) -> ColourComparison:
+    """Drift, contrast, saturation and speckle; its draws come after those of all other intervals."""
+    groups = groups_of(samples.one.source.classes, samples.other.source.classes, colour_labels)
+    pair = samples.of(lambda m: m.colour)
+    found = colour_intervals(*pair, groups, paired=samples.paired, rng=samples.rng)
+    placed = {name: Placed(**vars(one), null=nulls.get(name, math.nan)) for name, one in found.items()}
+    return ColourComparison(verdict=colour_verdict_of(found, lines), measures=placed)
 
 
 def _chroma(samples: Samples, colour_labels: set[int] | None) -> dict[str, dict[str, Interval]] | None:

@@ -11,10 +11,22 @@ from typing import Any
 
 import torch
 
+from dmd_dar import colour as colours
 from dmd_dar import spectrum
 from dmd_dar.data.images import to_pixels
 
-from ..metrics import classifier, features, frechet, intervals, neighbours, power_map, sliced, structure, verdict
+from ..metrics import (
+    classifier,
+    colour,
+    features,
+    frechet,
+    intervals,
+    neighbours,
+    power_map,
+    sliced,
+    structure,
+    verdict,
+)
 from ..metrics.record import jsonable
 from . import one_set, suite
 from .machine import Machine, versions
@@ -77,6 +89,11 @@ def contract() -> Contract:
             "kid": (suite.KID_SUBSET_OFFLINE, suite.KID_SUBSET, neighbours.KID_SUBSETS),
             "neighbours": neighbours.NEIGHBOURS,
             "margins": (verdict.GAIN_MARGIN_DB, verdict.KURTOSIS_RANGE, verdict.FLAT_NOISE_DB),
+            "colour": (colours.BLOCK, colours.CONTRAST_FLOOR, colours.SATURATION_FLOOR, colours.SPECKLE_FLOOR),
+            "colour_margins": (
+                *(colour.DRIFT_Y, colour.DRIFT_CHROMA, colour.SPECKLE_DB),
+                *(colour.CONTRAST_RANGE, colour.SATURATION_RANGE),
+            ),
             "intervals": (intervals.LEVEL, intervals.RESAMPLES, intervals.LEAST_IN_STRATUM),
         }
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from ..metrics.classifier import Modes
+from ..metrics.colour import ColourComparison
 from ..metrics.convergence import Discretisation
 from ..metrics.diversity import DiversityRatio
 from ..metrics.features import FeatureDistance
@@ -109,7 +110,7 @@ class Comparison:
     paired: bool
     reference_images: int
     class_share_gap: float | None  # None where classes are not known
-    verdict: Verdict
+    verdict: Verdict  # on detail
     gain_db: dict[str, Interval]  # by band
     gain_db_median: dict[str, float] | None  # by band, of paired sets
     images_for_quarter_db: int | None
@@ -136,6 +137,7 @@ class Comparison:
     neighbours: dict[str, PlacedNeighbours]  # by extractor
     modes: Modes | None
     lpips_paired: LpipsPaired | None
+    colour: ColourComparison | None = field(default=None, metadata=OPTIONAL)  # None in files of before
 
 
 @dataclass(frozen=True)

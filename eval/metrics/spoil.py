@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmd_dar.draws import Draws
-from dmd_dar.spectrum import band_energies, modes
+from dmd_dar.spectrum import band_energies, modes, to_channel
 
 LEVEL = 1 / 255
 MATCHING_ROUNDS = 8
@@ -78,6 +78,24 @@ def band_matched(images: Tensor, reference: Tensor) -> Tensor:
 def brighter(images: Tensor, levels: float) -> Tensor:
     """Every value raised by `levels` 8-bit levels."""
     return images + levels * LEVEL
+
+
+def saturated(images: Tensor, factor: float) -> Tensor:
+    """Distance from each pixel's own luma times `factor`."""
+    grey = to_channel(images)[:, None]
+    return grey + factor * (images - grey)
+
+
+def with_chroma_noise(images: Tensor, levels: float, draws: Draws) -> Tensor:
+    """Gaussian noise of `levels` 8-bit levels in each of red, green and blue, without its luma."""
+    noise = draws.normal("chroma noise", 3, *images.shape[-2:], dtype=images.dtype)
+    return images + levels * LEVEL * (noise - to_channel(noise)[:, None])
+
+
+def with_lattice(images: Tensor, levels: float, period: int) -> Tensor:
+    """Every `period`-th column raised by `levels` 8-bit levels."""
+    columns = torch.arange(images.shape[-1], device=images.device) % period == 0
+    return images + levels * LEVEL * columns.to(images.dtype)
 
 
 def contrast(images: Tensor, factor: float) -> Tensor:

@@ -40,11 +40,11 @@ def verdict_of(gain_hf: Interval, kurtosis_ratio: Interval, flat_noise: Interval
     """
     gain = side(gain_hf, -GAIN_MARGIN_DB, GAIN_MARGIN_DB)
     if gain == "below":
-        return Verdict("reduced", f"HF gain {_show(gain_hf)} is below -{GAIN_MARGIN_DB} dB")
+        return Verdict("reduced", f"HF gain {show(gain_hf)} is below -{GAIN_MARGIN_DB} dB")
     if gain == "above":
-        return Verdict("inflated", f"HF gain {_show(gain_hf)} is above +{GAIN_MARGIN_DB} dB")
+        return Verdict("inflated", f"HF gain {show(gain_hf)} is above +{GAIN_MARGIN_DB} dB")
     if gain == "straddles":
-        return Verdict("inconclusive", f"HF gain {_show(gain_hf)} straddles a margin of {GAIN_MARGIN_DB} dB")
+        return Verdict("inconclusive", f"HF gain {show(gain_hf)} straddles a margin of {GAIN_MARGIN_DB} dB")
     return _structure(kurtosis_ratio, flat_noise)
 
 
@@ -52,13 +52,13 @@ def _structure(kurtosis_ratio: Interval, flat_noise: Interval) -> Verdict:
     """The verdict once the gain is right."""
     kurtosis, noise = side(kurtosis_ratio, *KURTOSIS_RANGE), side(flat_noise, float("-inf"), FLAT_NOISE_DB)
     if kurtosis in ("below", "above"):
-        return Verdict("energy only", f"kurtosis ratio {_show(kurtosis_ratio, '', '')} is {kurtosis} {_range()}")
+        return Verdict("energy only", f"kurtosis ratio {show(kurtosis_ratio, '', '')} is {kurtosis} {_range()}")
     if noise == "above":
-        return Verdict("energy only", f"smooth regions are noisier by {_show(flat_noise)}")
+        return Verdict("energy only", f"smooth regions are noisier by {show(flat_noise)}")
     if kurtosis == "straddles":
-        return Verdict("inconclusive", f"kurtosis ratio {_show(kurtosis_ratio, '', '')} straddles an end of {_range()}")
+        return Verdict("inconclusive", f"kurtosis ratio {show(kurtosis_ratio, '', '')} straddles an end of {_range()}")
     if noise == "straddles":
-        return Verdict("inconclusive", f"noise in smooth regions {_show(flat_noise)} straddles +{FLAT_NOISE_DB} dB")
+        return Verdict("inconclusive", f"noise in smooth regions {show(flat_noise)} straddles +{FLAT_NOISE_DB} dB")
     return Verdict("preserved", "energy, kurtosis and smooth regions are within their margins")
 
 
@@ -66,7 +66,8 @@ def _range() -> str:
     return f"{KURTOSIS_RANGE[0]} to {KURTOSIS_RANGE[1]}"
 
 
-def _show(interval: Interval, unit: str = " dB", sign: str = "+") -> str:
+def show(interval: Interval, unit: str = " dB", sign: str = "+") -> str:
+    """A number with its interval, for a reason."""
     if not interval.defined:
         return "(undefined)"
     return f"{interval.value:{sign}.2f}{unit} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"

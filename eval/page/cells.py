@@ -21,7 +21,7 @@ class Cell:
 
     text: str
     small: str = ""
-    kind: Literal["", "verdict", "code"] = ""
+    kind: Literal["", "verdict", "colour", "code"] = ""
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,11 @@ def terminal_table(report: Report) -> str:
     """The verdicts against the teacher, then against real images, as text in aligned columns."""
     tables = []
     for reference in REFERENCES:
-        lines = [[f"against {reference_name(report, reference)}", "verdict", *(column.heading for column in COLUMNS)]]
+        heads = (f"against {reference_name(report, reference)}", "verdict", "colour")
+        lines = [[*heads, *(column.heading for column in COLUMNS)]]
         for row, against in compared(report, reference):
             cells = [column.number(row, against).replace("−", "-") for column in COLUMNS]
-            lines.append([row.name, verdict_word(report, reference, against), *cells])
+            lines.append([row.name, verdict_word(report, reference, against), colour_word(against), *cells])
         widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
         tables.append("\n".join(_aligned(line, widths) for line in lines if len(lines) > 1))
     return "\n\n".join(filter(None, tables))
@@ -112,9 +113,14 @@ def verdict_word(report: Report, reference: Reference, against: Comparison) -> s
     return against.verdict.word + (UNCONVERGED if unsure else "")
 
 
+def colour_word(against: Comparison) -> str:
+    """The verdict on colour; a dash where a file of before has none."""
+    return against.colour.verdict.word if against.colour else NOTHING
+
+
 def _aligned(cells: list[str], widths: list[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
     return "  ".join(left + right).rstrip()
 
 

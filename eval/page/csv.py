@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 
 from ..measure.results import Comparison, LatentComparison, LatentRow, Report, SetRow
+from ..metrics.colour import COLOUR_WORDS
 from ..metrics.features import FeatureDistance
 from ..metrics.intervals import Interval
 from ..metrics.power_map import GridLine
@@ -156,6 +157,7 @@ def _against(against: Comparison) -> Iterator[Value]:
         yield Value(f"diversity_ratio.{space}.least", ratio.least)
         yield Value(f"diversity_ratio.{space}.median", ratio.median)
     yield from (_distance(name, against.distances[name]) for name in DISTANCES if name in against.distances)
+    yield from _colour(against)
     yield from _neighbours(against)
     yield from _modes(against)
     if against.lpips_paired is not None:
@@ -168,6 +170,15 @@ def _spectral(against: Comparison) -> Iterator[Value]:
     for band, value in (against.gain_db_median or {}).items():
         if finite(value) is not None:
             yield Value(f"gain_db_median.{band}", value)
+
+
+def _colour(against: Comparison) -> Iterator[Value]:
+    """The measures, and 1 for each fault that the verdict names, 0 for the others."""
+    if colour := against.colour:
+        for name, one in colour.measures.items():
+            yield Value(f"colour.{name}", one.value, one.low, one.high, one.null)
+        for word in COLOUR_WORDS:
+            yield Value(f"colour_fault.{word}", float(word in colour.verdict.faults))
 
 
 def _neighbours(against: Comparison) -> Iterator[Value]:

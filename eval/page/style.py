@@ -8,6 +8,9 @@ WORDS = {
     "inflated": "#8a5b00",
     "energy-only": "#a03a78",
     "inconclusive": "#57606a",
+    "colour-ok": "#00724a",
+    "colour-fault": "#b33f00",
+    "colour-inconclusive": "#57606a",
 }
 WORDS_DARK = {
     "preserved": "#3fd6a5",
@@ -15,4 +18,7 @@ WORDS_DARK = {
     "inflated": "#f0b429",
     "energy-only": "#e79cc8",
     "inconclusive": "#9aa4af",
+    "colour-ok": "#3fd6a5",
+    "colour-fault": "#ff8f4d",
+    "colour-inconclusive": "#9aa4af",
 }

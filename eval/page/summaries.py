@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..measure.results import Comparison, Reference, Report, SetRow
+from ..metrics.colour import Placed
 from ..samples.cost import SamplingCost
-from .cells import NOTHING, Cell, Table, fact, finite, minus, number, short, span, the
-from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, compared, reference_name, verdict_word
+from .cells import NOTHING, Cell, Table, fact, finite, interval_cell, minus, number, short, span, the
+from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, colour_word, compared, reference_name, verdict_word
 from .csv import Number, numbers
 
 
@@ -17,6 +18,8 @@ class Answer:
     name: str
     word: str
     reason: str
+    colour: str  # the verdict on colour, a dash where a file of before has none
+    colour_reason: str
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,12 @@ def answers(report: Report) -> list[Answer]:
     """One for each student or folder; for each set where there is none of them."""
     pairs = compared(report, "teacher")
     chosen = [pair for pair in pairs if pair[0].role in ("student", "images")]
-    return [
-        Answer(row.name, verdict_word(report, "teacher", against), _reason(row, against))
-        for row, against in chosen or pairs
-    ]
+    return [_answer(report, row, against) for row, against in chosen or pairs]
+
+
+def _answer(report: Report, row: SetRow, against: Comparison) -> Answer:
+    why = f"Colour: {minus(against.colour.verdict.reason)}." if against.colour else ""
+    return Answer(row.name, verdict_word(report, "teacher", against), _reason(row, against), colour_word(against), why)
 
 
 def _reason(row: SetRow, against: Comparison) -> str:
@@ -60,11 +65,12 @@ def summary(report: Report, reference: Reference, columns: Sequence[Column] = CO
         [
             Cell(row.name, row.facts.routing.label if row.facts.routing else ""),
             Cell(verdict_word(report, reference, against), kind="verdict"),
+            Cell(colour_word(against), kind="colour"),
             *(column.cell(row, against) for column in columns),
         ]
         for row, against in compared(report, reference)
     ]
-    heads = ["set", "verdict", *(column.heading for column in columns)]
+    heads = ["set", "verdict", "colour", *(column.heading for column in columns)]
     name = reference_name(report, reference)
     note = f"Each set against {the(name)}; small print: 95 % intervals and parts."
     return Table.of(f"against {name}", heads, rows, note=note, kind="verdicts")
@@ -88,6 +94,41 @@ def structure(report: Report) -> Table:
         "Shaped noise can have the right spectrum; it has no edges, its scales do not agree, and it fills flat areas."
     )
     return Table.of("structure", ["set", *(column.heading for column in STRUCTURE)], rows, note=note)
+
+
+def colours(report: Report) -> Table | None:
+    """Each measure of colour against the teacher, with interval and null; None where a file of before has none."""
+    rows = [(row, against.colour) for row, against in compared(report, "teacher") if against.colour]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for _, one in rows for name in one.measures))
+    cells = [
+        [
+            row.name,
+            Cell(one.verdict.word, kind="colour"),
+            *(_placed_cell(name, one.measures.get(name)) for name in names),
+        ]
+        for row, one in rows
+    ]
+    note = (
+        "Means of Y, Cb and Cr in levels of 255; contrast and saturation as ratios to the reference's; speckle in dB:"
+        " fine noise of colour. Small print: 95 % intervals, and how far other images of the reference's own source"
+        " would be off at these sizes (null)."
+    )
+    return Table.of("colour", ["set", "verdict", *map(_measure_title, names)], cells, note=note)
+
+
+def _measure_title(name: str) -> str:
+    measure, _, group = name.partition(".")
+    title = {"drift_y": "Y", "drift_cb": "Cb", "drift_cr": "Cr", "speckle_db": "speckle, dB"}.get(measure)
+    return (title or measure.replace("_", " ")) + (f", {group} classes" if group else "")
+
+
+def _placed_cell(name: str, one: Placed | None) -> Cell:
+    if one is None:
+        return Cell(NOTHING)
+    cell = interval_cell(one, 2, "ratio" not in name)
+    return Cell(cell.text, f"{cell.small}; null {number(one.null)}")
 
 
 def resolutions(report: Report) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from eval.measure import pair
 from eval.measure import suite as distances
 from eval.measure.ledger import Ledger
 from eval.measure.pair import Compared, ImageSet, jsonable
-from eval.measure.results import Report
+from eval.measure.results import Against, Report
 from eval.measure.suite import Sources, Suite, prepare
 from eval.metrics import features, perceptual
 from eval.metrics.power_map import Directions, sector_means
@@ -326,7 +327,32 @@ def test_terminal_table(report, result):
     assert "against teacher" in table and "against real" in table
     line = next(line for line in table.splitlines() if line.startswith("residual"))
     gain = row(result, "residual")["against"]["teacher"]["gain_db"]["HF"]["value"]
-    assert line.split()[1:3] == ["reduced", f"{gain:+.2f}"]
+    assert re.split("  +", line)[1:4] == ["reduced", "colour ok", f"{gain:+.2f}"]
+
+
+def test_colour_stands_in_every_table(report, result):
+    """Each measure with its interval and null, and a fault of its own name; a set of itself has none."""
+    against = row(result, "residual")["against"]["teacher"]
+    told = {one.metric: one for one in numbers(report) if one.name == "residual" and one.against == "teacher"}
+    assert {name.partition(".")[2] for name in told if name.startswith("colour.")} == set(against["colour"]["measures"])
+    for name, one in against["colour"]["measures"].items():
+        number = told[f"colour.{name}"]
+        assert (number.value, number.low, number.high, number.null) == tuple(
+            pytest.approx(one[end]) for end in ("value", "low", "high", "null")
+        )
+    assert {one["null"] > 0 for name, one in against["colour"]["measures"].items() if "grey" not in name} == {True}
+    assert told["colour_fault.grid"].value == 0
+    faulty = replace(report.row("residual").against.teacher.colour.verdict, word="grid", faults=("grid",))
+    changed = replace(report.row("residual").against.teacher.colour, verdict=faulty)
+    student = report.row("residual")
+    student = replace(student, against=Against(replace(student.against.teacher, colour=changed)))
+    spoiled = replace(report, sets=[student])
+    assert re.search(r"residual +reduced +grid ", terminal_table(spoiled))
+    assert [one.value for one in numbers(spoiled) if one.metric == "colour_fault.grid"] == [1.0]
+    old = replace(student, against=Against(replace(student.against.teacher, colour=None)))
+    before = replace(report, sets=[old])
+    assert re.search(r"residual +reduced +– ", terminal_table(before))
+    assert not [one for one in numbers(before) if one.metric.startswith("colour")]
 
 
 BLACK = torch.zeros(8, 3, 48, 48, dtype=torch.uint8)

@@ -80,6 +80,15 @@ def test_the_gate(result):
     assert words["identity"] == words["brightness +8/255"] == "preserved"
     assert {words[f"blur {sigma}"] for sigma in ("0.5", "0.7", "1.0")} == {"reduced"}
     assert words["blur 0.7 + shaped noise"] == "energy only"
+    colours = {name: row["colour"]["word"] for name, row in result[1]["spoiled"].items()}
+    assert {name: word for name, word in colours.items() if word not in ("colour ok", "colour inconclusive")} == {
+        "brightness +16/255": "colour drift",
+        "saturation x 1.2": "over-saturated",
+        "saturation x 0.8": "washed out",
+        "colour noise 4/255": "colour speckle",
+        "columns 6/255, period 4": "grid",
+    }
+    assert {colours[name] for name in ("identity", "blur 1.0", "noise 4/255", "contrast x 0.9")} == {"colour ok"}
 
 
 def test_numbers_of_the_files_agree(result):
@@ -91,6 +100,7 @@ def test_numbers_of_the_files_agree(result):
         where, metric = told["spoiled"][row["spoiled"]], row["metric"]
         value, null = where["values"][metric], told["null"][metric]
         assert float(row["value"]) == value and row["verdict"] == where["verdict"]["word"]
+        assert row["colour"] == where["colour"]["word"]
         assert where["z"][metric] == pytest.approx((value - null["mean"]) / null["deviation"])
     assert (folder / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert told["null"]["gain HF, dB"]["deviation"] > 0 and told["config"]["n"] == 252

@@ -157,6 +157,8 @@ def _report(file: Path, digest: str) -> list[tuple[str, Any]]:
             if row.get("facts", {}).get("network") == digest:
                 against = row["against"]["teacher"]
                 rows = [("images", row["images"]), ("verdict", against["verdict"]["word"])]
+                if colour := against.get("colour"):
+                    rows += [("verdict on colour", colour["verdict"]["word"])]
                 value, low, high = (against["gain_db"]["HF"][name] for name in ("value", "low", "high"))
                 return [*rows, ("HF gain, dB, 95 % over images", f"{value:+.2f} from {low:+.2f} to {high:+.2f}")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

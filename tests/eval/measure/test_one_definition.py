@@ -15,6 +15,7 @@ from eval.measure.latent import latent_spectra
 from eval.measure.ledger import Ledger
 from eval.measure.pair import Compared, jsonable, measure
 from eval.metrics import features, structure
+from eval.metrics.colour import colour_values, colour_values_of, colour_verdict, groups_of
 from eval.metrics.power_map import sector_means, whole_plane
 from eval.metrics.spectrum import band_gain_db
 from eval.samples.sets import ImageSet
@@ -155,6 +156,9 @@ def test_a_verdict_from_images_has_the_intervals_of_a_report(photographs):
     )
     word = structure.verdict(images, theirs, labels=labels)
     assert dataclasses.asdict(word) == row["verdict"]
+    found = colour_values(colour_values_of(images), colour_values_of(theirs), groups_of(labels, None, None))
+    assert {name: one["value"] for name, one in row["colour"]["measures"].items()} == pytest.approx(found, abs=1e-6)
+    assert list(colour_verdict(images, theirs, labels=labels).faults) == row["colour"]["verdict"]["faults"]
     both = {"labels": labels, "reference_labels": labels, "paired": True}
     assert band_gain_db(images, theirs, labels=labels, paired=True)["HF"] == band_gain_db(images, theirs, **both)["HF"]
 

@@ -5,10 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from dmd_dar import colour as colours
 from dmd_dar import spectrum
 from eval.measure import one_set, provenance, suite
 from eval.measure.results import CodeState
-from eval.metrics import classifier, features, frechet, intervals, neighbours, power_map, sliced, structure, verdict
+from eval.metrics import (
+    classifier,
+    colour,
+    features,
+    frechet,
+    intervals,
+    neighbours,
+    power_map,
+    sliced,
+    structure,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +47,11 @@ from eval.metrics import classifier, features, frechet, intervals, neighbours, p
         (structure, "FLAT_SHARE"),
         (intervals, "LEAST_IN_STRATUM"),
         (verdict, "GAIN_MARGIN_DB"),
+        (colours, "BLOCK"),
+        (colours, "SATURATION_FLOOR"),
+        (colour, "DRIFT_CHROMA"),
+        (colour, "SATURATION_RANGE"),
+        (colour, "SPECKLE_DB"),
     ],
 )
 def test_another_constant_is_another_contract(monkeypatch, module, name):

@@ -101,9 +101,11 @@ def test_a_report_is_quoted_only_where_it_is_of_this_network(run, own):
     gain = {"HF": {"value": -0.3, "low": -0.52, "high": -0.07}}
     row = {"facts": {"network": DIGEST if own else "other"}, "images": 1024}
     row["against"] = {"teacher": {"verdict": {"word": "inconclusive"}, "gain_db": gain}}
+    if own:
+        row["against"]["teacher"]["colour"] = {"verdict": {"word": "washed out"}}
     (run / "report.json").write_text(json.dumps({"sets": [row]}))
     body = card_in(run)[1]
-    assert ("-0.30 from -0.52 to -0.07" in body and "inconclusive" in body) == own
+    assert ("-0.30 from -0.52 to -0.07" in body and "inconclusive" in body and "washed out" in body) == own
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"sets": 3}', '{"sets": [{"facts": 1}]}'])
