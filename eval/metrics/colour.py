@@ -199,7 +199,7 @@ def colour_verdict_of(measures: Mapping[str, Interval], lines: Sequence[GridLine
             return ColourVerdict(UNDECIDED, f"{doubts[0]} straddles its margin", ())
         return ColourVerdict(OK, "drift, contrast, saturation and speckle are within their margins", ())
     words: tuple[ColourWord, ...] = tuple(word for word in COLOUR_WORDS if any(word == fault for fault, _ in faults))
-    return ColourVerdict(", ".join(words), "; ".join(f"{word}: {told}" for word, told in faults), words)
+    return ColourVerdict(", ".join(words), "; ".join(told for _, told in faults), words)
 
 
 def _line(line: GridLine) -> str:

@@ -51,7 +51,7 @@ class Figure:
     """
 
     png: bytes
-    kind: Literal["chart", "grid"]
+    kind: Literal["chart", "grid", "opening"]
     heading: str
     caption: str
     tables: tuple[Table, ...]

@@ -24,6 +24,7 @@ HEADER_FONT, ROW_FONT = 18, 16
 MOST_ROWS = 14  # of the sample grid
 MOST_CLASSES = 8
 ZOOM = 4
+OPENING_ROWS, OPENING_SETS = 2, 6
 ANCHOR = 256  # images of the teacher that set the amplification of fine detail
 
 Tiles = Callable[[torch.Tensor], np.ndarray]  # uint8 (n, 3, H, W) -> uint8 (n, h, w, 3)
@@ -110,33 +111,73 @@ def detail_tiles(anchor: ImageSet) -> Tiles:
 
 
 def grids(report: Report, sets: Sequence[ImageSet]) -> tuple[dict[str, bytes], list[Row]]:
-    """The grids by name (samples, zoom, detail), and what the rows of the first are; the others show some of them."""
+    """The grids by name (opening, samples, zoom, detail), and the rows of the samples; the others show some of them."""
     sets, names = shown(sets), report.class_names
     anchor = next((one for one in sets if one.name == report.teacher), sets[0])
     rows = chosen_rows(sets)
-    labels = [row.label for row in rows]
-    few = [row for i, row in enumerate(rows) if row.label is None or row.label not in labels[:i]][:MOST_CLASSES]
+    few = one_of_each(rows)
     side = anchor.stream.size[1]
+    opened = opening_sets(anchor, sets)
     return {
+        "opening": grid(names, opened, opening_rows(few), opening_tiles, 1, 0),
         "samples": grid(names, sets, rows, whole_tiles, magnification(side)),
         "zoom": grid(names, sets, few, central_tiles, zoom_factor(side)),
         "detail": grid(names, sets, few, detail_tiles(anchor), magnification(side)),
     }, rows
 
 
-def grid(names: Mapping[int, str], sets: Sequence[ImageSet], rows: Sequence[Row], tiles: Tiles, zoom: int) -> bytes:
+def one_of_each(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each class."""
+    labels = [row.label for row in rows]
+    return [row for i, row in enumerate(rows) if row.label is None or row.label not in labels[:i]][:MOST_CLASSES]
+
+
+def opening_sets(anchor: ImageSet, sets: Sequence[ImageSet]) -> list[ImageSet]:
+    """The anchor and the first students or folders beside it; all sets where there is none of them."""
+    others = [one for one in sets if one.role in ("student", "images") and one is not anchor]
+    return [anchor, *(others or [one for one in sets if one is not anchor])][:OPENING_SETS]
+
+
+def opening_rows(rows: Sequence[Row]) -> list[Row]:
+    """A few of the rows, evenly spaced."""
+    count = min(OPENING_ROWS, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def opening_tiles(images: torch.Tensor) -> np.ndarray:
+    """Each image enlarged as in the sample grid, and below it its centre enlarged further."""
+    side = images.shape[-1]
+    whole = _enlarged(whole_tiles(images), magnification(side))
+    centre = _enlarged(central_tiles(images), zoom_factor(side))
+    missing = max(0, whole.shape[2] - centre.shape[2])  # of sides that do not divide
+    centre = np.pad(centre, ((0, 0), (GAP, 0), (0, missing), (0, 0)), constant_values=255)[:, :, : whole.shape[2]]
+    return np.concatenate([whole, centre], axis=1)
+
+
+def _enlarged(tiles: np.ndarray, zoom: int) -> np.ndarray:
+    return tiles.repeat(zoom, axis=1).repeat(zoom, axis=2)
+
+
+def grid(
+    names: Mapping[int, str],
+    sets: Sequence[ImageSet],
+    rows: Sequence[Row],
+    tiles: Tiles,
+    zoom: int,
+    margin: int = ROW_LABEL,
+) -> bytes:
     """A column for each set, a row for each noise seed. Pixels are enlarged `zoom` times without interpolation.
 
-    names: of the classes, by label.
+    names: of the classes, by label. margin: pixels for the names of the rows; 0: without names.
     """
     height, width = (zoom * length for length in tiles(sets[0].first(1)).shape[1:3])
     headers = [header_lines(one.name, width) for one in sets]
     top = HEADER + (HEADER_FONT + 4) * max(0, *(len(lines) - 2 for lines in headers))
-    size = (ROW_LABEL + len(sets) * (width + GAP), top + len(rows) * (height + GAP))
+    size = (margin + len(sets) * (width + GAP), top + len(rows) * (height + GAP))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, one in enumerate(sets):
-        left = ROW_LABEL + column * (width + GAP)
+        left = margin + column * (width + GAP)
         for line, part in enumerate(headers[column]):
             place = (left, 4 + line * (HEADER_FONT + 4))
             draw.text(place, part, fill="black", font=_font(HEADER_FONT))
@@ -145,8 +186,8 @@ def grid(names: Mapping[int, str], sets: Sequence[ImageSet], rows: Sequence[Row]
         for i, picture in zip(numbers, pictures, strict=True):
             large = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(large, (left, top + i * (height + GAP)))
-    for i, row in enumerate(rows):
-        text = fitted(row_name(names, row, i), ROW_LABEL - 12, ROW_FONT)
+    for i, row in enumerate(rows if margin else ()):
+        text = fitted(row_name(names, row, i), margin - 12, ROW_FONT)
         draw.text((6, top + i * (height + GAP) + 4), text, fill="black", font=_font(ROW_FONT))
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)

@@ -15,11 +15,11 @@ from dmd_dar.atomic import make_folder, write_atomic
 from ..measure.results import Report, jsonable
 from ..metrics.power_map import mean_log_map
 from ..samples.sets import ImageSet
-from . import facts, sections, style, summaries
+from . import facts, sections, style, summaries, terms
 from .cells import the
 from .csv import as_csv
 from .figures import charts
-from .grids import Row, grids
+from .grids import Row, grids, one_of_each, opening_rows
 
 JOINT = re.compile(r"(?<=_)|(?<=\.)(?=[A-Za-z])")  # where a long name may break
 
@@ -54,8 +54,10 @@ def page(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -> str:
         .render(
             title=report.title,
             reference=the(report.teacher),
+            opening=sections.opening(report, drawn["opening"], opening_rows(one_of_each(rows))),
             answers=summaries.answers(report),
-            summary=summaries.summary(report, "teacher"),
+            summary=(summary := summaries.summary(report, "teacher")),
+            terms=terms.terms_of([heading.text for heading in summary.headings]),
             findings=summaries.findings(report),
             charts=sections.chart_sections(report, drawn),
             structure=summaries.structure(report),
@@ -80,7 +82,11 @@ def templates() -> Environment:
     """The page's templates; they escape whatever they are given, and a name that they do not know is an error."""
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"breakable": breakable, "base64": lambda png: base64.b64encode(png).decode("ascii")}
+    environment.filters |= {
+        "breakable": breakable,
+        "explained": terms.explained,
+        "base64": lambda png: base64.b64encode(png).decode("ascii"),
+    }
     return environment
 
 

@@ -167,9 +167,18 @@ def curves(seeds: SeedCurves, png: bytes) -> Figure:
     return Figure(png, "chart", "Gain over training seeds", caption, (Table.of("gain over seeds", heads, cells),))
 
 
-def grid_sections(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -> list[Figure]:
-    """The three grids; one table says which images they show."""
+def opening(report: Report, png: bytes, rows: list[Row]) -> Figure:
+    """What the page begins with."""
     side = report.image_size[1]
+    caption = (
+        f"A column is {the(report.teacher)} or what is compared with it; each picture, {magnification(side)} times"
+        f" enlarged, has its centre below it, {zoom_factor(side)} times. Sampled pictures side by side began as the"
+        " same noise."
+    )
+    return Figure(png, "opening", "Pictures", caption, (_shown(report, rows),))
+
+
+def _shown(report: Report, rows: list[Row]) -> Table:
     cells = [
         [
             row_name(report.class_names, row, i),
@@ -178,7 +187,13 @@ def grid_sections(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -
         for i, row in enumerate(rows)
     ]
     note = "The numbers of the images shown, counted from 0 in each set. Equal numbers in sampled sets are equal noise."
-    data = Table.of("images shown", ["row", *(rows[0].images if rows else ())], cells, note=note)
+    return Table.of("images shown", ["row", *(rows[0].images if rows else ())], cells, note=note)
+
+
+def grid_sections(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -> list[Figure]:
+    """The three grids; one table says which images they show."""
+    side = report.image_size[1]
+    data = _shown(report, rows)
     same = "A row is one noise seed in all sampled sets; real images in it are of the same class. Pixels are enlarged"
     captions = {
         "samples": ("Samples", f"{same} {magnification(side)} times, without interpolation."),

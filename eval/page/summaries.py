@@ -9,6 +9,7 @@ from ..samples.cost import SamplingCost
 from .cells import NOTHING, Cell, Table, fact, finite, interval_cell, minus, number, short, span, the
 from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, colour_word, compared, reference_name, verdict_word
 from .csv import Number, numbers
+from .plain import sentence
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Answer:
     """The verdict on one set in a line, with its reason."""
 
     name: str
+    sentence: str  # for a newcomer
     word: str
     reason: str
     colour: str  # the verdict on colour, a dash where a file of before has none
@@ -39,7 +41,8 @@ def answers(report: Report) -> list[Answer]:
 
 def _answer(report: Report, row: SetRow, against: Comparison) -> Answer:
     why = f"Colour: {minus(against.colour.verdict.reason)}." if against.colour else ""
-    return Answer(row.name, verdict_word(report, "teacher", against), _reason(row, against), colour_word(against), why)
+    plain, word = sentence(row, against, the(report.teacher)), verdict_word(report, "teacher", against)
+    return Answer(row.name, plain, word, _reason(row, against), colour_word(against), why)
 
 
 def _reason(row: SetRow, against: Comparison) -> str:

@@ -45,7 +45,7 @@ from eval.study.forest import from_file
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://x.test/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium")
-FIGURES = {"gain", "bands", "psd", "maps", "forest", "curves", "samples", "zoom", "detail"}
+FIGURES = {"gain", "bands", "psd", "maps", "forest", "curves", "opening", "samples", "zoom", "detail"}
 
 
 def forest() -> Forest:
@@ -154,7 +154,11 @@ def test_every_figure_has_words_and_numbers(page):
 
 def test_the_order_of_the_page(page):
     order = [
-        "Verdict</h2>",
+        "Pictures</h2>",
+        "residual has lost fine detail",
+        '<abbr title="energy of the finest detail',
+        '<dl class="terms">',
+        "kurtosis ratio</dt>",
         "What was found",
         "Power against the teacher",
         "Gain of each band",
@@ -164,7 +168,7 @@ def test_the_order_of_the_page(page):
     order += ["Fine detail of the same", "All numbers", "Cost of sampling", "What was not measured", "Provenance</h2>"]
     places = [page.index(part) for part in order]
     assert places == sorted(places)
-    assert page.index("Verdict</h2>") < page.index("<figure")
+    assert page.index("<figure") < page.index("Verdict</h2>") < page.index("residual has lost fine detail")
 
 
 def test_tables_hold_the_numbers(page, folder):
