@@ -80,8 +80,13 @@ def summary(report: Report, reference: Reference, columns: Sequence[Column] = CO
 
 
 def findings(report: Report) -> list[str]:
-    """The first sentence of a comparison over seeds, then those that the report's command adds."""
-    first, stop, _ = (report.forest.conclusion if report.forest else "").partition(". ")
+    """The first sentence of a comparison over seeds, all of one over several steps, then those that the report's
+    command adds.
+    """
+    told = report.forest.conclusion if report.forest else ""
+    first, stop, _ = told.partition(". ")
+    if report.forest and any(one.steps for one in report.forest.comparisons):
+        first, stop = told, ""
     sentences = [first + stop.strip()] if first else []
     if report.discretisation is not None:
         sentences.append(report.discretisation.sentence)

@@ -17,12 +17,14 @@ from .results import (
     PairedDifference,
     SeedCurves,
     SeedDifference,
+    StepsResult,
     StudyResult,
 )
 from .sampled import Study
-from .wording import conclusion
+from .wording import conclusion, conclusion_over_steps
 
 SCHEMA_VERSION = 2
+STEPS_SCHEMA_VERSION = 3  # of a file over several steps, each part of which has the other one
 
 
 @dataclass(frozen=True)
@@ -152,3 +154,20 @@ def conclude(study: Study, images: int, seed: int) -> StudyResult:
         runs=runs,
     )
     return replace(result, conclusion=conclusion(result))
+
+
+def conclude_over_steps(results: dict[str, StudyResult]) -> StepsResult:
+    """Several comparisons, each of its own steps: their primaries as one family of tests, the conclusions in words."""
+    adjusted = holm({title: one.primary.p for title, one in results.items()})
+    steps = {}
+    for title, one in results.items():
+        one = replace(one, primary=replace(one.primary, p_holm=adjusted[title]))
+        steps[title] = replace(one, conclusion=conclusion(one))
+    first = next(iter(steps.values()))
+    return StepsResult(
+        schema_version=STEPS_SCHEMA_VERSION,
+        label=next((one.label for one in steps.values() if one.label), ""),
+        images=first.images,
+        steps=steps,
+        conclusion=conclusion_over_steps(steps),
+    )

@@ -14,7 +14,7 @@ from ..metrics.spectrum import HF, spectrum_of
 from ..samples.images import UnfitError
 from ..samples.sets import ImageSet
 from .endpoint import Arms, endpoint, pilot_label
-from .records import WRONG, gains, interval, not_a_study, seed_curves, seed_differences
+from .records import WRONG, by_steps, gains, interval, not_a_study, seed_curves, seed_differences
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,31 @@ def _high(one: ImageSet) -> np.ndarray:
 
 
 def from_file(path: str | Path) -> Forest:
-    """The endpoint and the controls of a compare.json. UnfitError naming the file where it is none."""
+    """The endpoint and the controls of a compare.json, of each steps. UnfitError naming the file where it is none."""
     try:
         whole = json.loads(Path(path).read_text())
+        studies = by_steps(whole)
         return Forest(
             source=str(path),
             label=str(whole["label"]),
             conclusion=str(whole["conclusion"]),
-            curve=seed_curves(whole["primary"]["curve"]),
-            comparisons=[_comparison(one) for one in (whole["primary"], *whole["controls"].values())],
+            curve=seed_curves(whole["primary"]["curve"]) if list(studies) == [""] else None,
+            comparisons=[
+                _comparison(one, title)
+                for title, study in studies.items()
+                for one in (study["primary"], *study["controls"].values())
+            ],
         )
     except WRONG as error:
         raise not_a_study(path, error) from error
 
 
-def _comparison(record: dict[str, Any]) -> ForestComparison:
+def _comparison(record: dict[str, Any], steps: str) -> ForestComparison:
     """What of it is shown, in its types."""
     baseline, per_seed = str(record["baseline"]), seed_differences(record)
     return ForestComparison(
         baseline=baseline,
+        steps=steps or None,
         method=str(record["method"]),
         pilot=bool(record["pilot"]),
         p=float(record["p"]),

@@ -9,7 +9,9 @@ from dmd_dar.keys import key
 from dmd_dar.models.saved import weight_count
 from dmd_dar.train.loop.optimise import OptimiserConfig
 
-from .runs import Run, read_run
+from ..metrics.intervals import LARGEST_EXACT
+from .few_steps import FewSteps, titles
+from .runs import Run, read_run, require_shared
 from .wording import MATCHED_WITHIN
 
 ArmName = Literal["residual", "dar", "matched", "frozen"]
@@ -23,6 +25,7 @@ BOOK_KEEPING = (
     "launch.",
     "regression.cache",
 )
+STEPS = ("rungs", "guidance_scale", "sampler")  # keys of which arms are compared one by one
 NUMERICAL = ("launch.precision", "launch.gradient_free")  # keys under one of those that change what is learned
 ROUTING = "student.routing."
 # How a student learns: keys of `student` that no arm may differ in, whatever its network is.
@@ -44,28 +47,45 @@ class ArmsConfig:
     frozen: tuple[str, ...] = key((), "control: as arms.dar, trained with student.routing.query=static", path=True)
 
 
-def read_groups(arms: ArmsConfig) -> RunsByArm:
-    """The finished runs of every arm that is given, sorted by training seed.
+def read_groups(arms: ArmsConfig) -> dict[FewSteps, RunsByArm]:
+    """The finished runs of every arm that is given, sorted by training seed, for each of the few steps that they take.
 
-    A ConfigError naming runs, key and values where a run is unfinished, a seed is missing or double, an arm has the
-    wrong routing, or runs differ in more than their arm's own keys, the seed and book-keeping.
+    A ConfigError naming runs, key and values where a run is unfinished, steps or a seed are missing in an arm, a seed
+    is double, an arm has the wrong routing, or runs of equal steps differ in more than their arm's own keys, the seed
+    and book-keeping. Controls may be missing at some steps.
     """
-    groups: RunsByArm = {}
-    for arm in get_args(ArmName):
-        if folders := getattr(arms, arm):
-            groups[arm] = _read(arm, folders)
-    for arm, runs in groups.items():
-        _same_seeds(arm, runs, groups["residual"])
+    read = {arm: _read(arm, folders) for arm in get_args(ArmName) if (folders := getattr(arms, arm))}
+    for arm, runs in read.items():
+        _same_steps(arm, runs, "residual", read["residual"])
+    _same_steps("residual", read["residual"], "dar", read["dar"])
+    groups: dict[FewSteps, RunsByArm] = {
+        few: {arm: own for arm, runs in read.items() if (own := [run for run in runs if run.sampled_with == few])}
+        for few in titles(run.sampled_with for run in read["residual"])
+    }
+    for group in groups.values():
+        _require_alike(group)
+    require_shared([group["residual"][0] for group in groups.values()], "arms")
+    same_data(read)
+    return groups
+
+
+def _require_alike(group: RunsByArm) -> None:
+    """Of runs of equal steps: the same seeds in every arm, and no difference beyond what the arms are made of."""
+    count = len(group["residual"])
+    if not 2 <= count <= LARGEST_EXACT:
+        rungs = list(group["residual"][0].cfg.rungs)
+        fault = f"names {count} runs of rungs = {rungs}: name 2 to {LARGEST_EXACT}, one for each training seed"
+        raise config.ConfigError(f"arms.residual {fault}")
+    for arm, runs in group.items():
+        _same_seeds(arm, runs, group["residual"])
         for run in runs[1:]:
             _alike(arm, run, arm, runs[0], ())
-    _alike("dar", groups["dar"][0], "residual", groups["residual"][0], (ROUTING,))
-    if "matched" in groups:
-        _alike("matched", groups["matched"][0], "residual", groups["residual"][0], ("student.",), LEARNING)
-        _same_size(groups["matched"][0], groups["dar"][0])
-    if "frozen" in groups:
-        _alike("frozen", groups["frozen"][0], "dar", groups["dar"][0], (ROUTING + "query",))
-    same_data(groups)
-    return groups
+    _alike("dar", group["dar"][0], "residual", group["residual"][0], (ROUTING,))
+    if "matched" in group:
+        _alike("matched", group["matched"][0], "residual", group["residual"][0], ("student.",), LEARNING)
+        _same_size(group["matched"][0], group["dar"][0])
+    if "frozen" in group:
+        _alike("frozen", group["frozen"][0], "dar", group["dar"][0], (ROUTING + "query",))
 
 
 def _read(arm: ArmName, folders: Sequence[str]) -> list[Run]:
@@ -73,9 +93,11 @@ def _read(arm: ArmName, folders: Sequence[str]) -> list[Run]:
         runs = sorted((read_run(folder) for folder in folders), key=lambda run: run.cfg.seed)
     except config.ConfigError as error:
         raise config.ConfigError(f"arms.{arm}: {str(error).removeprefix('runs: ')}") from error
-    for first, second in zip(runs, runs[1:], strict=False):
-        if first.cfg.seed == second.cfg.seed:
-            fault = f"{first.folder} and {second.folder} both have seed = {first.cfg.seed}"
+    seen: dict[tuple[FewSteps, int], Run] = {}
+    for run in runs:
+        first = seen.setdefault((run.sampled_with, run.cfg.seed), run)
+        if first is not run:
+            fault = f"{first.folder} and {run.folder} both have seed = {run.cfg.seed}"
             raise config.ConfigError(f"arms.{arm}: {fault}; name one run for each training seed")
     different_networks(arm, runs)
     for run in runs:
@@ -85,6 +107,19 @@ def _read(arm: ArmName, folders: Sequence[str]) -> list[Run]:
             fault = f"{run.folder} has student.routing.query = {query}, where {wanted} is expected"
             raise config.ConfigError(f"arms.{arm}: {fault}; name runs of that arm")
     return runs
+
+
+def _same_steps(arm: ArmName, runs: list[Run], other_arm: ArmName, others: list[Run]) -> None:
+    """Refuse a run of steps of which the other arm has none."""
+    for run in runs:
+        if run.sampled_with in {other.sampled_with for other in others}:
+            continue
+        apart = [one for one in config.differences(run.cfg, others[0].cfg) if one[0] in STEPS]
+        name, ours, _ = apart[0]
+        fault = (
+            f"{run.folder} has {name} = {ours}, but no run in arms.{other_arm} has it with the same {', '.join(STEPS)}"
+        )
+        raise config.ConfigError(f"arms.{arm}: {fault}; add its partner, or leave it out")
 
 
 def different_networks(arm: ArmName, runs: list[Run]) -> None:

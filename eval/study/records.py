@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..measure.results import Curve, Recorded, SeedCurves, SeedDifference
+from ..measure.results import Curve, Provenance, Recorded, SeedCurves, SeedDifference
 from ..metrics.intervals import Interval
 from ..metrics.record import jsonable
 from ..metrics.wavelet import Distance
@@ -14,6 +14,7 @@ from ..samples.cost import SamplingCost
 from ..samples.facts import NetworkFacts
 from ..samples.images import UnfitError
 from .endpoint import Power
+from .few_steps import FewSteps
 from .results import (
     AdjustedDifference,
     AgainstTeacher,
@@ -21,6 +22,7 @@ from .results import (
     NetworkRow,
     PairedDifference,
     RunRecord,
+    StepsResult,
     StudyResult,
 )
 
@@ -31,17 +33,28 @@ WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what readi
 MAY_BE_UNDEFINED = ("training_step_seconds", "lsd", "lsd_signed", "hf_kurtosis_ratio", "diversity_ratio")
 
 
-def text_of(result: StudyResult | RunRecord) -> str:
+def text_of(result: StudyResult | StepsResult | RunRecord) -> str:
     """The text of its JSON file."""
     return json.dumps(jsonable(result), indent=1, allow_nan=False)
 
 
-def run_records(result: StudyResult) -> dict[str, RunRecord]:
+def run_records(result: StudyResult | StepsResult) -> dict[str, RunRecord]:
     """By file name, one record for each network: its arm, numbers, and where they come from."""
-    known = jsonable(result.provenance)
+    if isinstance(result, StudyResult):
+        return _run_records(result, result.provenance, "")
+    named = {title: "_".join(title.replace(",", "").split()) + "_" for title in result.steps}
+    return {
+        name: record
+        for title, one in result.steps.items()
+        for name, record in _run_records(one, result.provenance, named[title]).items()
+    }
+
+
+def _run_records(result: StudyResult, provenance: Provenance | Recorded, steps: str) -> dict[str, RunRecord]:
+    known = jsonable(provenance)
     origin = Recorded({name: known[name] for name in ORIGIN if name in known})
     return {
-        f"{arm}_seed{row.seed}.json": RunRecord(
+        f"{arm}_{steps}seed{row.seed}.json": RunRecord(
             schema_version=result.schema_version,
             label=result.label,
             images=result.images,
@@ -55,11 +68,26 @@ def run_records(result: StudyResult) -> dict[str, RunRecord]:
 
 
 def read_study(path: str | Path) -> StudyResult:
-    """A whole compare.json. UnfitError naming the file where it is none."""
+    """A whole compare.json of equal steps. UnfitError naming the file where it is none."""
+    studies = read_studies(path)
+    if len(studies) > 1:
+        raise UnfitError(f"{path} compares {', '.join(studies)}; read_studies gives each of them")
+    return next(iter(studies.values()))
+
+
+def read_studies(path: str | Path) -> dict[str, StudyResult]:
+    """The comparisons of a compare.json by what tells their steps apart, "" for one alone. UnfitError naming the file
+    where it is none.
+    """
     try:
-        return _study(json.loads(Path(path).read_text()))
+        return {title: _study(one) for title, one in by_steps(json.loads(Path(path).read_text())).items()}
     except WRONG as error:
         raise not_a_study(path, error) from error
+
+
+def by_steps(record: dict[str, Any]) -> dict[str, Any]:
+    """The comparisons in the object of a compare.json."""
+    return dict(record["steps"]) if "steps" in record else {"": record}
 
 
 def not_a_study(path: str | Path, error: Exception) -> UnfitError:
@@ -67,7 +95,9 @@ def not_a_study(path: str | Path, error: Exception) -> UnfitError:
 
 
 def _study(record: dict[str, Any]) -> StudyResult:
+    few_steps = record.get("few_steps")
     parts = {
+        "few_steps": few_steps and FewSteps(**{**few_steps, "rungs": tuple(few_steps["rungs"])}),
         "primary": _comparison(record["primary"]),
         "controls": {name: _comparison(one) for name, one in record["controls"].items()},
         "secondaries": {name: _paired(AdjustedDifference, one) for name, one in record["secondaries"].items()},

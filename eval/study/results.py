@@ -13,6 +13,7 @@ from ..metrics.wavelet import Distance
 from ..samples.cost import SamplingCost
 from ..samples.facts import NetworkFacts, SetFacts
 from .endpoint import Power
+from .few_steps import FewSteps
 
 __all__ = [
     "AgainstTeacher",
@@ -23,6 +24,7 @@ __all__ = [
     "RunRecord",
     "SeedCurves",
     "SeedDifference",
+    "StepsResult",
     "StudyResult",
     "AdjustedDifference",
 ]
@@ -75,7 +77,7 @@ class ArmComparison:
     variance_db2: dict[str, float]  # of D: seed, and own and shared of one image
     power: Power
     curve: SeedCurves
-    p_holm: float | None = field(default=None, metadata=OPTIONAL)  # of a control, within the family of controls
+    p_holm: float | None = field(default=None, metadata=OPTIONAL)  # within the controls, or the primaries over steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class AdjustedDifference(PairedDifference):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """All that compare.json holds."""
+    """All that compare.json holds of runs of equal steps."""
 
     schema_version: int
     label: str  # empty where the study can decide
@@ -114,8 +116,24 @@ class StudyResult:
     secondaries: dict[str, AdjustedDifference]
     costs: dict[str, PairedDifference]
     runs: dict[str, list[NetworkRow]]  # by arm, in the order of the seeds
+    few_steps: FewSteps | None = field(default=None, metadata=OPTIONAL)  # of its runs, beside others of other steps
     conclusion: str = ""
     reference: SetFacts | Recorded = field(default_factory=Recorded)  # facts about the teacher's images
+    provenance: Provenance | Recorded = field(default_factory=Recorded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsResult:
+    """All that compare.json holds of several steps: a comparison of each, in the order of calls, by what tells them
+    apart. Their primaries are one family of tests.
+    """
+
+    schema_version: int
+    label: str  # empty where all of them can decide
+    images: int
+    steps: dict[str, StudyResult]  # without reference and provenance, which are shared
+    conclusion: str
+    reference: SetFacts | Recorded = field(default_factory=Recorded)
     provenance: Provenance | Recorded = field(default_factory=Recorded)
 
 

@@ -112,13 +112,18 @@ def read_runs(folders: tuple[str, ...]) -> list[Run]:
     names = [run.name for run in read]
     if len(set(names)) < len(names):
         raise config.ConfigError(f"runs: several folders are called {names}; give each a name of its own")
-    for run in read[1:]:
-        for what in ("data", "teacher"):
-            ours, theirs = getattr(read[0].cfg, what), getattr(run.cfg, what)
-            if ours != theirs:
-                fault = f"{what} {theirs} in {run.name}, {ours} in {read[0].name}"
-                raise config.ConfigError(f"runs: {fault}; compare equals")
+    require_shared(read, "runs")
     return read
+
+
+def require_shared(runs: Sequence[Run], key: str) -> None:
+    """A ConfigError where they do not name one teacher and the same data. key: of the command, which named them."""
+    for run in runs[1:]:
+        for what in ("data", "teacher"):
+            ours, theirs = getattr(runs[0].cfg, what), getattr(run.cfg, what)
+            if ours != theirs:
+                fault = f"{what} {theirs} in {run.name}, {ours} in {runs[0].name}"
+                raise config.ConfigError(f"{key}: {fault}; compare equals")
 
 
 def reference_guidance(runs: Sequence[Run], given: float | None) -> float:
@@ -130,7 +135,7 @@ def reference_guidance(runs: Sequence[Run], given: float | None) -> float:
         ours, theirs = first.cfg.guidance_scale, run.cfg.guidance_scale
         if ours != theirs:
             fault = f"guidance_scale is {ours} in {first.name}, {theirs} in {run.name}"
-            raise config.ConfigError(f"runs: {fault}; say which the reference has, guidance_scale={plain(ours)}")
+            raise config.ConfigError(f"{fault}; say which the reference has, guidance_scale={plain(ours)}")
     return first.cfg.guidance_scale
 
 

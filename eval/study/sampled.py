@@ -171,9 +171,8 @@ def against_teacher(ours: SampledSet, yardstick: Yardstick, name: str) -> Agains
     )
 
 
-def sample_and_measure(groups: RunsByArm, reference: ImageSet, bench: Bench) -> Study | None:
+def sample_and_measure(groups: RunsByArm, yardstick: Yardstick, bench: Bench) -> Study | None:
     """Every run of every arm, seed by seed; None in all processes but the first, which measures."""
-    yardstick = Yardstick.of(reference, bench)
     networks: dict[str, list[SampledNetwork]] = {}
     absent: dict[str, str] = {}
     for index in range(len(groups["residual"])):

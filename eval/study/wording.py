@@ -36,7 +36,7 @@ CONTROLS = {"matched": "a parameter-matched residual arm", "frozen": "an arm tra
 
 
 def outcome(comparison: ArmComparison) -> Outcome:
-    """A win or a loss needs an interval off 0 and a sign-flip p of at most 0.05, for a control after Holm."""
+    """A win or a loss needs an interval off 0 and a sign-flip p of at most 0.05, after Holm where it is of a family."""
     if comparison.pilot:
         return "pilot"
     difference = comparison.difference_db
@@ -64,13 +64,25 @@ def conclusion(result: StudyResult) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
+def conclusion_over_steps(steps: dict[str, StudyResult]) -> str:
+    """What each comparison says of its own steps, in one paragraph."""
+    primaries = {title: one.primary for title, one in steps.items()}
+    least = min(one.least_p for one in primaries.values()) * len(primaries)
+    sentences = [f"{title}: {headline(one)}" for title, one in primaries.items()]
+    if least > SIGNIFICANT:
+        sentences.append(f"With so few seeds none of {len(primaries)} tests can pass Holm's correction (p is at least")
+        sentences[-1] += f" {min(least, 1.0):.3g}): train more seeds, or compare fewer steps."
+    return " ".join(sentences)
+
+
 def headline(primary: ArmComparison) -> str:
     """The endpoint with its test, and what it says: one form for a win, a loss and a null."""
     difference, seeds = primary.difference_db, len(primary.seeds)
     nearer = sum(one.difference_db.value > 0 for one in primary.per_seed)
+    after = "" if primary.p_holm is None else f" ({primary.p_holm:.3g} after Holm's correction over the steps)"
     numbers = (
-        f"D = |HF gain of residual| - |HF gain of DAR| = {interval(difference)}, exact sign-flip p = {primary.p:.3g},"
-        f" DAR nearer to the teacher in {nearer} of {seeds} training seeds"
+        f"D = |HF gain of residual| - |HF gain of DAR| = {interval(difference)}, exact sign-flip p = {primary.p:.3g}"
+        f"{after}, DAR nearer to the teacher in {nearer} of {seeds} training seeds"
     )
     kind = outcome(primary)
     if kind == "pilot":

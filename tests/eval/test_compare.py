@@ -294,9 +294,9 @@ def test_runs_that_differ_in_more_than_their_arm_are_refused(runs, tmp_path, rol
 
 def test_book_keeping_may_differ_and_a_residual_arm_of_the_same_size_is_a_matched_one(runs, tmp_path):
     dar = tuple(changed(runs / f"dar_{s}", tmp_path / f"dar_{s}", "log.every", 3 + s) for s in (1, 0))
-    groups = read_groups(
+    (groups,) = read_groups(
         options(runs, dar=dar, matched=("residual_0", "residual_1"), frozen=("frozen_1", "frozen_0")).arms
-    )
+    ).values()
     assert all([run.cfg.seed for run in group] == [0, 1] for group in groups.values()) and len(groups) == 4
 
 

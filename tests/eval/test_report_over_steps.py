@@ -10,15 +10,9 @@ import torch
 from PIL import Image
 
 from dmd_dar import config
-from dmd_dar.data.photos import NAMES
-from dmd_dar.distillation.config import DistillConfig, StudentRouting
 from dmd_dar.errors import UserError
-from dmd_dar.guidance import Velocity
 from dmd_dar.methods.generate import few_step_generator, ode_generator
 from dmd_dar.methods.solvers import Solver
-from dmd_dar.models.saved import ModelCard, network_hash, save_network
-from dmd_dar.models.sit import SiT, with_routing
-from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
 from eval import report
 from eval.measure import suite
 from eval.measure.results import jsonable
@@ -33,11 +27,10 @@ from eval.page.sections import chart_sections
 from eval.report import ReportConfig
 from eval.samples.parallel import Processes
 from eval.study import inputs
+from tests.eval.over_steps import RUNGS, finished, loud_teacher, velocity_of
 from tests.eval.page.test_html import contrast
-from tests.tiny import tiny_sit
 
 CPU, SOLVER = torch.device("cpu"), Solver(solver_steps=2)
-RUNGS = {1: (1.0,), 2: (1.0, 0.75), 4: (1.0, 0.9, 0.75, 0.5)}
 TWINS = {
     "undistilled, 1 step": (1, "deterministic"),
     "undistilled, 2 steps, Euler": (2, "deterministic"),
@@ -47,31 +40,10 @@ TWINS = {
 }
 
 
-@torch.no_grad()
-def loud(network: SiT) -> SiT:
-    """With weights so large that its samples depend on steps and sampler."""
-    for parameter in network.backbone_parameters():
-        parameter.mul_(12)
-    return network
-
-
-def finished(root: Path, name: str, seed: int, **keys) -> str:
-    """A run folder as a distillation leaves it; its student is a network of that seed."""
-    cfg = DistillConfig(teacher=TeacherConfig(str(root / "teacher")), **keys)
-    if "dar" in name:
-        routing = StudentRouting(query="timestep", chunk_size=2)
-        cfg = dataclasses.replace(cfg, student=dataclasses.replace(cfg.student, routing=routing))
-    network = with_routing(loud(tiny_sit(seed=seed)), cfg.student.routing.form())
-    origin = {"steps": cfg.steps, "teacher": network_hash(root / "teacher"), "data": "photographs"}
-    save_network(root / name / "student", network, ModelCard(rungs=cfg.rungs, sampler=cfg.sampler, origin=origin))
-    (root / name / "config.yaml").write_text(config.to_yaml(cfg))
-    return str(root / name)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("steps")
-    save_network(root / "teacher", loud(tiny_sit()), ModelCard(label_names=NAMES))
+    loud_teacher(root / "teacher")
     return root
 
 
@@ -95,11 +67,6 @@ def options(root: Path, *runs: str, **more) -> ReportConfig:
 
 def sampled(cfg: ReportConfig) -> inputs.Inputs:
     return inputs.sampled(cfg, CPU, suite.Ledger(), Processes())
-
-
-def velocity_of(root: Path, guidance_scale: float = 1.0) -> Velocity:
-    teacher = load_teacher(TeacherConfig(str(root / "teacher")))
-    return guided_velocity(teacher.network, teacher.prediction, guidance_scale)
 
 
 @pytest.fixture(scope="module")

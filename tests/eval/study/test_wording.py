@@ -10,7 +10,7 @@ from eval.measure.results import SeedCurves, SeedDifference
 from eval.metrics.intervals import Interval
 from eval.study.endpoint import Power
 from eval.study.results import AdjustedDifference, ArmComparison, PairedDifference, StudyResult
-from eval.study.wording import conclusion, outcome, seed_table
+from eval.study.wording import conclusion, conclusion_over_steps, outcome, seed_table
 from tests.eval.study.rows import UNKNOWN, network_row
 
 LSD = {"title": "log-spectral distance, dB", "residual": 2.0, "dar": 1.5, "difference": Interval(0.5, 0.3, 0.7)}
@@ -143,3 +143,17 @@ def test_the_table_shows_every_seed_and_says_what_is_unbounded_or_skipped():
     assert any("[unbounded, unbounded]" in line for line in lines)
     assert lines[-2].startswith("|log kurtosis ratio|") and lines[-2].endswith("undefined for a run")
     assert lines[-1].startswith("ms per image") and lines[-1].endswith("+0.50 [+0.30, +0.70]")
+
+
+def test_over_several_steps_each_is_told_by_its_own_test_after_holm():
+    told = conclusion_over_steps({"1 step": result(primary(0.8, 0.3, 0.0078, p_holm=0.0156)), "2 steps": result(LOSS)})
+    assert told.startswith("1 step: DAR keeps the high band nearer")
+    assert "p = 0.0078 (0.0156 after Holm's correction over the steps)," in told
+    assert "2 steps: Against DAR: plain residuals keep" in told and "can pass" not in told
+    lost = result(primary(0.8, 0.3, 0.0312, p_holm=0.0936, seeds=6))
+    told = conclusion_over_steps(dict.fromkeys(("1 step", "2 steps", "4 steps"), lost))
+    assert told.count("No difference shown") == 3
+    assert told.endswith(
+        "With so few seeds none of 3 tests can pass Holm's correction (p is at least 0.0938): train more seeds, or"
+        " compare fewer steps."
+    )
