@@ -47,5 +47,6 @@ class Follower:
     def follow(self, leader: nn.Module) -> None:
         theirs = dict(leader.named_parameters())
         pairs = [(mine, theirs[name]) for name, mine in self.network.named_parameters() if name in theirs]
-        mine, led = ([tensors[place] for tensors in pairs] for place in (0, 1))
+        mine: list[Tensor] = [pair[0] for pair in pairs]
+        led: list[Tensor] = [pair[1] for pair in pairs]
         torch._foreach_lerp_(mine, led, self.share)  # pyright: ignore[reportPrivateImportUsage]
