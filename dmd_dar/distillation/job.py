@@ -34,6 +34,7 @@ from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.failure import Calls
 from dmd_dar.train.watch.health import Health, Panel
 from dmd_dar.train.watch.preflight import preflight
+from dmd_dar.train.watch.stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def build_health(assembled: Assembled, student: Generator) -> Health:
         runtime=assembled.runtime,
         optimisers={phase.name: phase.optimiser for phase in assembled.cycle},
         kept=kept_reference(assembled),
+        stopping=Stopping(cfg.log.stop_when, cfg.log.stop_patience, cfg.log.stop_after),
     )
 
 

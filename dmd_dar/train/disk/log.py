@@ -18,6 +18,7 @@ from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
 from dmd_dar.train.disk.folder import FolderError, RunFolder
 from dmd_dar.train.processes.runtime import tensorboard_tracker, wandb_tracker
+from dmd_dar.train.watch.stopping import StopWord
 
 UNNAMEABLE = ("/", "\\", "#", "?", "%", ":")  # in names on wandb's server
 
@@ -30,6 +31,11 @@ class LogConfig:
     samples_every: int = key(100, "interval of sample grids", unit="steps", least=1)
     health_every: int = key(50, "interval of a distillation's health signals; 0: none", unit="steps", least=0)
     health_samples: int = key(64, "samples of the student, and of the teacher, behind them", least=2)
+    stop_when: tuple[StopWord, ...] = key(
+        (), "faults of a distillation's health that end it, as finished; see docs/health.md"
+    )
+    stop_patience: int = key(2, "health records in a row in which a fault of stop_when has to stand", least=1)
+    stop_after: int = key(0, "steps before which stop_when counts nothing", unit="steps", least=0)
     wandb: Literal["disabled", "offline", "online"] = key(
         "offline", "where wandb keeps its copy; offline stays in the run folder"
     )
@@ -38,6 +44,8 @@ class LogConfig:
     tensorboard: bool = key(False, "write the records for TensorBoard, too, into the run folder's tensorboard")
 
     def __post_init__(self) -> None:
+        if self.stop_when and not self.health_every:
+            raise ValueError("stop_when needs health signals, and health_every is 0: set it, or leave stop_when out")
         for name, text in (("project", self.project), ("name", self.name)):
             if not text.isprintable() or any(sign in text for sign in UNNAMEABLE):
                 raise ValueError(f"{name} must be printable and without {' '.join(UNNAMEABLE)}, got {text!r}")

@@ -112,18 +112,29 @@ def run_cycle(
             finished = loop.run(start, log)
         runtime.any(False)  # a launcher ends the others once one is gone: wait for the one that closes the log
         for name in results.networks if finished else ():
-            _write(run, results, name, cfg.steps)
-        if finished and (best := loop.take_best(checkpoints)):
+            _write(run, results, name, loop.reached)
+        best = loop.take_best(checkpoints) if finished else 0
+        if best:
             name = next(iter(results.networks))
             _write(run, results, name, best, "_best")
             if runtime.is_main:
                 LOGGER.info(f"{name}_best holds the checkpoint of the best score, that of step {best}")
+        if loop.stopped and loop.reached < cfg.steps and runtime.is_main:
+            LOGGER.info(_why_stopped(loop, start, cfg.steps, f"{next(iter(results.networks))}_best" if best else ""))
         runtime.close()
     if not finished:
         if folder is not None:
             reached = max(checkpoint.steps_saved(folder.checkpoints), default=0)
             LOGGER.info(f"stopped at step {reached} of {cfg.steps}; the same command continues")
         raise SystemExit(EXIT_CODE)
+
+
+def _why_stopped(loop: Loop, start: int, steps: int, best: str) -> str:
+    """Of a run that a rule of health ended, now or when it ran before. best: the folder of the best student, if any."""
+    when = "finished before, " * (loop.reached == start)
+    kept = f"; {best}/ holds the best student" if best else ""
+    remedy = "change log.stop_when, log.stop_patience or log.stop_after to train on"
+    return f"{when}stopped at step {loop.reached} of {steps} by {loop.stopped}{kept}; {remedy}"
 
 
 def course_of(cfg: Any) -> Course:

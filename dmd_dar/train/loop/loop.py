@@ -143,6 +143,12 @@ class Loop:
     sample: Callable[[int], None]
     watch: Watch = field(default_factory=Watch)
     stop: StopRequest = field(default_factory=StopRequest)
+    reached: int = field(default=0, init=False)  # steps of the run that are made
+
+    @property
+    def stopped(self) -> str:
+        """Why a rule of health ended the run; empty where none did."""
+        return "" if self.watch.health is None else self.watch.health.stopping.stopped
 
     @property
     def runtime(self) -> Runtime:
@@ -227,7 +233,12 @@ class Loop:
         self.runtime.together(write)
 
     def run(self, start: int, log: RunLog) -> bool:
-        """Train from step `start` to the end; False where a signal stopped it early, the last step saved."""
+        """Train from step `start` to the end, or to where a rule of health ends it, now or when it ran before; False
+        where a signal stopped it early, the last step saved.
+        """
+        self.reached = start
+        if self.stopped:
+            return True
         with Progress(self.course.steps, start, enabled=self.home.folder is not None) as progress:
             stopping = self.runtime.any(self.stop.asked)
             for step in range(start + 1, self.course.steps + 1):
@@ -247,17 +258,20 @@ class Loop:
                 if self.watch.health is not None:
                     with self._explained("health", step):
                         record |= self.watch.health(step, metrics, scored=regular)
+                self.reached = step
                 if record:
                     log.write({"step": step, **record})
-                if last or step % self.course.samples_every == 0:
+                if last or self.stopped or step % self.course.samples_every == 0:
                     with self._explained("pictures", step):
                         self.sample(step)
                 stopping = self.runtime.any(self.stop.asked)
-                saving = regular or stopping
+                saving = regular or stopping or bool(self.stopped)
                 if saving or step % self.runtime.check_every == 0:
                     self.check_replicas(step)
                 if saving:
                     log.sync()
-                    self.save(step, record.get("health/score"))
+                    self.save(step, record.get("health/score") if regular else None)
+                    if self.stopped:
+                        return True
                     stopping = self.runtime.any(self.stop.asked)
         return True

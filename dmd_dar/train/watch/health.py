@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd_dar import spectrum
+from dmd_dar import colour, spectrum
 from dmd_dar.data.images import levels
 from dmd_dar.data.kept import Kept
 from dmd_dar.draws import Draws, sample_range
@@ -27,6 +27,7 @@ from dmd_dar.models.compiled import eagerly
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.advice import Advice
+from dmd_dar.train.watch.stopping import Stopping
 
 CLASSES = 8  # at most, so that several samples share a condition
 CHUNK = 32  # samples at a time
@@ -44,6 +45,7 @@ class Samples:
     power: Tensor | None  # (F,)
     hf: float  # energy of the band HF
     lines: Tensor | None  # (2, 4) heights of a pixel grid's lines, dB
+    colours: Tensor | None = None  # (6,) means of Y, Cb, Cr, contrast, saturation and speckle, see dmd_dar.colour
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that it has, by name, float64."""
@@ -54,7 +56,7 @@ class Samples:
     def of_tensors(held: dict[str, Tensor]) -> "Samples":
         """From `tensors`."""
         numbers = {name: held[name].item() for name in ("diversity", "saturation", "hf")}
-        absent = dict.fromkeys(("frequencies", "power", "lines"))
+        absent = dict.fromkeys(("frequencies", "power", "lines", "colours"))
         return Samples(**{**absent, **held, **numbers})  # type: ignore[arg-type]
 
 
@@ -62,7 +64,7 @@ def samples_of(x0: Tensor, cond: Tensor, images: Tensor) -> Samples:
     """Measures one set."""
     x0, images = x0.detach().double().cpu(), images.detach().float().cpu()
     values = x0.transpose(0, 1).flatten(1)
-    frequencies = power = lines = None
+    frequencies = power = lines = colours = None
     hf = math.nan
     if min(images.shape[-2:]) >= spectrum.MIN_SIZE:
         shown = levels(images) / 255
@@ -70,9 +72,17 @@ def samples_of(x0: Tensor, cond: Tensor, images: Tensor) -> Samples:
         powers = spectrum.compared_powers(shown)
         power, hf = powers.radial.mean(0), powers.bands.mean(0)[-1].item()
         lines = spectrum.line_heights(spectrum.grid_lines(shown))
+        colours = mean_colours(shown)
     saturation = (images.abs() > 1).double().mean().item()
     mean, std = values.mean(1), values.std(1, correction=0)
-    return Samples(mean, std, diversity(x0, cond.cpu()), saturation, frequencies, power, hf, lines)
+    return Samples(mean, std, diversity(x0, cond.cpu()), saturation, frequencies, power, hf, lines, colours)
+
+
+def mean_colours(shown: Tensor) -> Tensor:
+    """`Samples.colours` of images in [0, 1]."""
+    read = colour.colours(shown)
+    of_image = torch.stack([read.contrast, read.saturation, colour.speckle_of(shown)], dim=1)
+    return torch.cat([read.mean, of_image], dim=1).mean(0)
 
 
 def diversity(x0: Tensor, cond: Tensor) -> float:
@@ -91,7 +101,8 @@ def signals(student: Samples, teacher: Samples) -> dict[str, float]:
     mean_drift: the channel whose mean is farthest off, in the teacher's standard deviations; std_ratio: of the channel
     farthest from 1; diversity: ratio; saturation: share of values beyond [-1, 1], beside the teacher's; hf_gain: energy
     of the band HF in dB; log_spectral_distance in dB; grid_peak: the line of a pixel grid that stands out most beside
-    the teacher's, dB; score: |hf_gain| + log_spectral_distance, less is better.
+    the teacher's, dB; score: |hf_gain| + log_spectral_distance, less is better. Of colour, as a report measures it:
+    drift_y, drift_cb, drift_cr in levels of 255, contrast_ratio, saturation_ratio, speckle_db.
     """
     drift = (student.mean - teacher.mean) / teacher.std
     ratio = student.std / teacher.std
@@ -108,10 +119,24 @@ def signals(student: Samples, teacher: Samples) -> dict[str, float]:
         distance, _ = spectrum.log_spectral_distance(student.frequencies, student.power, teacher.power)
         measured["log_spectral_distance"] = distance.item()
         measured["score"] = abs(measured["hf_gain"]) + measured["log_spectral_distance"]
+    if student.colours is not None and teacher.colours is not None:
+        measured |= colour_signals(student.colours, teacher.colours)
     if student.lines is not None and teacher.lines is not None:
         held = ~teacher.lines.isnan()  # this size has not every line
         measured["grid_peak"] = torch.where(held, student.lines - teacher.lines, -math.inf).max().item()
     return {name: value for name, value in measured.items() if math.isfinite(value)}
+
+
+def colour_signals(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """From `Samples.colours` of both."""
+    ratio = colour.saturation_ratio(ours[4], theirs[4])
+    drifts = (ours[:3] - theirs[:3]).tolist()
+    return {
+        **dict(zip(("drift_y", "drift_cb", "drift_cr"), drifts, strict=True)),
+        "contrast_ratio": colour.contrast_ratio(ours[3], theirs[3]).item(),
+        "saturation_ratio": ratio.item(),
+        "speckle_db": colour.speckle_db(ours[5], theirs[5], ratio).item(),
+    }
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,7 @@ class Health:
     optimisers: dict[str, Optimiser]
     kept: Kept | None = None  # what is measured of the teacher's samples, where it is found again; None: nowhere
     advice: Advice = field(default_factory=Advice)
+    stopping: Stopping = field(default_factory=Stopping)
     reference: Samples | None = None  # of the teacher, measured when it is first wanted
     tally: Tally = field(default_factory=Tally)
     best: tuple[float, int] | None = None  # (score, step) of the best checkpoint
@@ -194,6 +220,11 @@ class Health:
         record: dict[str, Any] = {f"health/{name}": value for name, value in measured.items()}
         if self.best is not None:
             record |= {"health/best_score": self.best[0], "health/best_step": self.best[1]}
+        if self.stopping.rules:
+            why = self.stopping.on(step, measured, self.best)
+            if self.runtime.any(bool(why) and self.runtime.is_main):
+                self.stopping.stopped = why or "log.stop_when"  # the main process alone measures, as a rule
+                record["health/stopped"] = self.stopping.stopped
         return record | ({"health/warnings": "; ".join(warnings.all)} if warnings.all else {})
 
     def measure(self) -> dict[str, float]:
@@ -235,10 +266,18 @@ class Health:
     def state(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run records what an uninterrupted one does."""
         sums = {name: total.item() for name, total in self.tally.sums.items()}
-        return {"sums": sums, "steps": self.tally.steps, "best": self.best and list(self.best), **self.advice.state()}
+        return {
+            "sums": sums,
+            "steps": self.tally.steps,
+            "best": self.best and list(self.best),
+            "stopping": self.stopping.state(),
+            **self.advice.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state["sums"].items()}
         self.tally, best = Tally(state["steps"], sums), state["best"]
         self.best = (best[0], int(best[1])) if best else None
         self.advice.restore(state)
+        if "stopping" in state:  # checkpoints of before have none
+            self.stopping.restore(state["stopping"])
