@@ -110,6 +110,8 @@ class DistillConfig:
     BEFORE: ClassVar[dict[str, Any]] = {
         "rollouts": "fresh",
         "regression": {"solver": "heun", "solver_grid": "even"},
+        "matching": {"above_next_rung": False},
+        "fake_score": {"follow": 0.0},
     }
 
     out_dir: str = key("", "run folder")
@@ -179,6 +181,11 @@ class DistillConfig:
             raise ValueError(
                 "sampler deterministic adds no noise that would hide what lies below the next rung: set"
                 " matching.above_next_rung to false, or sampler to stochastic"
+            )
+        if self.matching.dm_form == "decoupled":
+            raise ValueError(
+                "matching.dm_form decoupled draws t of guidance_time at every rung alike, which"
+                " matching.above_next_rung does not bound: set it to false, or dm_form to standard"
             )
         if len(self.rungs) > 1 and self.rungs[1] >= self.matching.time.high:
             raise ValueError(

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.eval.measure.provenance import code_now
+from dmd_dar.eval.metrics.record import jsonable
 from dmd_dar.keys import key
-from dmd_dar.train.disk import log
 
 ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).parent
@@ -62,7 +62,7 @@ def extract(report: dict[str, Any]) -> dict[str, Any]:
         for one in report["sets"]
         if one["role"] in ("teacher", "student")
     }
-    names = ("verdict", "hf_kurtosis_ratio", "flat_noise_db")
+    names = ("verdict", "colour", "hf_kurtosis_ratio", "flat_noise_db")
     return {
         **{name: against[name] for name in names},
         "gain_db": {band: against["gain_db"][band] for band in ("B2", "B3", "B4", "HF")},
@@ -76,19 +76,19 @@ def extract(report: dict[str, Any]) -> dict[str, Any]:
         "evaluations": student["facts"]["evaluations"],
         "updates": student["facts"]["updates"],
         "routing": student["facts"].get("routing"),
+        "converged": report["discretisation"]["converged"],
     }
 
 
 def measure(cfg: RowConfig) -> None:
     """Run the commands, keep the numbers."""
-    lines = commands(cfg)
+    began, lines = code_now(), commands(cfg)
     for words in lines:
         subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
     report = json.loads((ROOT / cfg.folder / "report" / "report.json").read_text())
     provenance = {
-        "commit": code_now().commit,
+        "git": jsonable(began),
         "commands": [shlex.join(words) for words in lines],
-        "seconds_per_update": 1 / log.read(ROOT / cfg.folder / "log.jsonl")[-1]["steps_per_second"],
         "device": report["provenance"]["device"],
         "versions": report["provenance"]["versions"],
     }

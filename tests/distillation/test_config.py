@@ -59,6 +59,7 @@ def test_decoupled_matching_needs_guidance_and_uses_it(teacher, tmp_path):
             "sampler=deterministic matching.above_next_rung=true",
             "sampler = 'deterministic' (command line): sampler deterministic adds no noise",
         ),
+        ("guidance_scale=2 matching={above_next_rung: true, dm_form: decoupled}", "guidance_time at every rung alike"),
         ("rungs=[1,0.99] matching.above_next_rung=true", "matching.time.high = 0.98"),
     ],
 )
