@@ -156,30 +156,36 @@ def readme_tables() -> str:
 
 
 def recipes_table() -> str:
-    """A line for each row and arm of runs/ablations that was measured; several seeds stand beside each other."""
+    """A line for each row and arm of runs/ablations that was measured; in the order of their names, after `base`."""
     measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted((RESULTS / "ablations").glob("*.json")):
         one = json.loads(path.read_text())
         measured.setdefault((one["row"], one["arm"]), []).append(one)
+    order = sorted(measured, key=lambda place: (place[0] != "base", place))
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "verdict": lambda one: one["verdict"]["word"],
-        "HF gain, dB": lambda one: f"{one['gain_db']['HF']['value']:+.2f}",
-        "kurtosis ratio": lambda one: f"{one['hf_kurtosis_ratio']['value']:.2f}",
-        "flat noise, dB": lambda one: f"{one['flat_noise_db']['value']:+.1f}",
-        "grid line, dB": lambda one: f"{one['grid_db']:+.1f}",
-        "chroma HF, dB": lambda one: f"{sum(p['value'] for p in one['chroma_hf_db'].values()) / 2:+.1f}",
-        "`fd_wavelet` above null": lambda one: f"{one['fd_wavelet_excess']:.2f}",
-        "share of undistilled": lambda one: NOTHING if one["fd_share"] is None else f"{one['fd_share']:.2f}",
-        "least class diversity": lambda one: f"{one['least_diversity']:.2f}",
-        "accuracy of the teacher's": lambda one: f"{one['accuracy_ratio']:.2f}",
+        "verdict": verdict,
+        "HF gain, dB": lambda one: decimal(one["gain_db"]["HF"]["value"], "+.2f"),
+        "kurtosis ratio": lambda one: decimal(one["hf_kurtosis_ratio"]["value"], ".2f"),
+        "flat noise, dB": lambda one: decimal(one["flat_noise_db"]["value"], "+.1f"),
+        "grid line, dB": lambda one: decimal(one["grid_db"], "+.1f"),
+        "chroma HF, dB": lambda one: ", ".join(decimal(p["value"], "+.1f") for p in one["chroma_hf_db"].values()),
+        "`fd_wavelet` above null": lambda one: decimal(one["fd_wavelet_excess"], ".2f"),
+        "share of undistilled": lambda one: decimal(one["fd_share"], ".2f"),
+        "least class diversity": lambda one: decimal(one["least_diversity"], ".2f"),
+        "accuracy of the teacher's": lambda one: decimal(one["accuracy_ratio"], ".2f"),
     }
-    heads = ["row", "arm", "updates", "seeds", *columns]
+    heads = ["row", "arm", "calls", "updates", "images", "seed", *columns]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for (row, arm), seeds in sorted(measured.items(), key=lambda item: (item[0][0] != "base", item[0])):
-        facts = [f"`{row}`", arm, str(seeds[0]["updates"]), ", ".join(str(one["seed"]) for one in seeds)]
-        lines.append("| " + " | ".join([*facts, *(", ".join(map(of, seeds)) for of in columns.values())]) + " |")
-    meanings = [f"- `{row}`: {meaning_of(row)}" for row in dict.fromkeys(row for row, _ in sorted(measured))]
+    for row, arm in order:
+        for one in measured[row, arm]:
+            facts = [f"`{row}`", arm, *(str(one[name]) for name in ("evaluations", "updates", "images", "seed"))]
+            lines.append("| " + " | ".join([*facts, *(of(one) for of in columns.values())]) + " |")
+    meanings = [f"- `{row}`: {meaning_of(row)}" for row in dict.fromkeys(row for row, _ in order)]
     return "\n".join([*lines, "", *meanings]) + "\n"
+
+
+def decimal(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)
 
 
 def meaning_of(row: str) -> str:

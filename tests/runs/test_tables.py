@@ -1,6 +1,9 @@
 import json
 
+from dmd_dar import config
+from dmd_dar.distillation.config import DistillConfig
 from runs import tables as table
+from runs.ablations import row
 
 
 def test_the_pages_hold_the_tables_of_the_measurements():
@@ -17,3 +20,35 @@ def test_the_verdict_on_colour_stands_beside_that_on_detail():
     assert f"| {word} |" in table.row(student, {})
     against["colour"] = {"verdict": {"word": "over-saturated, grid"}}
     assert f"| {word}; over-saturated, grid |" in table.row(student, {})
+
+
+def test_the_rows_of_the_recipes_begin_with_base_and_bear_what_is_undefined(tmp_path, monkeypatch):
+    result = json.loads((table.RESULTS / "demo" / "report.json").read_text())
+    kept = ("residual", *(one["name"] for one in result["sets"] if one["role"] != "student"))
+    result["sets"] = [one for one in result["sets"] if one["name"] in kept]
+    result |= {"checks": result["checks"][:1], "discretisation": {"converged": True}}
+    student = next(one for one in result["sets"] if one["role"] == "student")
+    student["against"]["teacher"]["colour"] = {"verdict": {"word": "colour ok"}}
+    (tmp_path / "ablations").mkdir()
+    for name in ("bands_above", "base"):
+        one = {"row": name, "arm": "residual", "seed": 3, **row.extract(result)}
+        if name == "base":
+            one["flat_noise_db"]["value"] = None
+        (tmp_path / "ablations" / f"{name}.json").write_text(json.dumps(one))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    lines = table.recipes_table().splitlines()
+    gain = student["against"]["teacher"]["gain_db"]["HF"]["value"]
+    assert lines[2].startswith("| `base` | residual | 4 | 110 | 1024 | 3 |") and f"; colour ok | {gain:+.2f} |" in lines[2]
+    assert f"| {table.NOTHING} |" in lines[2] and f"| {table.NOTHING} |" not in lines[3]
+    assert [line.partition(":")[0] for line in lines[5:]] == ["- `base`", "- `bands_above`"]
+
+
+def test_a_row_is_two_commands_and_every_file_of_one_is_read():
+    first, second = row.commands(row.RowConfig("base", "dar", 2))
+    assert (
+        "student.routing.query=timestep" in first and "seed=2" in first and "config=runs/ablations/base.yaml" in first
+    )
+    assert "runs=[out/ablations/base/dar_seed2]" in second
+    for path in row.ROWS.glob("*.yaml"):
+        config.load(DistillConfig, [f"config={path}", "out_dir=out"])
+        assert table.meaning_of(path.stem).endswith(".")
