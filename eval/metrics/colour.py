@@ -162,7 +162,8 @@ class Judged:
         return self.below if self.place == "below" else self.above if self.place == "above" else None
 
 
-def _judged(name: str, interval: Interval) -> Judged:
+def judged(name: str, interval: Interval) -> Judged:
+    """A measure of ColourComparison by its name, beside its margins."""
     measure, _, group = name.partition(".")
     of = {"colour": " of coloured classes", "grey": " of grey classes"}.get(group, "")
     if measure in DRIFTS:
@@ -184,7 +185,7 @@ def colour_verdict_of(measures: Mapping[str, Interval], lines: Sequence[GridLine
     faults: list[tuple[ColourWord, str]] = []
     doubts: list[str] = []
     for name, interval in measures.items():
-        one = _judged(name, interval)
+        one = judged(name, interval)
         told = f"{one.title} {show(interval, one.unit, '' if 'ratio' in name else '+')}"
         if one.fault is not None:
             faults.append((one.fault, told))

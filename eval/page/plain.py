@@ -1,7 +1,7 @@
 """One plain sentence or two for each student, made from its verdicts: for who knows none of the page's words."""
 
 from ..measure.results import Comparison, SetRow
-from ..metrics.colour import OK, ColourComparison, neutral
+from ..metrics.colour import OK, ColourComparison, ColourWord, judged, neutral
 from ..metrics.power_map import GridLine
 from ..metrics.verdict import FLAT_NOISE_DB, KURTOSIS_RANGE, side
 from .cells import minus, number
@@ -64,19 +64,19 @@ def _colour(colour: ColourComparison, lines: list[GridLine]) -> str:
     if not colour.verdict.faults:
         return "Its colours are right" if colour.verdict.word == OK else f"Whether its colours are right, {TOO_WIDE}"
     told = {
-        "over-saturated": lambda: f"they are too strong ({_farthest(colour, 'saturation', 'contrast')})",
-        "washed out": lambda: f"they are too pale ({_farthest(colour, 'saturation', 'contrast')})",
-        "colour drift": lambda: f"they have drifted ({_farthest(colour, 'drift', 'saturation_ratio.grey')})",
-        "colour speckle": lambda: f"they are speckled ({_farthest(colour, 'speckle')})",
+        "over-saturated": lambda: f"they are too strong ({_farthest(colour, 'over-saturated')})",
+        "washed out": lambda: f"they are too pale ({_farthest(colour, 'washed out')})",
+        "colour drift": lambda: f"they have drifted ({_farthest(colour, 'colour drift')})",
+        "colour speckle": lambda: f"they are speckled ({_farthest(colour, 'colour speckle')})",
         "grid": lambda: f"a grid of pixels shows ({_grid(lines)})",
     }
     return "Its colours are off: " + "; ".join(told[word]() for word in colour.verdict.faults)
 
 
-def _farthest(colour: ColourComparison, *kinds: str) -> str:
-    """The measure of these kinds that is farthest from no difference."""
-    found = {name: one.value for name, one in colour.measures.items() if name.startswith(kinds)}
-    name = max(found, key=lambda name: abs(found[name] - neutral(name)))
+def _farthest(colour: ColourComparison, fault: ColourWord) -> str:
+    """Of the measures that have this fault, the one that is farthest off in units of its margin."""
+    found = {name: one.value for name, one in colour.measures.items() if judged(name, one).fault == fault}
+    name = max(found, key=lambda name: _margins_off(name, colour))
     measure, _, group = name.partition(".")
     of = {"grey": " on grey classes", "colour": " on coloured classes"}.get(group, "")
     if measure.endswith("ratio"):
@@ -85,6 +85,12 @@ def _farthest(colour: ColourComparison, *kinds: str) -> str:
         return f"{number(found[name], 1, True)} dB of fine noise of colour{of}"
     what = {"drift_y": "brightness", "drift_cb": "blue", "drift_cr": "red"}[measure]
     return f"{what} by {number(found[name], 0, True)} of 255 levels"
+
+
+def _margins_off(name: str, colour: ColourComparison) -> float:
+    """How far from no difference a measure at fault is, in units of the margin that it is beyond."""
+    one, none = judged(name, colour.measures[name]), neutral(name)
+    return (one.interval.value - none) / ((one.high if one.place == "above" else one.low) - none)
 
 
 def _grid(lines: list[GridLine]) -> str:

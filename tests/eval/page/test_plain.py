@@ -85,6 +85,30 @@ def test_a_blur_is_not_called_noise():
             "they have drifted (brightness by −12 of 255 levels)",
         ),
         ({"speckle_db.grey": Interval(4, 3, 5)}, "they are speckled (+4.0 dB of fine noise of colour on grey classes)"),
+        (  # the drift of brightness is inside its margin
+            {"drift_y": Interval(6, 5, 7), "drift_cr": Interval(4, 3.5, 4.5)},
+            "they have drifted (red by +4 of 255 levels)",
+        ),
+        (
+            {"drift_y": Interval(-4, -5, -3), "saturation_ratio.grey": Interval(1.3, 1.25, 1.35)},
+            "they have drifted (saturation 1.30 of the reference's on grey classes)",
+        ),
+        (
+            {"contrast_ratio": Interval(1.2, 1.17, 1.23), "saturation_ratio": Interval(0.7, 0.65, 0.75)},
+            "too strong (contrast 1.20 of the reference's); they are too pale (saturation 0.70 of the reference's)",
+        ),
+        (
+            {"speckle_db.colour": Interval(-9, -10, -8), "speckle_db.grey": Interval(4, 3, 5)},
+            "they are speckled (+4.0 dB of fine noise of colour on grey classes)",
+        ),
+        (  # both at fault: 1.5 margins of brightness, 2 of red; 2 margins of contrast, 2.5 of saturation
+            {"drift_y": Interval(-12, -13, -11), "drift_cr": Interval(-6, -7, -5)},
+            "they have drifted (red by −6 of 255 levels)",
+        ),
+        (
+            {"contrast_ratio": Interval(0.7, 0.65, 0.75), "saturation_ratio": Interval(0.75, 0.7, 0.8)},
+            "too pale (saturation 0.75 of the ref",
+        ),
         ({"drift_y": QUIET}, "Its colours are right."),
         ({"drift_y": Interval(0, -9, 9)}, "Whether its colours are right, more images are needed to tell."),
     ],
