@@ -82,16 +82,17 @@ class SpectralDistance:
 
 def colour_nulls(one: MeasuredSet, target: Target, colour_labels: set[int] | None) -> dict[str, float]:
     """How far from no difference another set of the reference's source would read, by measure of colour; at the sizes
-    that are compared, unpaired.
+    that are compared, unpaired, and in the groups of classes that these have: one group where a set knows no classes.
     """
     other, second = target.measured, target.second_for(one)
+    ours, theirs = one.source.classes, other.source.classes
+    known = None if ours is None or theirs is None else colour_labels
     spread = 1 / len(one) + 1 / len(other)
     if second is None:
         rng, own = np.random.default_rng([target.seed, 5]), labelled(other.colour, other.source.labels)
-        known = None if other.source.labels is None else colour_labels
         found, its_spread = colour.halved_null(own, known, rng, NULL_SPLITS), 4 / len(other)
     else:
-        groups = colour.groups_of(second.source.classes, other.source.classes, colour_labels)
+        groups = colour.groups_of(second.source.classes, theirs, known)
         values = colour.colour_values(second.colour, other.colour, groups)
         found = {name: abs(value - colour.neutral(name)) for name, value in values.items()}
         its_spread = 1 / len(second) + 1 / len(other)
