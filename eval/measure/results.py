@@ -238,13 +238,17 @@ class SeedDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class ForestComparison:
-    """DAR against one arm, seed by seed and over all of them, in dB. `steps` tells several numbers of steps apart."""
+    """DAR against one arm, seed by seed and over all of them, in dB. `steps` tells several numbers of steps apart.
+
+    `p_holm` is p after Holm, within the endpoints over several steps or within the controls.
+    """
 
     baseline: str
     steps: str | None = field(default=None, metadata=OPTIONAL)
     method: str
     pilot: bool
     p: float
+    p_holm: float | None = field(default=None, metadata=OPTIONAL)
     seeds: list[int]
     per_seed: list[SeedDifference]
     gain_db: dict[str, float]  # by arm

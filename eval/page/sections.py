@@ -142,7 +142,7 @@ def forest(seeds: Forest, png: bytes) -> Figure:
     )
     cells = []
     for one in seeds.comparisons:
-        test = f"{one.method}, p = {one.p:.3g}"
+        test = f"{one.method}, p = {one.p:.3g}" + ("" if one.p_holm is None else f", {one.p_holm:.3g} after Holm")
         for line in forest_lines(one):
             gains = [number(line.gain_db[arm], signed=True) for arm in (one.baseline, "dar")]
             cells.append([Cell(line.title, test if line.of_all else ""), *gains, interval_cell(line.difference_db)])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..measure.results import Forest, ForestComparison, SeedDifference
-from ..metrics.intervals import LARGEST_EXACT
+from ..metrics.intervals import LARGEST_EXACT, holm
 from ..metrics.spectrum import HF, spectrum_of
 from ..samples.images import UnfitError
 from ..samples.sets import ImageSet
@@ -61,9 +61,13 @@ def from_runs(pairs: list[Pair], teacher: ImageSet, seed: int, steps: str = "") 
 
 
 def joined(forests: Sequence[Forest]) -> Forest:
-    """One forest of several; a pilot where one of them is."""
+    """One forest of `from_runs` of several steps, one of which makes it a pilot; their tests are a family."""
     label = next((one.label for one in forests if one.label), "")
-    return replace(forests[0], label=label, comparisons=[line for one in forests for line in one.comparisons])
+    lines = [line for one in forests for line in one.comparisons]
+    if len(lines) > 1:
+        adjusted = holm({line.steps or "": line.p for line in lines})
+        lines = [replace(line, p_holm=adjusted[line.steps or ""]) for line in lines]
+    return replace(forests[0], label=label, comparisons=lines)
 
 
 def _high(one: ImageSet) -> np.ndarray:
@@ -93,13 +97,14 @@ def from_file(path: str | Path) -> Forest:
 
 def _comparison(record: dict[str, Any], steps: str) -> ForestComparison:
     """What of it is shown, in its types."""
-    baseline, per_seed = str(record["baseline"]), seed_differences(record)
+    baseline, per_seed, after = str(record["baseline"]), seed_differences(record), record.get("p_holm")
     return ForestComparison(
         baseline=baseline,
         steps=steps or None,
         method=str(record["method"]),
         pilot=bool(record["pilot"]),
         p=float(record["p"]),
+        p_holm=None if after is None else float(after),
         seeds=[one.seed for one in per_seed],
         per_seed=per_seed,
         gain_db=gains(record, (baseline, "dar")),

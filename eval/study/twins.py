@@ -1,13 +1,13 @@
 """Runs of one report that differ in routing alone: which are twins, and their gains seed by seed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
 
 from ..measure.results import Forest
 from ..samples.sets import ImageSet
-from .few_steps import titles
+from .few_steps import FewSteps, titles
 from .forest import Pair, from_runs, joined
 from .pairing import ROUTING, RunsByArm, book_keeping, different_networks, same_data
 from .runs import Run
@@ -46,8 +46,21 @@ def several_seeds(pairs: Sequence[Pair]) -> bool:
 
 
 def pairs_by_steps(runs: Sequence[Run], sets: Sequence[ImageSet]) -> dict[str, list[Pair]]:
-    """`seed_pairs` of each of the few steps of which there are several seeds, by what tells these steps apart."""
+    """`seed_pairs` of each of the few steps of which there are several seeds, by what tells these steps apart.
+
+    All of them are of the one form of routing that has most pairs in total.
+    """
     titled = titles(run.sampled_with for run in runs)
+    residual = [run for run in runs if not routed(run)]
+    forms: dict[str, list[Run]] = {}
+    for run in runs:
+        if routed(run):
+            forms.setdefault(repr(run.cfg.student.routing.form()), []).append(run)
+    found = [_by_steps([*residual, *own], sets, titled) for own in forms.values()]
+    return max(found, key=lambda pairs: sum(map(len, pairs.values())), default={})
+
+
+def _by_steps(runs: Sequence[Run], sets: Sequence[ImageSet], titled: Mapping[FewSteps, str]) -> dict[str, list[Pair]]:
     pairs = {title: seed_pairs([run for run in runs if run.sampled_with == few], sets) for few, title in titled.items()}
     return {title: found for title, found in pairs.items() if several_seeds(found)}
 
