@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 REAL, TEACHER, RESIDUAL, DAR = "#000000", "#0072B2", "#D55E00", "#009E73"
+VERMILIONS, GREENS = (RESIDUAL, "#7A2600", "#E8604C"), (DAR, "#00543D", "#3C9D4E")  # of residual kinds, of DAR's
 UNDISTILLED = ("#404040", "#7A7A7A", "#A6761D")
 FURTHER = ("#882255", "#6A3D9A", "#8C510A", "#01665E")  # kinds of students; dark enough for thin lines on white paper
 DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
@@ -22,8 +23,10 @@ def plain(name: str) -> str:
 
 
 def kind_colours(kinds: Iterable[str]) -> dict[str, str]:
-    """Of sets that are alike but for their steps: residual vermilion, DAR green, undistilled grey and brown."""
-    free = {"residual": [RESIDUAL], "DAR": [DAR], "undistilled": list(UNDISTILLED)}
+    """Of sets that are alike but for their steps: residual vermilion, DAR green, undistilled grey and brown, up to
+    three kinds of each; FURTHER for more.
+    """
+    free = {"residual": list(VERMILIONS), "DAR": list(GREENS), "undistilled": list(UNDISTILLED)}
     others, chosen = list(FURTHER), {}
     for index, kind in enumerate(sorted(set(kinds))):
         own = free.get(kind.split(",")[0]) or others

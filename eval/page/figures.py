@@ -1,6 +1,7 @@
 """The charts of a report, as PNG bytes.
 
-Real is black, the teacher blue, residual vermilion, DAR green; each line has a style of its own besides.
+Real is black, the teacher blue, residual vermilion, DAR green, three kinds of either at most in shades of it; each line
+has a style of its own besides.
 """
 
 import math

@@ -1,5 +1,6 @@
 """A report over students of 1, 2 and 4 steps: each beside its own undistilled twin, all against one reference."""
 
+import colorsys
 import dataclasses
 import io
 from functools import partial
@@ -209,12 +210,22 @@ def test_where_guidance_differs_the_reference_has_the_one_that_is_named(root, ru
 
 def test_the_lines_of_the_charts_can_be_seen_and_told_apart(measured):
     whole, _ = measured
-    colours = (*drawing.FURTHER, *drawing.UNDISTILLED, drawing.RESIDUAL, drawing.DAR)
+    colours = (*drawing.FURTHER, *drawing.UNDISTILLED, *drawing.VERMILIONS, *drawing.GREENS)
     assert len(set(colours)) == len(colours) and min(contrast(colour, "#ffffff") for colour in colours) >= 3
     looks = styles(whole.sets)
     assert len({(look.colour, look.dash) for look in looks.values()}) == len(looks)
     assert looks["residual_1"].colour == looks["residual_2"].colour == drawing.RESIDUAL
     assert looks["residual_2"].dash == looks["dar_2"].dash != looks["dar_4"].dash
+
+
+def test_kinds_keep_the_hue_of_their_arm():
+    kinds = [f"{arm}{sampler}" for arm in ("residual", "DAR") for sampler in ("", ", Euler", ", re-noised")]
+    chosen = drawing.kind_colours(kinds)
+    assert chosen["residual"] == drawing.RESIDUAL and chosen["DAR"] == drawing.DAR and len(set(chosen.values())) == 6
+    for kind, colour in chosen.items():
+        own = drawing.RESIDUAL if kind.startswith("residual") else drawing.DAR
+        hues = [colorsys.rgb_to_hsv(*bytes.fromhex(one[1:]))[0] for one in (colour, own)]
+        assert abs(hues[0] - hues[1]) < 0.1  # a tenth of the circle; vermilion and green are 0.38 apart
 
 
 def test_a_legend_is_no_wider_than_its_figure():
