@@ -11,6 +11,7 @@ from dmd_dar import config
 from dmd_dar.atomic import write_atomic
 from dmd_dar.eval.study.records import read_study
 from dmd_dar.eval.study.wording import seed_table
+from dmd_dar.train.disk.readme import has_converged, verdict_on_detail
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -39,20 +40,20 @@ def interval(value: dict[str, float]) -> str:
     return f"{value['value']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
 
 
-def verdict(against: dict[str, Any]) -> str:
-    """On detail and, where the report has one, on colour."""
+def verdict(against: dict[str, Any], converged: bool) -> str:
+    """On detail and, where there is one, on colour. converged: whether the teacher's samples are those of its ODE."""
     colour = against.get("colour")
-    return against["verdict"]["word"] + (f"; {colour['verdict']['word']}" if colour else "")
+    return verdict_on_detail(against, converged) + (f"; {colour['verdict']['word']}" if colour else "")
 
 
-def row(one: dict[str, Any], shares: dict[str, float]) -> str:
+def row(one: dict[str, Any], shares: dict[str, float], converged: bool) -> str:
     """One network against the teacher."""
     against, share = one["against"]["teacher"], shares.get(one["name"])
     by_class = against["hf_gain_by_class"].values()
     cells = [
         one["name"],
         str(one["facts"]["evaluations"]),
-        verdict(against),
+        verdict(against, converged),
         interval(against["gain_db"]["HF"]),
         f"{min(by_class):+.1f} to {max(by_class):+.1f}",
         f"{against['hf_kurtosis_ratio']['value']:.2f}",
@@ -65,8 +66,8 @@ def row(one: dict[str, Any], shares: dict[str, float]) -> str:
 
 
 def report_table(title: str, result: dict[str, Any]) -> str:
-    shares = {check["name"]: check["fd_excess_share"] for check in result["checks"]}
-    rows = [row(one, shares) for one in result["sets"] if one["role"] in ("undistilled", "student")]
+    shares, converged = {check["name"]: check["fd_excess_share"] for check in result["checks"]}, has_converged(result)
+    rows = [row(one, shares, converged) for one in result["sets"] if one["role"] in ("undistilled", "student")]
     updates = max(one["facts"].get("updates", 0) for one in result["sets"])
     images = result["sets"][0]["images"]
     head = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
@@ -163,7 +164,7 @@ def recipes_table() -> str:
         measured.setdefault((one["row"], one["arm"]), []).append(one)
     order = sorted(measured, key=lambda place: (place[0] != "base", place))
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "verdict": verdict,
+        "verdict": lambda one: verdict(one, one.get("converged", True)),
         "HF gain, dB": lambda one: decimal(one["gain_db"]["HF"]["value"], "+.2f"),
         "kurtosis ratio": lambda one: decimal(one["hf_kurtosis_ratio"]["value"], ".2f"),
         "flat noise, dB": lambda one: decimal(one["flat_noise_db"]["value"], "+.1f"),

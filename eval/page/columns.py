@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dmd_dar.methods.solvers import UNCONVERGED
+
 from ..measure.results import Comparison, Reference, Report, SetRow
 from ..metrics.features import FeatureDistance
 from ..metrics.intervals import Interval
 from .cells import NOTHING, Cell, fact, number, span
 
-UNCONVERGED = ", unconverged reference"
 REFERENCES: tuple[Reference, ...] = ("teacher", "real")
 
 

@@ -17,9 +17,15 @@ def test_the_verdict_on_colour_stands_beside_that_on_detail():
     against = student["against"]["teacher"]
     word = against["verdict"]["word"]
     against.pop("colour", None)
-    assert f"| {word} |" in table.row(student, {})
+    assert f"| {word} |" in table.row(student, {}, True)
     against["colour"] = {"verdict": {"word": "over-saturated, grid"}}
-    assert f"| {word}; over-saturated, grid |" in table.row(student, {})
+    assert f"| {word}; over-saturated, grid |" in table.row(student, {}, True)
+    for converged, told in (
+        (False, f"{word}, unconverged reference; over-saturated"),
+        (True, f"{word}; over-saturated"),
+    ):
+        again = table.report_table("demo", {**result, "discretisation": {"converged": converged}})
+        assert f"| {told}, grid |" in again
 
 
 def test_the_rows_of_the_recipes_begin_with_base_and_bear_what_is_undefined(tmp_path, monkeypatch):
@@ -34,12 +40,17 @@ def test_the_rows_of_the_recipes_begin_with_base_and_bear_what_is_undefined(tmp_
         one = {"row": name, "arm": "residual", "seed": 3, **row.extract(result)}
         if name == "base":
             one["flat_noise_db"]["value"] = None
+        else:
+            one["converged"] = False
         (tmp_path / "ablations" / f"{name}.json").write_text(json.dumps(one))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = table.recipes_table().splitlines()
     gain = student["against"]["teacher"]["gain_db"]["HF"]["value"]
-    assert lines[2].startswith("| `base` | residual | 4 | 110 | 1024 | 3 |") and f"; colour ok | {gain:+.2f} |" in lines[2]
+    assert (
+        lines[2].startswith("| `base` | residual | 4 | 110 | 1024 | 3 |") and f"; colour ok | {gain:+.2f} |" in lines[2]
+    )
     assert f"| {table.NOTHING} |" in lines[2] and f"| {table.NOTHING} |" not in lines[3]
+    assert "unconverged" not in lines[2] and f", unconverged reference; colour ok | {gain:+.2f} |" in lines[3]
     assert [line.partition(":")[0] for line in lines[5:]] == ["- `base`", "- `bands_above`"]
 
 

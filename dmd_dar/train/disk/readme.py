@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from dmd_dar.keys import key
+from dmd_dar.methods.solvers import UNCONVERGED
 from dmd_dar.models.hub import HUB_ID
 from dmd_dar.models.saved import Denoiser, ModelCard
 from dmd_dar.train.disk import log
@@ -152,11 +153,11 @@ def _measured(run: Path, digest: str, steps: int | None) -> str:
 def _report(file: Path, digest: str) -> list[tuple[str, Any]]:
     """What the report says of the images that this network made; nothing where it has none."""
     try:
-        sets = json.loads(file.read_text())["sets"]
-        for row in sets:
+        report = json.loads(file.read_text())
+        for row in report["sets"]:
             if row.get("facts", {}).get("network") == digest:
                 against = row["against"]["teacher"]
-                rows = [("images", row["images"]), ("verdict", against["verdict"]["word"])]
+                rows = [("images", row["images"]), ("verdict", verdict_on_detail(against, has_converged(report)))]
                 if colour := against.get("colour"):
                     rows += [("verdict on colour", colour["verdict"]["word"])]
                 value, low, high = (against["gain_db"]["HF"][name] for name in ("value", "low", "high"))
@@ -164,3 +165,13 @@ def _report(file: Path, digest: str) -> list[tuple[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return []
+
+
+def has_converged(report: dict[str, Any]) -> bool:
+    """Whether the teacher's samples in a report.json are those of its ODE; True where it does not tell."""
+    return (report.get("discretisation") or {}).get("converged") is not False
+
+
+def verdict_on_detail(against: dict[str, Any], converged: bool) -> str:
+    """The word of a comparison with the teacher in a report.json, and whether its samples are not those of its ODE."""
+    return against["verdict"]["word"] + ("" if converged else UNCONVERGED)

@@ -108,6 +108,18 @@ def test_a_report_is_quoted_only_where_it_is_of_this_network(run, own):
     assert ("-0.30 from -0.52 to -0.07" in body and "inconclusive" in body and "washed out" in body) == own
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [({}, "reduced"), ({"converged": True}, "reduced"), ({"converged": False}, "reduced, unconverged reference")],
+)
+def test_a_verdict_against_a_teacher_that_is_not_converged_says_so(run, error, told):
+    gain = {"HF": {"value": -0.9, "low": -1.0, "high": -0.8}}
+    against = {"teacher": {"verdict": {"word": "reduced"}, "gain_db": gain}}
+    row = {"facts": {"network": DIGEST}, "images": 1024, "against": against}
+    (run / "report.json").write_text(json.dumps({"sets": [row], "discretisation": error or None}))
+    assert f"| verdict | {told} |" in card_in(run)[1]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"sets": 3}', '{"sets": [{"facts": 1}]}'])
 def test_a_report_of_another_form_is_left_out(run, text):
     (run / "report.json").write_text(text)
