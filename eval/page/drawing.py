@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 REAL, TEACHER, RESIDUAL, DAR = "#000000", "#0072B2", "#D55E00", "#009E73"
 VERMILIONS, GREENS = (RESIDUAL, "#7A2600", "#E8604C"), (DAR, "#00543D", "#3C9D4E")  # of residual kinds, of DAR's
 UNDISTILLED = ("#404040", "#7A7A7A", "#A6761D")
-FURTHER = ("#882255", "#6A3D9A", "#8C510A", "#01665E")  # kinds of students; dark enough for thin lines on white paper
+FURTHER = ("#882255", "#6A3D9A", "#B8417F", "#5B6C00")  # kinds of students; dark enough for thin lines on white paper
 DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 MARKERS = "osD^vPX"
 BAND_GREY = "0.93"
