@@ -296,7 +296,13 @@ def outcome(target: str, seed: int, arm: Arm, updates: int) -> dict[str, float]:
         modes, distance = four_step_student_of_a_mixture(seed, updates, arm)
         return {"modes": modes, "distance": distance}
     by_rung = four_step_student_of_a_field(seed, arm=arm)
-    return {"worst octave": by_rung[:-1].abs().max().item(), "top octave": by_rung[:-1, -1].abs().mean().item()}
+    end = by_rung[-2].abs()  # of the last rung's outputs, the samples; earlier ones need not be right where t is cut
+    return {
+        "worst octave": by_rung[:-1].abs().max().item(),
+        "top octave": by_rung[:-1, -1].abs().mean().item(),
+        "worst octave of samples": end.max().item(),
+        "top octave of samples": end[-1].item(),
+    }
 
 
 def measure(bench: AnalyticBenchmark) -> None:

@@ -17,7 +17,6 @@ from dmd_dar.guidance import Velocity
 from dmd_dar.keys import key
 from dmd_dar.methods.rollout import predict_x0
 
-UNCONVERGED = ", unconverged reference"  # behind a verdict against samples that are not those of the ODE
 SolverName = Literal["dpm", "heun"]
 States = list[Tensor]  # the state at every time of a grid, the first being the noise
 

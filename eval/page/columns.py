@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dmd_dar.methods.solvers import UNCONVERGED
+from dmd_dar.train.disk.readme import UNCONVERGED
 
 from ..measure.results import Comparison, Reference, Report, SetRow
 from ..metrics.features import FeatureDistance

@@ -1,4 +1,4 @@
-"""One row of docs/recipes.md: python runs/ablations/row.py row=rungs_even [arm=dar] [seed=1]
+"""One row of docs/recipes.md: python runs/ablations/row.py row=rungs_bands [arm=dar] [seed=1]
 
 Distils by runs/ablations/ROW.yaml, measures the student against its teacher, and keeps what the table shows in
 docs/results/ablations/ROW_ARM_seedSEED.json; then `python runs/tables.py` writes the table.

@@ -11,7 +11,6 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from dmd_dar.keys import key
-from dmd_dar.methods.solvers import UNCONVERGED
 from dmd_dar.models.hub import HUB_ID
 from dmd_dar.models.saved import Denoiser, ModelCard
 from dmd_dar.train.disk import log
@@ -20,6 +19,7 @@ LEFT_OUT = ("log.", "launch.", "checkpoint.", "card.", "out_dir", "resume")  # h
 NAMES_SHOWN = 20
 FRONT = ["library_name", "license", "tags", "base_model"]  # in this order
 UNKNOWN = "unknown"
+UNCONVERGED = ", unconverged reference"  # behind a verdict against samples that are not those of the teacher's ODE
 CHAPTERS = """# {name}
 
 {what}
