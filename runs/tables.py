@@ -185,6 +185,20 @@ def recipes_table() -> str:
     return "\n".join([*lines, "", *meanings]) + "\n"
 
 
+def bands_table() -> str:
+    """At which t the teacher's luma of the demo meets the noise, by band: (1 - t) a = t, a its amplitude in [-1, 1]."""
+    result = json.loads((RESULTS / "demo" / "report.json").read_text())
+    teacher = next(one for one in result["sets"] if one["role"] == "teacher")
+    names, edges = result["bands"]["names"], result["bands"]["edges"]
+    lines = ["| band | cycles per pixel | t where it meets the noise |", "|---|---|---|"]
+    for name, low, high in zip(names, edges, edges[1:], strict=False):
+        inside = [p for f, p in zip(teacher["frequencies"], teacher["power"], strict=True) if low <= f <= high]
+        if len(inside) > 1:
+            times = sorted(2 * p**0.5 / (1 + 2 * p**0.5) for p in inside)  # images in [0, 1] have half the amplitude
+            lines.append(f"| {name} | {low:g} to {high:g} | {times[-1]:.2f} to {times[0]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def decimal(value: float | None, form: str) -> str:
     return NOTHING if value is None else format(value, form)
 
@@ -209,7 +223,7 @@ def pages() -> dict[Path, str]:
     pilot = PILOT.read_text()
     for name, text in (("conclusion", pilot_words()), ("rungs", rungs_table()), ("routers", routers)):
         pilot = with_table(pilot, name, text)
-    recipes = with_table(RECIPES.read_text(), "rows", recipes_table())
+    recipes = with_table(with_table(RECIPES.read_text(), "rows", recipes_table()), "bands", bands_table())
     return {README: with_table(README.read_text(), "tables", readme_tables()), PILOT: pilot, RECIPES: recipes}
 
 

@@ -66,6 +66,7 @@ def extract(report: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: against[name] for name in names},
         "gain_db": {band: against["gain_db"][band] for band in ("B2", "B3", "B4", "HF")},
+        "hf_gain_by_class": against["hf_gain_by_class"],
         "chroma_hf_db": {plane: gains["HF"] for plane, gains in against["chroma"].items()},
         "fd_wavelet_excess": against["fd_wavelet"]["excess"],
         "fd_share": check["fd_excess_share"],
