@@ -189,6 +189,12 @@ def default_rungs(k: int, shift: float = 3.0) -> tuple[float, ...]:
     return tuple(round(shift_time(torch.tensor(1 - j / k, dtype=torch.float64), shift).item(), 6) for j in range(k))
 
 
+def meeting_time(power: float) -> float:
+    """The t at which a signal meets the noise, (1 - t) a = t: a^2 = `power`, that of the noise being 1."""
+    amplitude = math.sqrt(power)
+    return amplitude / (1 + amplitude)
+
+
 def check_rungs(rungs: tuple[float, ...], solver_steps: int | None = None) -> None:
     """Rungs start at exactly 1, fall strictly to a last value above 0, and are no more than the steps of a solver that
     passes through them; raises ValueError otherwise.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmd_dar import config
+from dmd_dar import config, flow
 from dmd_dar.atomic import write_atomic
 from dmd_dar.eval.study.records import read_study
 from dmd_dar.eval.study.wording import seed_table
@@ -194,7 +194,7 @@ def bands_table() -> str:
     for name, low, high in zip(names, edges, edges[1:], strict=False):
         inside = [p for f, p in zip(teacher["frequencies"], teacher["power"], strict=True) if low <= f <= high]
         if len(inside) > 1:
-            times = sorted(2 * p**0.5 / (1 + 2 * p**0.5) for p in inside)  # images in [0, 1] have half the amplitude
+            times = sorted(flow.meeting_time(4 * p) for p in inside)  # images in [0, 1] have half the amplitude
             lines.append(f"| {name} | {low:g} to {high:g} | {times[-1]:.2f} to {times[0]:.2f} |")
     return "\n".join(lines) + "\n"
 

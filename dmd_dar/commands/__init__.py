@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": ("dmd_dar.sample", "make images with a trained student"),
     "pairs": ("dmd_dar.pairs", "make teacher trajectories ahead of training"),
     "encode": ("dmd_dar.encode", "encode images into latents, or prompts into embeddings, ahead of training"),
+    "rungs": ("dmd_dar.rungs", "choose the student's times by the teacher's spectrum"),
     "plan": ("dmd_dar.plan", "say what a distillation needs in memory, without any weights"),
     "diagnostics": ("dmd_dar.diagnostics.command", "look into a network: magnitudes, gradients, routing over t"),
     "layout": ("dmd_dar.routing.layout.command", "show which sources each router reads, and the traffic"),
