@@ -281,9 +281,7 @@ def training_steps(
 ) -> dict[str, Callable[[], None]]:
     """For every backend a call that makes one training step of one model: velocity loss, backward, AdamW."""
     torch.manual_seed(0)
-    form = asdict(routing)
-    model = build_sit(preset, routing=form["query"], chunk_size=4, summary=form["summary"], scale=form["scale"])
-    model.to(device)
+    model = build_sit(preset, routing=replace(routing, chunk_size=4)).to(device)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -17,7 +17,7 @@ from dmd_dar.data.images import to_pixels
 from dmd_dar.device import chosen_device
 from dmd_dar.flow import SolverGrid
 from dmd_dar.keys import key
-from dmd_dar.methods.generate import generate, ode_generator
+from dmd_dar.methods.generate import SampleRange, generate, ode_generator
 from dmd_dar.methods.solvers import EVALUATIONS, METHODS, Solver
 from dmd_dar.models.teachers import Teacher, TeacherConfig, guided_velocity, load_teacher
 from eval.metrics.spectrum import as_floats, hf_gain_db, spectrum_of
@@ -41,7 +41,11 @@ def images_of(bench: SolverBenchmark, teacher: Teacher, solver: Solver, device: 
     network = teacher.network
     generator = ode_generator(guided_velocity(network, teacher.prediction, 1.0), solver)
     x0, _ = generate(
-        generator, bench.n, seed=bench.seed, shape=network.shape, num_classes=network.num_conditions, device=device
+        generator,
+        SampleRange(bench.n, bench.seed),
+        shape=network.shape,
+        num_classes=network.num_conditions,
+        device=device,
     )
     return x0.cpu()
 

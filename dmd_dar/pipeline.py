@@ -14,7 +14,7 @@ from torch import Tensor
 from dmd_dar.data.images import to_pixels
 from dmd_dar.errors import UserError
 from dmd_dar.flow import Sampler
-from dmd_dar.methods.generate import decoded, few_step_generator, generate
+from dmd_dar.methods.generate import SampleRange, decoded, few_step_generator, generate
 from dmd_dar.models.adapters import CARD as ADAPTER
 from dmd_dar.models.adapters import base_config, load_adapter
 from dmd_dar.models.codecs import Codec
@@ -106,16 +106,14 @@ class StudentPipeline:
             raise UserError(f"output = {output!r}: must be float, uint8 or pil")
         velocity = velocity_of(self.student.network, self.student.prediction)
         generator = few_step_generator(velocity, self.rungs, sampler or self.student.sampler)
+        indices = None if labels is None else self._indices(labels, count)
         x0, _ = generate(
             decoded(generator, self.codec and self.codec.decode),
-            count,
-            seed=seed,
+            SampleRange(count, seed, labels=indices, noise=noise),
             shape=self.shape,
             num_classes=self.num_classes,
             batch_size=batch_size,
             device=self.device,
-            labels=None if labels is None else self._indices(labels, count),
-            noise=noise,
         )
         if output == "float":
             return x0

@@ -15,7 +15,7 @@ from torch import Tensor
 import dmd_dar
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.methods import rollout
-from dmd_dar.methods.generate import decoded, few_step_generator, generate
+from dmd_dar.methods.generate import SampleRange, decoded, few_step_generator, generate
 from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import MEANINGS, velocity_of
 from dmd_dar.models.diffusers_denoiser import routed_copy
@@ -84,10 +84,10 @@ def test_a_fresh_process_makes_the_runs_images(students, tmp_path):
     for kind, (folder, network) in students.items():
         config = network.config
         form = dict(shape=(config.in_channels, config.input_size, config.input_size), num_classes=config.num_classes)
-        expected, _ = generate(run_generator(kind, network, folder), 5, seed=3, **form)
+        expected, _ = generate(run_generator(kind, network, folder), SampleRange(5, seed=3), **form)
         assert expected.std() > 0.05 and (made[str(folder)] - expected).abs().max() <= 1e-6
         along = run_generator(kind, network, folder, "deterministic")
-        expected, _ = generate(along, 3, seed=3, labels=torch.tensor([2, 0, 2]), **form)
+        expected, _ = generate(along, SampleRange(3, seed=3, labels=torch.tensor([2, 0, 2])), **form)
         assert (made[f"{folder}.labels"] - expected).abs().max() <= 1e-6
 
 

@@ -1,6 +1,7 @@
 """Images from a network, in batches of any size: all draws of sample i depend on (seed, phase, i) alone."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,30 +36,43 @@ def balanced_labels(samples: Tensor, num_classes: int) -> Tensor:
     return samples % num_classes
 
 
+@dataclass(frozen=True)
+class SampleRange:
+    """The `count` samples from the `first` on that are drawn by (seed, phase).
+
+    labels (count,): None for the classes in turn. noise (count, C, S, S): takes the place of the initial noise, None
+    for that of `seed`; what is added between calls is drawn by `seed` in either case.
+    """
+
+    count: int
+    seed: int
+    phase: str = "sample"
+    first: int = 0
+    labels: Tensor | None = None
+    noise: Tensor | None = None
+
+    def draws(self, start: int, stop: int, device: torch.device | str) -> Draws:
+        """Those of samples `start` to `stop`, counted from the first."""
+        return Draws(self.seed, self.phase, 0, sample_range(self.first + start, self.first + stop, device))
+
+
 @torch.no_grad()
 def generate(
     generator: Generator,
-    count: int,
+    samples: SampleRange,
     *,
-    seed: int,
     shape: tuple[int, ...],
     num_classes: int,
-    phase: str = "sample",
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    labels: Tensor | None = None,
-    noise: Tensor | None = None,
-    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x0 (count, *shape) and labels (count,) of the samples from `first` on: `labels`, else the classes in turn.
-
-    `noise` (count, *shape) takes the place of the initial noise; what is added between calls is drawn by `seed` still.
-    """
-    each = torch.arange(first, first + count)
-    given, images = (balanced_labels(each, num_classes) if labels is None else labels).to(device), []
-    for start in range(0, count, batch_size):
-        part = slice(start, min(start + batch_size, count))
-        draws = Draws(seed, phase, 0, sample_range(first + part.start, first + part.stop, device))
-        begin = draws.normal("noise", *shape) if noise is None else noise[part].to(device)
-        images.append(generator(given[part], draws, begin))
-    return torch.cat(images), given
+    """x0 (count, *shape) of `samples` and their labels (count,), below `num_classes`."""
+    indices = torch.arange(samples.first, samples.first + samples.count)
+    labels = balanced_labels(indices, num_classes) if samples.labels is None else samples.labels
+    labels, images = labels.to(device), []
+    for start in range(0, samples.count, batch_size):
+        stop = min(start + batch_size, samples.count)
+        draws = samples.draws(start, stop, device)
+        noise = draws.normal("noise", *shape) if samples.noise is None else samples.noise[start:stop].to(device)
+        images.append(generator(labels[start:stop], draws, noise))
+    return torch.cat(images), labels

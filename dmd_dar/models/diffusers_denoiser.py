@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def routed_copy(
         if routing.resolved(twin.transformer.dar.plan.sublayers) == own:
             return twin
         raise ValueError(f"routing {routing} would drop the network's routers: keep its own form, {own}")
-    attach(twin.transformer, **asdict(routing), allow_change=allow_change)
+    attach(twin.transformer, routing, allow_change=allow_change)
     return twin
 
 

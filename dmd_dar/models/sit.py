@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dmd_dar.keys import key
 from dmd_dar.models.rungs import Rung, Rungs
 from dmd_dar.routing.history import History, Observer
-from dmd_dar.routing.layout import ChunkSize, Query, RoutingConfig, Scale, Summary
+from dmd_dar.routing.layout import FormOptions, Query, RoutingConfig, routing_form
 from dmd_dar.routing.router import RouterBank
 
 PRESETS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # d, depth, heads
@@ -310,18 +310,17 @@ def replayed(history: History) -> Callable[[], History]:
 def build_sit(
     preset: str,
     *,
-    routing: Query = "residual",
-    chunk_size: ChunkSize = 4,
-    summary: Summary = "sum",
-    scale: Scale = "stream",
+    routing: Query | RoutingConfig = "residual",
     num_classes: int = 1000,
     input_size: int = 32,
     in_channels: int = 4,
     learn_sigma: bool = True,
+    **options: Unpack[FormOptions],
 ) -> SiT:
     """A SiT by its public name: "S", "B", "L" or "XL", a slash, and patch 2, 4 or 8, for example "XL/2".
 
-    Raises ValueError for another name. For free sizes build `SiT(SiTConfig(...))`.
+    `routing` is the whole form, or its query with the `options` chunk_size, summary, scale and final. `input_size` is
+    the side of the latents. Raises ValueError for another name. For free sizes build `SiT(SiTConfig(...))`.
     """
     size, _, patch = preset.partition("/")
     if size not in PRESETS or patch not in ("2", "4", "8"):
@@ -337,7 +336,7 @@ def build_sit(
             heads=heads,
             num_classes=num_classes,
             learn_sigma=learn_sigma,
-            routing=RoutingConfig(query=routing, chunk_size=chunk_size, summary=summary, scale=scale),
+            routing=routing_form(routing, **options),
         )
     )
 

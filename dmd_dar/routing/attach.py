@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from dmd_dar.routing.consumers import Plan, plan_of, wrapped
 from dmd_dar.routing.examples import example_inputs as inputs_for
 from dmd_dar.routing.folder import FORM, WEIGHTS, class_of, computed_buffers, read_folder, save_routed
 from dmd_dar.routing.hooks import DarBank, owner
-from dmd_dar.routing.layout import ChunkSize, Final, Query, RoutingConfig, Scale, Summary
+from dmd_dar.routing.layout import FormOptions, Query, RoutingConfig, routing_form
 from dmd_dar.routing.offload import runs_on
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,21 +33,19 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def attach(
     model: Model,
+    query: Query | RoutingConfig,
     *,
-    query: Query,
-    chunk_size: ChunkSize,
-    summary: Summary = "sum",
-    scale: Scale = "stream",
-    final: Final = "dedicated",
     granularity: Literal["sublayer", "block"] = "sublayer",
     example_inputs: Mapping[str, Any] | None = None,
     check: bool = True,
     allow_change: bool = False,
+    **options: Unpack[FormOptions],
 ) -> Model:
     """Route the residual additions of a diffusers transformer, in place; returns `model`.
 
-    The options are `RoutingConfig`'s; `chunk_size` counts sublayers, or blocks at granularity "block". The classes of
-    `consumers.SUBLAYERS` are routed per sublayer, any other with a list of blocks per block, with a warning.
+    `query` and `options` (chunk_size, summary, scale, final) are the fields of `RoutingConfig`; `query` may be a whole
+    one. `chunk_size` counts sublayers, or blocks at granularity "block". Classes of `consumers.SUBLAYERS` are routed
+    per sublayer, any other with a list of blocks per block, with a warning.
     `check` runs the network with and without its routers and compares them, bit for bit for scale "stream"; where the
     model is on the meta device or spread over devices, it does so at the first forward. Classes outside the table need
     `example_inputs` for it, keyword arguments of the model's forward. `allow_change` permits forms that change the
@@ -66,11 +64,11 @@ def attach(
     _refuse_wrapped(model)
     if getattr(model, "dar", None) is not None:
         raise ValueError(f"this {type(model).__name__} already has routers at .dar: detach it first")
-    config = RoutingConfig(query, chunk_size, summary, scale, final)
-    if not config.keeps_function and not allow_change:
+    routing = routing_form(query, **options)
+    if not routing.keeps_function and not allow_change:
         raise ValueError(
-            f"scale {scale!r} with summary {summary!r} changes the function of a pretrained network: use scale"
-            " 'stream', or 'count' with summary 'sum', or pass allow_change=True to have the change measured"
+            f"scale {routing.scale!r} with summary {routing.summary!r} changes the function of a pretrained network:"
+            " use scale 'stream', or 'count' with summary 'sum', or pass allow_change=True to have the change measured"
         )
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise ValueError("attach before fully_shard: later, the routers' gradients would stay apart on each process")
@@ -78,7 +76,7 @@ def attach(
     inputs = None
     if check and not _later(model):
         inputs = inputs_for(model) if example_inputs is None else dict(example_inputs)
-    bank = install(model, config, plan)
+    bank = install(model, routing, plan)
     if inputs is not None:
         _prove(model, (), inputs)
     elif check:

@@ -18,7 +18,7 @@ from dmd_dar.data.images import to_pixels
 from dmd_dar.data.kept import Kept
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
-from dmd_dar.methods.generate import Generator, balanced_labels, generate
+from dmd_dar.methods.generate import Generator, SampleRange, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.sit import SiT
 
@@ -140,14 +140,11 @@ class Bench:
         def make(samples: Tensor) -> Made:
             x0, labels = generate(
                 generator,
-                len(samples),
-                seed=self.seed,
+                SampleRange(len(samples), self.seed, "eval", first=int(samples[0])),
                 shape=self.shape,
                 num_classes=self.num_classes,
-                phase="eval",
                 batch_size=self.batch_size,
                 device=self.device,
-                first=int(samples[0]),
             )
             return self.seen(x0, labels, what, samples)
 
@@ -167,7 +164,7 @@ class Bench:
         return made
 
     def call(self, generator: Generator, count: int = LATENCY_BATCH) -> Callable[[], Tensor]:
-        """Samples and decodes `count` images, the same ones every time."""
+        """SampleRange and decodes `count` images, the same ones every time."""
         draws = Draws(self.seed, "latency", 0, sample_range(0, count, self.device))
         cond, noise = balanced_labels(draws.samples, self.num_classes), draws.normal("noise", *self.shape)
         make = partial(generator, cond, draws, noise)

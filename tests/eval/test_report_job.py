@@ -145,12 +145,12 @@ def test_students_and_baselines_start_from_the_same_noise(runs, monkeypatch):
     seen = {}
     original = bench.generate
 
-    def recording(generator, count, **settings):
+    def recording(generator, samples, **settings):
         def noting(cond, draws, noise):
             seen.setdefault("noise", []).append(noise[:2].clone())
             return generator(cond, draws, noise)
 
-        return original(noting, count, **settings)
+        return original(noting, samples, **settings)
 
     monkeypatch.setattr(bench, "generate", recording)
     sampled(options(runs, "residual", "dar", cache=runs / "fresh"))

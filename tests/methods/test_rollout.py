@@ -8,7 +8,7 @@ import torch
 from dmd_dar import flow
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.methods import rollout
-from dmd_dar.methods.generate import balanced_labels, few_step_generator, generate, ode_generator
+from dmd_dar.methods.generate import SampleRange, balanced_labels, few_step_generator, generate, ode_generator
 from dmd_dar.methods.solvers import Solver, dpm, heun
 from dmd_dar.methods.trajectories import solve_trajectories
 
@@ -190,19 +190,21 @@ GENERATORS = {
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generated_images_do_not_depend_on_the_batch_size(name):
-    made = {n: generate(GENERATORS[name], 10, seed=3, shape=SHAPE, num_classes=3, batch_size=n) for n in (1, 4, 10, 64)}
+    ten, form = SampleRange(10, seed=3), {"shape": SHAPE, "num_classes": 3}
+    made = {n: generate(GENERATORS[name], ten, batch_size=n, **form) for n in (1, 4, 10, 64)}
     images, labels = made[64]
     assert images.shape == (10, *SHAPE) and labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
     for other, other_labels in made.values():
         assert torch.equal(other, images) and torch.equal(other_labels, labels)
-    fewer, _ = generate(GENERATORS[name], 4, seed=3, shape=SHAPE, num_classes=3)
+    fewer, _ = generate(GENERATORS[name], SampleRange(4, seed=3), **form)
     assert torch.equal(fewer, images[:4])
     assert len(images.flatten(1).unique(dim=0)) == 10
 
 
 def test_seed_and_phase_choose_the_noise_and_label_the_class():
     def images(**changed):
-        return generate(GENERATORS["ode"], 6, **{"seed": 3, "shape": SHAPE, "num_classes": 3, **changed})
+        samples = SampleRange(6, **{"seed": 3, **changed})
+        return generate(GENERATORS["ode"], samples, shape=SHAPE, num_classes=3)
 
     base, _ = images()
     assert not torch.allclose(images(seed=4)[0], base) and not torch.allclose(images(phase="pairs")[0], base)

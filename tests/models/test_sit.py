@@ -282,6 +282,14 @@ def test_an_automatic_chunk_size_is_a_number_in_the_network():
     assert build_sit("S/8", routing="static", chunk_size="auto").config.routing.chunk_size == 3
 
 
+def test_a_preset_takes_a_form_whole_or_by_its_fields():
+    form = RoutingConfig("dynamic", 6, "last", "count", "reuse_last")
+    by_fields = build_sit("S/8", routing="dynamic", chunk_size=6, summary="last", scale="count", final="reuse_last")
+    assert build_sit("S/8", routing=form).config == by_fields.config and by_fields.config.routing == form
+    with pytest.raises(ValueError, match="chunk_size beside a whole form: set them in that form"):
+        build_sit("S/8", routing=form, chunk_size=2)
+
+
 def test_a_conversion_leaves_its_original_alone_and_may_be_undone():
     plain = perturbed()
     converted = with_routing(plain, RoutingConfig("static", 4))

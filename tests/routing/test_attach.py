@@ -50,6 +50,16 @@ def test_every_form_keeps_the_function(name, chunk_size, query, form, granularit
     assert distance({name: after[name] for name in before}, before) < 1e-12
 
 
+def test_a_form_is_given_whole_or_by_its_fields():
+    form = RoutingConfig("static", 2, "last", "stream", "reuse_last")
+    by_fields = attach(tiny_model(NAMES[0]), query="static", chunk_size=2, summary="last", final="reuse_last")
+    assert attach(tiny_model(NAMES[0]), form).dar.config == by_fields.dar.config == form
+    with pytest.raises(ValueError, match="scale beside a whole form"):
+        attach(tiny_model(NAMES[0]), form, scale="count")
+    with pytest.raises(TypeError, match="chunks"):
+        attach(tiny_model(NAMES[0]), query="static", chunks=2)
+
+
 def test_norms_kept_in_float32_are_served_in_the_stream_s_dtype():
     model = tiny_model("WanTransformer3DModel", torch.bfloat16)
     for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ does not exist. `python -m dmd_dar.routing.layout depth=28 chunk_size=4` prints 
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Literal, Self, TypedDict, Unpack, get_args
 
 from dmd_dar.keys import key
 
@@ -69,6 +69,24 @@ class RoutingConfig:
         """Whether zero queries leave a plain network's function as it is, up to rounding."""
         exact = self.scale == "stream" or (self.scale == "count" and self.summary == "sum")
         return self.query == "residual" or exact
+
+
+class FormOptions(TypedDict, total=False):
+    """The fields of a `RoutingConfig` beside its query, for functions that take them as keywords."""
+
+    chunk_size: ChunkSize
+    summary: Summary
+    scale: Scale
+    final: Final
+
+
+def routing_form(query: Query | RoutingConfig, **options: Unpack[FormOptions]) -> RoutingConfig:
+    """The form of a query and its options; a whole form as it is. Raises ValueError for a whole form with options."""
+    if not isinstance(query, RoutingConfig):
+        return RoutingConfig(query, **options)
+    if options:
+        raise ValueError(f"{', '.join(options)} beside a whole form: set them in that form, {query}")
+    return query
 
 
 @dataclass(frozen=True)

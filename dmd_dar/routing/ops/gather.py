@@ -265,8 +265,11 @@ class Route(torch.autograd.Function):
         d_query = d_gain = folded = None
         with torch.autocast(dh.device.type, enabled=False):
             if seen:
-                folded = seen[2]
-                rest, d_query, d_gain = _through_logits(flat.to(alpha.dtype), c, alpha, *seen)
+                query, gain, folded, rms, *parts = seen
+                rest, d_folded = _through_logits(flat.to(alpha.dtype), c, alpha, rms, parts)
+                root = gain.shape[-1] ** -0.5
+                d_query = (d_folded * (gain * root)).view(query.shape)
+                d_gain = (d_folded * query.reshape(folded.shape)).sum(dim=0) * root
             else:
                 mean_times = 1 if ctx.mean_saved else c
                 rest = dots(state.view(flat.shape)[:, None], flat.to(alpha.dtype))[:, 0] / mean_times  # delta
@@ -274,13 +277,10 @@ class Route(torch.autograd.Function):
         return flat.new_zeros(()), dh if ctx.form.scale == "stream" else None, d_query, d_gain, None, None
 
 
-def _through_logits(
-    dh: Tensor, c: int, alpha: Tensor, query: Tensor, gain: Tensor, folded: Tensor, rms: Tensor, *parts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ds (M, n) and the gradients of a dynamic query and its gain; `parts` are the sources, (M, n', d) each."""
+def _through_logits(dh: Tensor, c: int, alpha: Tensor, rms: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """ds (M, n) and the gradient (M, d) of a dynamic query folded with its gain; `parts` are the sources (M, n', d)."""
     g = torch.cat([dots(part, dh) for part in parts], dim=1)
     ds = c * alpha * (g - (alpha * g).sum(dim=1, keepdim=True))
     by_part = (ds * rms)[:, None].split([part.shape[1] for part in parts], dim=2)
     mixed = [mix(weights, part) for weights, part in zip(by_part, parts, strict=True)]
-    d_folded, root = torch.cat(mixed, dim=1).sum(dim=1), gain.shape[-1] ** -0.5  # (M, d)
-    return ds, (d_folded * (gain * root)).view(query.shape), (d_folded * query.reshape(folded.shape)).sum(dim=0) * root
+    return ds, torch.cat(mixed, dim=1).sum(dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data.images import png_bytes, tile, to_pixels
 from dmd_dar.messages import LOGGER
-from dmd_dar.methods.generate import Generator, generate
+from dmd_dar.methods.generate import Generator, SampleRange, generate
 from dmd_dar.models.compiled import eagerly
 from dmd_dar.stop import EXIT_CODE
 from dmd_dar.train.disk import checkpoint
@@ -53,11 +53,9 @@ def sample_grid(pictures: Pictures, seed: int, runtime: Runtime) -> Tensor:
     with runtime.autocast(), eagerly():  # batches of other sizes than training's
         x0, _ = generate(
             pictures.generator,
-            GRID_ROWS * columns,
-            seed=seed,
+            SampleRange(GRID_ROWS * columns, seed, phase="grid"),
             shape=pictures.shape,
             num_classes=columns,
-            phase="grid",
             device=runtime.device,
         )
     return tile(to_pixels(x0), columns=columns)
