@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmd_dar import config
+from dmd_dar import config, moved
 from dmd_dar.atomic import write_atomic
 from dmd_dar.data import latents
 from dmd_dar.data.batches import Batches, Make
@@ -155,6 +155,9 @@ def encode(cfg: EncodeConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config.run_job(EncodeConfig, encode, argv, description=__doc__ or "")
+
+
+moved.keep_names(__name__)
 
 
 if __name__ == "__main__":

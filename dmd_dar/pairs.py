@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmd_dar import config, flow
+from dmd_dar import config, flow, moved
 from dmd_dar.data.batches import Batches, Make
 from dmd_dar.data.kept import Kept
 from dmd_dar.data.shards import Form, Layout, Shards, differences
@@ -231,6 +231,9 @@ def make_pairs(cfg: PairsConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config.run_job(PairsConfig, make_pairs, argv, description=__doc__ or "")
+
+
+moved.keep_names(__name__)
 
 
 if __name__ == "__main__":

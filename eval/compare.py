@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dmd_dar import config
+from dmd_dar import config, moved
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
@@ -130,6 +130,9 @@ def publish(result: StudyResult | StepsResult, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config.run_job(CompareConfig, compare, argv, description=__doc__ or "")
+
+
+moved.keep_names(__name__)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dmd_dar import config
+from dmd_dar import config, moved
 from dmd_dar.atomic import make_folder
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
@@ -208,6 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`config.run_job`, with --strict for strict=true."""
     words = ["strict=true" if word == "--strict" else word for word in (sys.argv[1:] if argv is None else argv)]
     config.run_job(ReportConfig, report, words, description=__doc__ or "")
+
+
+moved.keep_names(__name__)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dmd_dar import config
+from dmd_dar import config, moved
 from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.data import photos, textures
 from dmd_dar.draws import Draws, sample_range
@@ -329,6 +329,9 @@ def run(cfg: SensitivityConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config.run_job(SensitivityConfig, run, argv, description=__doc__ or "")
+
+
+moved.keep_names(__name__)
 
 
 if __name__ == "__main__":

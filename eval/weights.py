@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dmd_dar import config
+from dmd_dar import config, moved
 from dmd_dar.errors import DamagedFileError
 from dmd_dar.keys import key
 
@@ -84,6 +84,9 @@ def show(cfg: WeightsConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config.run_job(WeightsConfig, show, argv, description=__doc__ or "")
+
+
+moved.keep_names(__name__)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dmd_dar.moved import MOVED
+from dmd_dar.moved import MOVED, NAMES
 
 ROOT = Path(__file__).parents[1]
 LINES = (
@@ -17,8 +17,9 @@ LINES = (
     "from dmd_dar.distill import distill",
     "from eval.measure import measure",
     "from eval import stats",
-    "from eval.metrics.verdict import verdict",
-    "from eval.study.runs import read_arms",
+    "from eval.compare import Study",
+    "from eval.measure import compare",
+    "from dmd_dar.methods.rollout import solve_ode",
 )
 IMPORTER = """
 import warnings
@@ -38,6 +39,19 @@ def test_an_old_name_is_the_new_module(old: str, new: str) -> None:
         warnings.simplefilter("ignore")
         sys.modules.pop(old, None)
         assert importlib.import_module(old) is importlib.import_module(new)
+
+
+@pytest.mark.parametrize(("old", "new"), NAMES.items())
+def test_an_old_name_of_a_module_is_the_new_object(old: str, new: str) -> None:
+    (before, name), (home, now) = old.rsplit(".", 1), new.rsplit(".", 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sys.modules.pop(before, None) if before in MOVED else None
+        module = importlib.import_module(before)
+        vars(module).pop(name, None) if hasattr(module, "__path__") else None
+        assert getattr(module, name) is getattr(importlib.import_module(home), now)
+    assert [one.category for one in caught] == [DeprecationWarning] * (2 if before in MOVED else 1)
+    assert str(caught[-1].message).split(" is now ")[1].startswith(new)
 
 
 def test_the_warning_stands_at_the_importer_s_line() -> None:

@@ -3,8 +3,6 @@
 Shapes: x_t (B, ...); cond (B,); rungs descend from 1 (pure noise), see flow.check_rungs.
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -77,9 +75,4 @@ class Rollout:
         return self.output(len(self.rungs) - 1)
 
 
-def __getattr__(name: str) -> object:
-    """The teacher's solvers have a file of their own."""
-    if name != "solve_ode":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    moved.warn(f"{__name__}.solve_ode", "dmd_dar.methods.solvers.heun", 3)
-    return importlib.import_module("dmd_dar.methods.solvers").heun
+moved.keep_names(__name__)

@@ -2,7 +2,4 @@
 
 from dmd_dar import moved
 
-
-def __getattr__(name: str) -> object:
-    """Names of the module that this package was before."""
-    return moved.attribute(__name__, f"{__name__}.pair", name)
+moved.keep_names(__name__, f"{__name__}.pair")  # that this package was before

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd_dar import moved
-
 from ..samples.images import UnfitError
 from .moments import Gaussian, finite
 
@@ -134,8 +132,3 @@ def null_distance(
     if min(sizes) <= reference.shape[1]:
         return value, sizes[0]
     return value * (1 / size + 1 / len(reference)) / sum(1 / n for n in sizes), size
-
-
-def __getattr__(name: str) -> object:
-    """Names that were in this module before."""
-    return moved.attribute(__name__, f"{__package__}.{'diversity' if 'diversity' in name else 'wavelet'}", name)

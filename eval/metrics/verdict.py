@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dmd_dar import moved
-
 from .intervals import Interval
 
 Word = Literal["preserved", "reduced", "inflated", "energy only", "inconclusive"]
@@ -71,8 +69,3 @@ def show(interval: Interval, unit: str = " dB", sign: str = "+") -> str:
     if not interval.defined:
         return "(undefined)"
     return f"{interval.value:{sign}.2f}{unit} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
-
-
-def __getattr__(name: str) -> object:
-    """The name that `verdict_of` had before `structure.verdict`, which takes images, was there beside it."""
-    return moved.renamed(__name__, {"verdict": "verdict_of"}, name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dmd_dar import config, moved
+from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
@@ -213,9 +213,3 @@ def require_teacher(runs: Iterable[Run], digest: str) -> None:
             raise config.ConfigError(
                 f"runs: {run.folder} was distilled from another teacher than {run.cfg.teacher.path} holds now"
             )
-
-
-def __getattr__(name: str) -> object:
-    """Names of before: an arm is all runs of one kind of routing."""
-    names = {"Arm": "Run", "read_arm": "read_run", "read_arms": "read_runs", "Teacher": "GuidedTeacher"}
-    return moved.renamed(__name__, names, name)

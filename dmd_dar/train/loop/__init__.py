@@ -2,7 +2,4 @@
 
 from dmd_dar import moved
 
-
-def __getattr__(name: str) -> object:
-    """Names of the module that this package was before."""
-    return moved.attribute(__name__, f"{__name__}.loop", name)
+moved.keep_names(__name__, f"{__name__}.loop")  # that this package was before
