@@ -39,6 +39,7 @@ class RegressionConfig(LossWeight, Solver):
     metric: Literal["mse", "lpips", "pseudo_huber", "spectrum"] = key(
         "mse", "distance; spectrum: squared error by frequency; lpips needs its weights on this machine"
     )
+    by_rung: tuple[float, ...] = key((), "factor of the weight at each rung; empty: 1 at all", least=0)
     count: int = key(256, "trajectories", least=1)
     seed: int = key(0, "of the trajectories' noise", least=0)
     cache: str = key(

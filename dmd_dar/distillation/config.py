@@ -109,7 +109,7 @@ class DistillConfig:
     # what a distillation did whose configuration was written before the key existed
     BEFORE: ClassVar[dict[str, Any]] = {
         "rollouts": "fresh",
-        "regression": {"solver": "heun", "solver_grid": "even"},
+        "regression": {"solver": "heun", "solver_grid": "even", "by_rung": ()},
         "matching": {"above_next_rung": False},
         "fake_score": {"follow": 0.0},
     }
@@ -159,6 +159,8 @@ class DistillConfig:
                     f"matching.weight is 0, and regression.weight and gan.weight are both 0 at student update {step}:"
                     " nothing would train the student there; let their ramps overlap"
                 )
+        if self.regression.by_rung:
+            self._check_regression_by_rung()
         if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
             raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
         if self.matching.above_next_rung:
@@ -173,6 +175,16 @@ class DistillConfig:
             raise ValueError(
                 "launch.sharding splits weights, but shared_lora, frozen_dtype bfloat16 and launch.offload keep frozen"
                 " ones whole in every process: set it to none, or leave these out"
+            )
+
+    def _check_regression_by_rung(self) -> None:
+        factors = list(self.regression.by_rung)
+        if len(factors) != len(self.rungs):
+            raise ValueError(f"regression.by_rung has {len(factors)} factors for {len(self.rungs)} rungs: {factors}")
+        if not (self.matching.weight or self.gan.used) and 0 in factors:
+            raise ValueError(
+                f"regression.by_rung is {factors}, and matching.weight and gan.weight are 0: nothing would train the"
+                " student at a rung of factor 0; set it above 0"
             )
 
     def _check_intervals(self) -> None:

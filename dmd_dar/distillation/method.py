@@ -110,7 +110,7 @@ def build_regression(
         return None
     with runtime.main_first():
         trajectories = trajectories_for(cfg, recipe, teacher, runtime.device)
-    return Regression(trajectories, cfg, distance_of(cfg, runtime.device, codec))
+    return Regression(trajectories, cfg, distance_of(cfg, runtime.device, codec), cfg.by_rung)
 
 
 def distance_of(cfg: RegressionConfig, device: torch.device, codec: Codec | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -49,6 +49,11 @@ class Regression:
     trajectories: Pairs
     weight: LossWeight
     distance: Callable[[Tensor, Tensor], Tensor] = losses.regression_loss
+    by_rung: tuple[float, ...] = ()  # factor of the weight at each rung; empty: 1 at all
+
+    def weight_at(self, step: int, rung: int) -> float:
+        """The weight at student update `step` (from 0), at the rung of that index."""
+        return self.weight.at(step) * (self.by_rung[rung] if self.by_rung else 1.0)
 
     def loss(self, student: Velocity, rungs: tuple[float, ...], rung: int, draws: Draws) -> tuple[Tensor, Loss]:
         """(x0_student from the stored states, its distance from their ends as a function of it)."""
@@ -118,7 +123,7 @@ class DMD:
                 terms.append(Term("dm", self.matching_weight, x0_student, loss))
             if self.gan is not None and gan_weight:
                 terms.append(Term("gan", gan_weight, x0_student, self.gan.student_term(cond, rung, draws)))
-        if self.regression is not None and (weight := self.regression.weight.at(draws.step)):
+        if self.regression is not None and (weight := self.regression.weight_at(draws.step, rung)):
             terms.append(Term("regression", weight, *self.regression.loss(self.student, self.rungs, rung, draws)))
         return joint(terms, metrics, draws.samples.device)
 

@@ -60,6 +60,8 @@ def test_decoupled_matching_needs_guidance_and_uses_it(teacher, tmp_path):
             "sampler = 'deterministic' (command line): sampler deterministic adds no noise",
         ),
         ("guidance_scale=2 matching={above_next_rung: true, dm_form: decoupled}", "guidance_time at every rung alike"),
+        ("regression.by_rung=[1,1]", "2 factors for"),
+        ("regression.by_rung=[0,1,1,1] matching.weight=0", "rung of factor 0"),
         ("rungs=[1,0.99] matching.above_next_rung=true", "matching.time.high = 0.98"),
     ],
 )

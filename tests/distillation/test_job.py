@@ -196,7 +196,7 @@ def test_a_run_of_before_there_were_these_keys_goes_on_as_it_was(teacher, tmp_pa
     whole = run(teacher, tmp_path / "whole", "steps=2", *before)
     run(teacher, tmp_path / "run", "steps=1", *before)
     config_file = tmp_path / "run" / "config.yaml"
-    new = ("rollouts:", "solver:", "solver_grid:", "above_next_rung:", "follow:")
+    new = ("rollouts:", "solver:", "solver_grid:", "above_next_rung:", "follow:", "by_rung:")
     lines = [line for line in config_file.read_text().splitlines(True) if not line.strip().startswith(new)]
     config_file.write_text("".join(lines))
     with pytest.raises(SystemExit) as stop:

@@ -147,6 +147,24 @@ def test_joint_loss_is_the_weighted_sum(networks):
     torch.testing.assert_close(loss, metrics["dm"] + 0.3 * alone)
 
 
+def test_regression_weighs_each_rung_by_itself(networks):
+    """Its share of the loss is weight times the rung's factor; at a factor of 0 it makes no call."""
+    teacher, factors = velocity_of(networks[1]), (0.0, 0.5, 1.0, 2.0)
+    paths = solve_trajectories(teacher, torch.arange(5) % 7, RUNGS, Solver(solver_steps=4), torch.randn(5, *SHAPE))
+    method = method_of(*(velocity_of(n) for n in networks), regression=Regression(paths, LossWeight(0.3)))
+    weighed = dataclasses.replace(method, regression=Regression(paths, LossWeight(0.3), by_rung=factors))
+    seen = set()
+    for step in range(12):
+        draws = draws_for(step)
+        rung = method.rung_of(draws)
+        seen.add(rung)
+        _, all_alike = method.student_loss(draws)
+        loss, metrics = weighed.student_loss(draws)
+        assert ("regression" in metrics) == (rung > 0)
+        torch.testing.assert_close(loss, metrics["dm"] + 0.3 * factors[rung] * all_alike["regression"])
+    assert seen == {0, 1, 2, 3}
+
+
 def test_regression_pulls_the_trajectory_state_to_its_end(networks):
     student, teacher, _ = networks
     cond, noise = torch.zeros(1, dtype=torch.int64), torch.randn(1, *SHAPE)
