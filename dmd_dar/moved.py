@@ -139,6 +139,8 @@ NAMES: dict[str, str] = {
     "eval.measured.Measured": "eval.measure.one_set.MeasuredSet",
     "eval.pairing.Groups": "eval.study.pairing.RunsByArm",
     "eval.pairing.Role": "eval.study.pairing.ArmName",
+    "eval.pairing.different_networks": "eval.study.pairing.require_different_networks",
+    "eval.pairing.same_data": "eval.study.pairing.require_same_data",
     "eval.panels.JOINT": "eval.page.html.JOINT",
     "eval.panels.span": "eval.page.cells.span",
     "eval.provenance.code_state": "eval.measure.provenance.code_now",

@@ -25,7 +25,7 @@ class SymptomSums:
     """Running means over batches of one t; `facts` closes them."""
 
     def __init__(self) -> None:
-        self.samples, self.sums = 0, {}
+        self.samples, self.sums = 0, dict[str, Tensor]()
 
     def add(self, traced: Traced, places: Places) -> None:
         size = len(traced.states[0])
@@ -40,7 +40,7 @@ class SymptomSums:
             "cosine": neighbour_cosine(blocks) if len(blocks) > 1 else blocks[0].new_zeros(0),
         }
         for name, mean in means.items():
-            self.sums[name] = self.sums.get(name, 0) + size * mean
+            self.sums[name] = self.sums.get(name, torch.zeros_like(mean)) + size * mean
         self.samples += size
 
     def facts(self) -> dict[str, float | list[float] | None]:

@@ -25,10 +25,11 @@ class Ledger:
             return None
 
     def take(self, other: "Ledger") -> None:
-        """The other's entries that are not here yet."""
+        """Add the other's entries that are not here yet."""
         self.skipped += [entry for entry in other.skipped if entry not in self.skipped]
 
     def add(self, metric: str, name: str, reason: str, requested: bool = True) -> None:
+        """Record a metric of the set `name` that was not measured, once, with the reason on one line."""
         entry = Skipped(metric, name, " ".join(reason.split()), requested)
         if entry not in self.skipped:
             self.skipped.append(entry)

@@ -76,7 +76,7 @@ class Bands:
 
 @dataclass(frozen=True)
 class Margins:
-    """Within which the verdict calls detail preserved."""
+    """How far a set may be from its reference for the verdict to call detail preserved."""
 
     gain_db: float
     kurtosis: tuple[float, float]
@@ -137,7 +137,7 @@ class Comparison:
     neighbours: dict[str, PlacedNeighbours]  # by extractor
     modes: Modes | None
     lpips_paired: LpipsPaired | None
-    colour: ColourComparison | None = field(default=None, metadata=OPTIONAL)  # None in files of before
+    colour: ColourComparison | None = field(default=None, metadata=OPTIONAL)  # None in files of earlier versions
 
 
 @dataclass(frozen=True)

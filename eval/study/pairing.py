@@ -56,8 +56,8 @@ def read_groups(arms: ArmsConfig) -> dict[FewSteps, RunsByArm]:
     """
     read = {arm: _read(arm, folders) for arm in get_args(ArmName) if (folders := getattr(arms, arm))}
     for arm, runs in read.items():
-        _same_steps(arm, runs, "residual", read["residual"])
-    _same_steps("residual", read["residual"], "dar", read["dar"])
+        _require_same_steps(arm, runs, "residual", read["residual"])
+    _require_same_steps("residual", read["residual"], "dar", read["dar"])
     groups: dict[FewSteps, RunsByArm] = {
         few: {arm: own for arm, runs in read.items() if (own := [run for run in runs if run.sampled_with == few])}
         for few in titles(run.sampled_with for run in read["residual"])
@@ -65,7 +65,7 @@ def read_groups(arms: ArmsConfig) -> dict[FewSteps, RunsByArm]:
     for group in groups.values():
         _require_alike(group)
     require_shared([group["residual"][0] for group in groups.values()], "arms")
-    same_data(read)
+    require_same_data(read)
     return groups
 
 
@@ -77,18 +77,19 @@ def _require_alike(group: RunsByArm) -> None:
         fault = f"names {count} runs of rungs = {rungs}: name 2 to {LARGEST_EXACT}, one for each training seed"
         raise config.ConfigError(f"arms.residual {fault}")
     for arm, runs in group.items():
-        _same_seeds(arm, runs, group["residual"])
+        _require_same_seeds(arm, runs, group["residual"])
         for run in runs[1:]:
-            _alike(arm, run, arm, runs[0], ())
-    _alike("dar", group["dar"][0], "residual", group["residual"][0], (ROUTING,))
+            _require_same_keys(arm, run, arm, runs[0], ())
+    _require_same_keys("dar", group["dar"][0], "residual", group["residual"][0], (ROUTING,))
     if "matched" in group:
-        _alike("matched", group["matched"][0], "residual", group["residual"][0], ("student.",), LEARNING)
-        _same_size(group["matched"][0], group["dar"][0])
+        _require_same_keys("matched", group["matched"][0], "residual", group["residual"][0], ("student.",), LEARNING)
+        _require_same_size(group["matched"][0], group["dar"][0])
     if "frozen" in group:
-        _alike("frozen", group["frozen"][0], "dar", group["dar"][0], (ROUTING + "query",))
+        _require_same_keys("frozen", group["frozen"][0], "dar", group["dar"][0], (ROUTING + "query",))
 
 
 def _read(arm: ArmName, folders: Sequence[str]) -> list[Run]:
+    """The arm's runs by training seed. Refuses a seed that is double, one student twice, and another arm's routing."""
     try:
         runs = sorted((read_run(folder) for folder in folders), key=lambda run: run.cfg.seed)
     except config.ConfigError as error:
@@ -99,30 +100,29 @@ def _read(arm: ArmName, folders: Sequence[str]) -> list[Run]:
         if first is not run:
             fault = f"{first.folder} and {run.folder} both have seed = {run.cfg.seed}"
             raise config.ConfigError(f"arms.{arm}: {fault}; name one run for each training seed")
-    different_networks(arm, runs)
+    require_different_networks(arm, runs)
     for run in runs:
         query = run.cfg.student.routing.query
-        if not _fits(arm, query):
+        if not _routes_as(arm, query):
             wanted = {"dar": "timestep, dynamic or static", "frozen": "static"}.get(arm, "residual")
             fault = f"{run.folder} has student.routing.query = {query}, where {wanted} is expected"
             raise config.ConfigError(f"arms.{arm}: {fault}; name runs of that arm")
     return runs
 
 
-def _same_steps(arm: ArmName, runs: list[Run], other_arm: ArmName, others: list[Run]) -> None:
+def _require_same_steps(arm: ArmName, runs: list[Run], other_arm: ArmName, others: list[Run]) -> None:
     """Refuse a run of steps of which the other arm has none."""
     for run in runs:
         if run.sampled_with in {other.sampled_with for other in others}:
             continue
-        apart = [one for one in config.differences(run.cfg, others[0].cfg) if one[0] in STEPS]
-        name, ours, _ = apart[0]
+        name, ours, _ = next(one for one in config.differences(run.cfg, others[0].cfg) if one[0] in STEPS)
         fault = (
             f"{run.folder} has {name} = {ours}, but no run in arms.{other_arm} has it with the same {', '.join(STEPS)}"
         )
         raise config.ConfigError(f"arms.{arm}: {fault}; add its partner, or leave it out")
 
 
-def different_networks(arm: ArmName, runs: list[Run]) -> None:
+def require_different_networks(arm: ArmName, runs: list[Run]) -> None:
     """Refuse a copy under another seed: it would count one training twice."""
     seen: dict[str, Run] = {}
     for run in runs:
@@ -132,33 +132,43 @@ def different_networks(arm: ArmName, runs: list[Run]) -> None:
             raise config.ConfigError(f"arms.{arm}: {fault}; train one from another seed")
 
 
-def _fits(arm: ArmName, query: str) -> bool:
+def _routes_as(arm: ArmName, query: str) -> bool:
+    """Whether runs of the arm may have that query."""
     if arm == "dar":
         return query != "residual"
     return query == ("static" if arm == "frozen" else "residual")
 
 
-def _same_seeds(arm: ArmName, runs: list[Run], others: list[Run]) -> None:
-    ours, theirs = ({run.cfg.seed: run.folder for run in group} for group in (runs, others))
-    for has, lacks, here, there in ((theirs, ours, "residual", arm), (ours, theirs, arm, "residual")):
+def _require_same_seeds(arm: ArmName, runs: list[Run], residual: list[Run]) -> None:
+    """Refuse a run whose training seed the other arm, residual or this one, does not have."""
+    ours, theirs = ({run.cfg.seed: run.folder for run in group} for group in (runs, residual))
+    for has, lacks, its_arm, other_arm in ((theirs, ours, "residual", arm), (ours, theirs, arm, "residual")):
         for seed in sorted(has.keys() - lacks.keys()):
-            fault = f"no run of seed = {seed}, the partner of {has[seed]} in arms.{here}"
-            raise config.ConfigError(f"arms.{there}: {fault}; add it, or leave that one out")
+            fault = f"no run of seed = {seed}, the partner of {has[seed]} in arms.{its_arm}"
+            raise config.ConfigError(f"arms.{other_arm}: {fault}; add it, or leave that one out")
 
 
-def _alike(
-    arm: ArmName, run: Run, other_arm: ArmName, other: Run, own: tuple[str, ...], never: tuple[str, ...] = ()
+def _require_same_keys(
+    arm: ArmName,
+    run: Run,
+    other_arm: ArmName,
+    other: Run,
+    may_differ: tuple[str, ...],
+    must_agree: tuple[str, ...] = (),
 ) -> None:
-    """Refuse a difference beyond the keys that the arm is made of (`own`, but for `never`), seed and book-keeping."""
+    """Refuse a difference in any key but the seed, book-keeping, and those that begin with one of `may_differ`.
+
+    Of the latter, `must_agree` are refused all the same.
+    """
     for name, ours, theirs in config.differences(run.cfg, other.cfg):
-        if name == "seed" or book_keeping(name) or (name.startswith(own) and name not in never):
+        if name == "seed" or book_keeping(name) or (name.startswith(may_differ) and name not in must_agree):
             continue
         fault = f"{run.folder} has {name} = {ours}, but {other.folder} in arms.{other_arm} has {theirs}"
-        may = f"{', '.join(own)} (and seed)" if own else "seed"
+        may = f"{', '.join(may_differ)} (and seed)" if may_differ else "seed"
         raise config.ConfigError(f"arms.{arm}: {fault}; these runs may differ in {may} only, train one of them anew")
 
 
-def same_data(groups: RunsByArm) -> None:
+def require_same_data(groups: RunsByArm) -> None:
     """Refuse students trained on other images than the first; the configuration names the data, a hash tells it."""
     first = groups["residual"][0]
     theirs = first.origin.get("data")
@@ -170,7 +180,8 @@ def same_data(groups: RunsByArm) -> None:
                 raise config.ConfigError(f"arms.{arm}: {fault}; train one of them anew")
 
 
-def _same_size(matched: Run, routed: Run) -> None:
+def _require_same_size(matched: Run, routed: Run) -> None:
+    """Refuse a matched student whose number of parameters is not DAR's."""
     ours, theirs = (weight_count(run.folder / "student") for run in (matched, routed))
     if abs(ours / theirs - 1) > MATCHED_WITHIN:
         fault = f"{matched.folder} has {ours} parameters, {routed.folder} in arms.dar has {theirs}"

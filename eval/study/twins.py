@@ -9,7 +9,7 @@ from ..measure.results import Forest
 from ..samples.sets import ImageSet
 from .few_steps import FewSteps, titles
 from .forest import Pair, from_runs, joined
-from .pairing import ROUTING, RunsByArm, book_keeping, different_networks, same_data
+from .pairing import ROUTING, RunsByArm, book_keeping, require_different_networks, require_same_data
 from .runs import Run
 
 
@@ -82,5 +82,5 @@ def require_trained_apart(pairs: Sequence[Pair], runs: Sequence[Run]) -> None:
         "dar": [run for run in runs if run.name in dar],
     }
     for name, members in groups.items():
-        different_networks(name, members)
-    same_data(groups)
+        require_different_networks(name, members)
+    require_same_data(groups)

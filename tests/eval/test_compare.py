@@ -236,8 +236,8 @@ def test_a_matched_arm_of_another_size_is_refused(tmp_path):
         save_network(tmp_path / query / "student", with_routing(tiny_sit(), RoutingConfig(query, 2)), ModelCard())
         found.append(arms.Run(query, tmp_path / query, distill.DistillConfig(), {}))
     with pytest.raises(config.ConfigError, match=r"arms\.matched: .*residual has \d+ parameters, .*dynamic .* has \d+"):
-        pairing._same_size(*found)
-    pairing._same_size(found[0], found[0])
+        pairing._require_same_size(*found)
+    pairing._require_same_size(found[0], found[0])
 
 
 def test_the_command_is_told_so_that_it_can_be_given_again(runs, written):
@@ -310,7 +310,7 @@ def test_machines_may_differ_for_both_commands_and_precision_for_neither():
         assert twins.unequal(base, other) == unequal
         runs = [arms.Run(name, Path(name), cfg, {}) for name, cfg in (("a", base), ("b", other))]
         with pytest.raises(config.ConfigError, match="precision") if unequal else contextlib.nullcontext():
-            pairing._alike("dar", runs[0], "dar", runs[1], ())
+            pairing._require_same_keys("dar", runs[0], "dar", runs[1], ())
 
 
 def test_wrong_seeds_arms_and_folders_are_named(runs, tmp_path):

@@ -54,7 +54,7 @@ def run(tmp_path) -> Path:
 def test_the_card_of_a_student_is_read_without_its_weights_being_loaded(run):
     with weights_opened() as opened:
         (arm,) = arms.read_runs((str(run),))
-        pairing.different_networks("dar", [arm])
+        pairing.require_different_networks("dar", [arm])
         assert arm.origin == {"steps": CFG.steps} and of(opened, run) == {"hash": 1}
         student = arm.student()
         assert student.digest == arm.saved.digest and of(opened, run) == {"hash": 1, "load": 1}

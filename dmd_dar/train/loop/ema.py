@@ -21,11 +21,11 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, updates: int) -> None:
         """Move toward `module`, whose optimiser has made `updates` steps."""
-        theirs: list[Tensor] = [*module.parameters()]
-        for decay, mine in self.modules.items():
+        current: list[Tensor] = [*module.parameters()]
+        for decay, average in self.modules.items():
             weight = 1 - min(float(decay), (1 + updates) / (10 + updates))
-            averaged: list[Tensor] = [*mine.parameters()]
-            torch._foreach_lerp_(averaged, theirs, weight)  # pyright: ignore[reportPrivateImportUsage]
+            averaged: list[Tensor] = [*average.parameters()]
+            torch._foreach_lerp_(averaged, current, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         """The weights by decay."""
@@ -45,8 +45,9 @@ class Follower:
 
     @torch.no_grad()
     def follow(self, leader: nn.Module) -> None:
-        theirs = dict(leader.named_parameters())
-        pairs = [(mine, theirs[name]) for name, mine in self.network.named_parameters() if name in theirs]
-        mine: list[Tensor] = [pair[0] for pair in pairs]
-        led: list[Tensor] = [pair[1] for pair in pairs]
-        torch._foreach_lerp_(mine, led, self.share)  # pyright: ignore[reportPrivateImportUsage]
+        """Move after an update of `leader`."""
+        mine, theirs = dict(self.network.named_parameters()), dict(leader.named_parameters())
+        shared = [name for name in mine if name in theirs]
+        following: list[Tensor] = [mine[name] for name in shared]
+        led_by: list[Tensor] = [theirs[name] for name in shared]
+        torch._foreach_lerp_(following, led_by, self.share)  # pyright: ignore[reportPrivateImportUsage]

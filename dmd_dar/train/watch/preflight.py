@@ -45,12 +45,13 @@ class Fit:
     slopes: list[float]  # of x0 on the estimate; 1 where it is calibrated
 
     @property
-    def plain(self) -> bool:
-        """Nothing to look into."""
+    def unsuspicious(self) -> bool:
+        """Whether it is calibrated and better than knowing nothing at every t, so that no other reading is tried."""
         calibrated = all(abs(slope - 1) <= CALIBRATED for slope in self.slopes)
         return calibrated and max(self.to_affine) < 1 and max(self.to_constant) < 1
 
     def beats(self, other: "Fit") -> bool:
+        """Whether its error is far smaller at every t."""
         return all(a <= BETTER * b for a, b in zip(self.to_affine, other.to_affine, strict=True))
 
 
@@ -102,7 +103,7 @@ def check_teacher(teacher: Teacher, data: Source, codec: Codec | None = None, se
         return "preflight left out: the data's classes are not the teacher's prompts"
     eps = Draws(seed, "preflight", 0, sample_range(0, SAMPLES, x0.device)).normal("eps", *shape)
     fit = fit_of(network, meaning, x0, labels, eps)
-    if not fit.plain:
+    if not fit.unsuspicious:
         _refuse(fit, dict(_readings(network, meaning, x0, labels, eps)))
     return f"preflight: the teacher's error is {_listed(fit.to_constant)} of a constant's at t = {_listed(TIMES)}"
 
@@ -140,9 +141,9 @@ def _regression(x: Tensor, target: Tensor) -> tuple[float, float]:
 def _readings(
     network: torch.nn.Module, meaning: Meaning, x0: Tensor, labels: Tensor, eps: Tensor
 ) -> Iterator[tuple[str, Fit]]:
-    """What else the teacher or the data might be, with the remedy."""
+    """What else the teacher's output or the data's scale might be, with the remedy, and how well it fits each."""
     chain = meaning.schedule or flow.Schedule()
-    say = "say so in teacher.prediction or in the file that states it"
+    remedy = "say so in teacher.prediction or in the file that states it"
     others = {
         "a flow on [0, 1], teacher.prediction=flow": MEANINGS["flow"],
         "a flow of reversed time, teacher.prediction=sit": MEANINGS["sit"],
@@ -155,7 +156,7 @@ def _readings(
     }
     for name, other in others.items():
         if other != meaning:
-            yield f"read as {name}, it fits: {say}", fit_of(network, other, x0, labels, eps)
+            yield f"read as {name}, it fits: {remedy}", fit_of(network, other, x0, labels, eps)
     spread = x0.std(correction=0).item()
     for factor in (1 / spread, *SCALES, *(1 / scale for scale in SCALES)):
         fit = fit_of(network, meaning, factor * x0, labels, eps)

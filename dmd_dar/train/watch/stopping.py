@@ -54,7 +54,10 @@ class Stopping:
     by: list[Any] = field(default_factory=list)  # the rule that did, with patience and `after`
 
     def on(self, step: int, measured: dict[str, float], best: tuple[float, int] | None) -> str:
-        """Of the record of a step: why the run has to end now, empty where it goes on."""
+        """Count the health record of a step. Returns why the run has to end now, empty where it goes on.
+
+        best: the least score so far, in dB, and its step; None before the first.
+        """
         if step < self.after:
             return ""
         known = dict(measured)
@@ -76,8 +79,8 @@ class Stopping:
         return {"counts": dict(self.counts), "stopped": self.stopped, "by": list(self.by)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """A stop holds while its rule does; with another patience, or without the rule, the run goes on, counting anew
-        what had stopped it.
+        """Continue from a checkpoint: a run that had ended stays so while the rule that ended it, its patience and
+        `after` are the same; else it goes on and counts that rule anew.
         """
         self.counts, self.stopped, self.by = dict(state["counts"]), state["stopped"], list(state["by"])
         if self.stopped and (self.by[0] not in self.rules or self.by[1:] != [self.patience, self.after]):
