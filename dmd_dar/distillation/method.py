@@ -80,11 +80,7 @@ def build_gan(
     """The game and its fresh heads, which are the same for every student of a seed."""
     network = networks.fake_score if cfg.gan.features == "fake_score" else networks.teacher
     try:
-        depth = len(network.block_readers())
-    except ValueError as error:
-        raise UserError(f"gan.features = {cfg.gan.features}: {error}; set gan.weight=0") from error
-    try:
-        layers = chosen_layers(cfg.gan.layers, depth)
+        layers = chosen_layers(cfg.gan.layers, len(network.block_readers()))
     except ValueError as error:
         raise UserError(f"gan.{error}") from error
     with torch.random.fork_rng(devices=[]):

@@ -44,10 +44,7 @@ class ConditionalNetwork(Protocol):
     def routing(self) -> RoutingConfig: ...
 
     def block_readers(self) -> list[nn.Module]:
-        """For each block what reads its output: the next block's first norm, or the head's.
-
-        Raises ValueError for a transformer that has no such norms.
-        """
+        """For each block what reads its output: the next block's first norm, or the head's."""
         ...
 
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.models.families import PROMPTED, FixedInputs, fixed_inputs, latent_shape
+from dmd_dar.models.families import FAMILIES, family_of, fixed_inputs
+from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import DIFFUSERS, local_safetensors, read_json
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.rungs import HookedRungs, Rung
 from dmd_dar.routing.attach import attach, load_routed
+from dmd_dar.routing.consumers import blocks_of, output_readers
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.history import Observer
 from dmd_dar.routing.hooks import DarBank
 from dmd_dar.routing.layout import RoutingConfig
-
-LABELLED = ("DiTTransformer2DModel",)  # conditioned on class labels and t alone
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Shape:
 
 
 class DiffusersDenoiser(nn.Module):
-    """(x (B, C, S, S), t (B,) in timesteps of the transformer's chain, cond (B,)) -> (B, C or 2 C, S, S).
+    """(x (B, C, H, W), t (B,) in timesteps of the transformer's chain, cond (B,)) -> (B, C or 2 C, H, W).
 
     cond are labels or, for a transformer that reads prompts, rows of the table `prompts`, which its state leaves out.
     `fixed` is the same at every call.
@@ -45,7 +45,7 @@ class DiffusersDenoiser(nn.Module):
     def __init__(self, transformer: Any, prompts: Prompts | None = None, fixed: FixedInputs | None = None):
         super().__init__()
         self.transformer, self.prompts, self.fixed = transformer, prompts, fixed or FixedInputs()
-        self.family = PROMPTED.get(type(transformer).__name__)
+        self.family = family_of(transformer)
         self.rungs: HookedRungs | None = None
         for module in transformer.modules():
             if type(module).__name__ == "LabelEmbedding":
@@ -54,19 +54,19 @@ class DiffusersDenoiser(nn.Module):
     @property
     def config(self) -> Shape:
         given, bank = self.transformer.config, self.dar
-        channels, size = latent_shape(self.transformer, self.fixed)
+        channels, size, _ = self.shape
         return Shape(
             input_size=size,
             in_channels=channels,
             num_classes=given.num_embeds_ada_norm if self.prompts is None else self.prompts.count,
-            learn_sigma=given.out_channels == 2 * given.in_channels,
+            learn_sigma=given.get("out_channels") == 2 * given.in_channels,
             routing=RoutingConfig() if bank is None else bank.config,
         )
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, S, S) of its input."""
-        channels, size = latent_shape(self.transformer, self.fixed)
+        channels, size = self.family.latent_shape(self.transformer.config, self.fixed)
         return channels, size, size
 
     @property
@@ -79,17 +79,8 @@ class DiffusersDenoiser(nn.Module):
         return self.config.routing
 
     def block_readers(self) -> list[nn.Module]:
-        """For each block what reads its output: the next block's first norm, or the head's.
-
-        Raises ValueError for a transformer that has no such norms.
-        """
-        model = self.transformer
-        joint = getattr(model, "single_transformer_blocks", [])  # a FLUX's, of text and image tokens
-        try:
-            first = [block.norm1 for block in list(model.transformer_blocks)[1:]]
-            return [*first, *(block.norm for block in joint), model.norm_out]
-        except AttributeError as error:
-            raise ValueError(f"the blocks of a {type(model).__name__} are not known here: {error}") from error
+        """For each block what reads its output: the next block's first norm, or the head's."""
+        return [self.transformer.get_submodule(path) for path in output_readers(self.transformer)]
 
     @property
     def dar(self) -> DarBank | None:
@@ -102,9 +93,8 @@ class DiffusersDenoiser(nn.Module):
         if self.rungs is not None:
             self.rungs.rung = rung
         with self._observed(observe):
-            if self.family is None or self.prompts is None:
-                return self.transformer(x, timestep=t, class_labels=cond, return_dict=False)[0]
-            return self.family.ask(self.transformer, x, t, self.prompts.rows(cond), self.fixed)
+            rows = {"labels": cond} if self.prompts is None else self.prompts.rows(cond)
+            return self.family.ask(self.transformer, x, t, rows, self.fixed)
 
     @contextlib.contextmanager
     def _observed(self, observe: Observer | None) -> Iterator[None]:
@@ -125,7 +115,7 @@ class DiffusersDenoiser(nn.Module):
         Raises UserError where the transformer has no time embedding of a known name.
         """
         named = [(name.rpartition(".")[2], module) for name, module in self.transformer.named_modules()]
-        embedders = [module for name, module in named if name in ("t_embedder", "timestep_embedder")]
+        embedders = [module for name, module in named if name == self.family.time_embedder]
         self.rungs = HookedRungs(embedders, count, device)
 
     def checkpoint_activations(self) -> None:
@@ -150,8 +140,7 @@ class DiffusersDenoiser(nn.Module):
 
         DiT asks the first block's embedder once more at its end, when that block's weights would be gone again.
         """
-        joint = getattr(self.transformer, "single_transformer_blocks", [])  # a FLUX's, behind the others
-        return [*list(self.transformer.transformer_blocks)[1:], *joint]
+        return [block for _, block in blocks_of(self.transformer)][1:]
 
 
 def routed_copy(
@@ -223,13 +212,12 @@ def _load_plain(folder: Path, prompts: Prompts | None) -> Any:
 
 
 def _check_class(folder: Path, name: str, prompts: Prompts | None) -> None:
-    if name not in (*LABELLED, *PROMPTED):
+    if name not in FAMILIES:
         raise UserError(
             f"{folder} holds a {name}: a teacher is conditioned on class labels or prompts, so it must be one of"
-            f" {', '.join((*LABELLED, *PROMPTED))}, a public SiT or DiT .pt, or a folder that a run of this project"
-            " saved"
+            f" {', '.join(FAMILIES)}, a public SiT or DiT .pt, or a folder that a run of this project saved"
         )
-    if name in PROMPTED and prompts is None:
+    if FAMILIES[name].width and prompts is None:
         raise UserError(
             f"{folder} holds a {name}, which reads prompts: encode some (python -m dmd_dar.encode prompts=FILE ...) and"
             " name their folder, teacher.prompts=FOLDER"
@@ -237,13 +225,13 @@ def _check_class(folder: Path, name: str, prompts: Prompts | None) -> None:
 
 
 def _check_prompts(folder: Path, transformer: Any, prompts: Prompts) -> None:
-    if type(transformer).__name__ in LABELLED:
+    family = family_of(transformer)
+    if not family.width:
         raise UserError(f"{folder} reads class labels: leave prompts out")
-    family = PROMPTED[type(transformer).__name__]
-    width, more = transformer.config[family.width], family.beside
-    if set(prompts.names) != {"embedding", more} or width != prompts.width:
+    width, names = transformer.config[family.width], tuple(filter(None, ("embedding", family.beside)))
+    if {*prompts.names} != {*names} or width != prompts.width or prompts.pipeline not in family.pipelines:
         raise UserError(
-            f"{prompts.folder} holds prompts of another pipeline ({', '.join(prompts.names)}, width {prompts.width})"
-            f" than {folder}, which needs embedding, {more}, width {width}: encode them with its"
-            " own text encoder"
+            f"{prompts.folder} holds prompts of another pipeline ({', '.join(prompts.names)}, width {prompts.width},"
+            f" encoded for {prompts.pipeline}) than {folder}, which needs {', '.join(names)}, width {width}, of"
+            f" {' or '.join(family.pipelines)}: encode them with its own text encoder"
         )

@@ -50,6 +50,7 @@ class Prompts:
         if "embedding" not in layout.tensors or not isinstance(content.get("encoder"), str) or len(self.shards) < 2:
             raise DamagedFileError(f"{Path(folder) / MANIFEST} describes no prompts; make them anew")
         self.encoder: str = content["encoder"]
+        self.pipeline = str(content.get("pipeline", ""))  # class of the pipeline whose text encoders made them
         self.texts_hash, self.count = content.get("prompts"), len(self.shards) - 1
         self.names = tuple(layout.tensors)
         self.width = layout.tensors["embedding"].shape[-1]

@@ -27,7 +27,7 @@ from dmd_dar.flow import Sampler
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_from_dict, meaning_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
-from dmd_dar.models.families import FixedInputs
+from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import files_hash, read_json
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.schedulers import faults_of, scheduler_config

@@ -23,7 +23,7 @@ from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, load_codec, vae_of
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of, velocity_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
-from dmd_dar.models.families import FixedInputs
+from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import files_hash, read_json, resolve
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import CARD, Denoiser, Saved, holds_network, read_card, read_network, transformer_hash
@@ -117,7 +117,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", save
     if (config.prompts or config.prompts_are_classes) and not prompted:
         raise UserError(f"{place} reads class labels: leave prompts out")
     if (config.input_size or config.embedded_guidance) and not isinstance(teacher.network, DiffusersDenoiser):
-        raise UserError(f"{place} is no FLUX: leave input_size and embedded_guidance out")
+        raise UserError(f"{place} is no transformer that leaves them open: leave input_size and embedded_guidance out")
     teacher.network.to(device)
     return replace(teacher, prompts_are_classes=config.prompts_are_classes)
 
@@ -151,8 +151,8 @@ def _transformer(place: Path, config: TeacherConfig) -> Teacher:
     """Of a transformer's folder alone, whose chain is unknown; those that read prompts count flow's t to 1000."""
     network = load_transformer(place, prompts_of(config), _fixed(config))
     prediction = _stated(config, None, place / "config.json")
-    if network.prompts is not None and prediction == "flow":
-        prediction = Meaning("flow", time_scale=1000.0)
+    if prediction == "flow" and network.family.time_scale != 1:
+        prediction = Meaning("flow", time_scale=network.family.time_scale)
     facts = {**_codec(config), "transformer": place if network.prompts is not None else None}
     return Teacher(network, prediction, _digest(place, prediction, network), **facts)
 

@@ -3,8 +3,6 @@
 B prompts, T tokens, D width.
 """
 
-import inspect
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,21 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
+from dmd_dar.models.families import PIPELINES
+from dmd_dar.models.families.form import Prompting
 from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, local_safetensors, read_json, resolve
 
-SANA = "SanaPipeline"
-# The pipelines whose prompts are known, and the most tokens that they read where nothing else is asked for.
-PIPELINES = {
-    "PixArtAlphaPipeline": 120,
-    "PixArtSigmaPipeline": 300,
-    SANA: 300,
-    "StableDiffusion3Pipeline": 256,
-    "FluxPipeline": 512,
-}
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PARTS = ("tokenizer", "tokenizer_2", "tokenizer_3", *ENCODERS)
-CLASSES = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast", "CLIPTextModelWithProjection", "CLIPTextModel")
-CLASSES += ("CLIPTokenizer", "Gemma2Model", "GemmaTokenizer", "GemmaTokenizerFast")
 LOADING = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError)  # what a faulty folder raises
 
 
@@ -39,45 +28,18 @@ class TextEncoder:
 
     pipeline: Any  # diffusers' own, without transformer, VAE and scheduler
     name: str
+    prompting: Prompting
     tokens: int
     digest: str  # SHA-256, hexadecimal, of its files
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: list[str], negatives: int = 0) -> dict[str, Tensor]:
         """embedding (B, T, D) and, as the pipeline has it, mask (B, T) int64 or pooled (B, P); as the pipeline encodes.
 
-        A prompt of too many tokens is cut, and diffusers warns. The empty prompt is what the pipeline guides away from.
+        The last `negatives` prompts, and the empty one, are encoded as what guidance leads away from. A prompt of too
+        many tokens is cut, and diffusers warns.
         """
-        if self.name == SANA:
-            return self._sana(prompts)
-        if self.name == "FluxPipeline":
-            embedding, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.tokens)
-            return {"embedding": embedding, "pooled": pooled}
-        options = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
-        if self.name == "StableDiffusion3Pipeline":
-            embedding, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, **options)
-            return {"embedding": embedding, "pooled": pooled}
-        embedding, mask, _, _ = self.pipeline.encode_prompt(prompts, **options)
-        return {"embedding": embedding, "mask": mask.long()}
-
-    def _sana(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Each prompt behind the pipeline's own instruction to its language model; the empty one stands alone."""
-        options = dict(do_classifier_free_guidance=False, max_sequence_length=self.tokens)
-        parts = []
-        for text, group in itertools.groupby(prompts, bool):
-            instruction = sana_instruction() if text else None
-            embedding, mask, _, _ = self.pipeline.encode_prompt(
-                [*group], complex_human_instruction=instruction, **options
-            )
-            parts.append({"embedding": embedding, "mask": mask.long()})
-        return {name: torch.cat([part[name] for part in parts]) for name in ("embedding", "mask")}
-
-
-def sana_instruction() -> list[str]:
-    """What SanaPipeline puts before a prompt unless it is told otherwise."""
-    import diffusers
-
-    return inspect.signature(getattr(diffusers, SANA).__call__).parameters["complex_human_instruction"].default
+        return self.prompting.encode(self.pipeline, prompts, self.tokens, negatives)
 
 
 def load_text_encoder(
@@ -95,10 +57,12 @@ def load_text_encoder(
     name = str(index.get("_class_name"))
     if name not in PIPELINES:
         raise UserError(f"{folder} holds a {name}: prompts can be encoded for {', '.join(PIPELINES)}")
+    prompting = PIPELINES[name]
     parts = [part for part in PARTS if index.get(part, [None, None]) != [None, None]]
     for part in parts:
-        if index[part][0] != "transformers" or index[part][1] not in CLASSES:
-            raise UserError(f"{folder / 'model_index.json'}: {part} is {index[part]}, none of {', '.join(CLASSES)}")
+        if index[part][0] != "transformers" or index[part][1] not in prompting.parts:
+            known = ", ".join(prompting.parts)
+            raise UserError(f"{folder / 'model_index.json'}: {part} is {index[part]}, none of {known}")
     left_out = [part for part in PARTS if part in index and part not in parts]
     options = dict.fromkeys(("transformer", "vae", "scheduler", *left_out))
     options |= {part: _load_encoder(folder / part, index[part][1], dtype) for part in parts if part in ENCODERS}
@@ -108,12 +72,12 @@ def load_text_encoder(
         raise DamagedFileError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     files = [file for part in parts for file in sorted((folder / part).iterdir()) if file.is_file()]
     pipeline = pipeline.to(device)
-    if name == "StableDiffusion3Pipeline" and "text_encoder_3" not in parts:
+    if prompting.asks_transformer and left_out:
         # zeros take the third one's place; only the transformer's configuration says how wide they are
         shape = read_json(folder / "transformer" / "config.json")
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**shape))
-    more = sana_instruction() if name == SANA else []
-    return TextEncoder(pipeline, name, tokens or PIPELINES[name], files_hash(files, name, *more))
+    digest = files_hash(files, name, *prompting.template(pipeline))
+    return TextEncoder(pipeline, name, prompting, tokens or prompting.tokens, digest)
 
 
 def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:

@@ -165,6 +165,25 @@ def block_plan(model: nn.Module) -> Plan:
     return Plan(tuple(taps), streams, paths, _width(model, SUBLAYERS.get(type(model).__name__)), "block")
 
 
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, block) of all blocks of a model of SUBLAYERS, in the order in which they run."""
+    form = SUBLAYERS[type(model).__name__]
+    lists = filter(None, (form.blocks, form.joint.partition(" ")[0]))
+    return [named for path in lists for named in _blocks(model, path).items()]
+
+
+def output_readers(model: nn.Module) -> list[str]:
+    """For each block of `blocks_of` the path of what reads its output first: the next block's consumer, or the head.
+
+    In front of the seam these read image tokens, behind it text tokens and image tokens, at the head image tokens.
+    """
+    form = SUBLAYERS[type(model).__name__]
+    joint = form.joint.partition(" ")
+    first = {form.blocks: form.image.split()[0], joint[0]: joint[2]}
+    readers = [f"{path}.{first[path.rpartition('.')[0]]}" for path, _ in blocks_of(model)]
+    return [*readers[1:], _heads(model, form.head)[0]]
+
+
 def wrapped(model: nn.Module) -> str | None:
     """Path of the transformer that `model` is no more than a wrapper of, such as DDP, None where it is none."""
     path, inner = "", model

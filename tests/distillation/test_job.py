@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from dmd_dar import config, sample
 from dmd_dar.data.config import DataConfig
@@ -21,9 +20,8 @@ from dmd_dar.distillation.networks import networks_of
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.methods.solvers import Solver
-from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
 from dmd_dar.models.saved import ModelCard, load_network, network_hash, save_network
-from dmd_dar.models.sit import SiT, with_routing
+from dmd_dar.models.sit import with_routing
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
@@ -271,13 +269,6 @@ def test_images_are_opened_once_and_not_for_a_run_without_them(teacher, tmp_path
         more = ["regression.weight=0"] + ["gan.weight=0.1", "preflight=true"] * count
         distill.main(arguments(teacher, tmp_path / out, *more))
         assert len(opened) == count
-
-
-def test_blocks_that_are_not_known_are_no_fault_of_the_layers(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(SiT, "block_readers", DiffusersDenoiser(nn.Linear(1, 1)).block_readers)
-    with pytest.raises(SystemExit):
-        distill.main(arguments(teacher, tmp_path / "run", "gan.weight=0.1", "regression.weight=0"))
-    assert "gan.features = fake_score: the blocks of a Linear are not known here" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_classes_is_distilled_and_sampled(tmp_path):

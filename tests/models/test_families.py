@@ -22,7 +22,7 @@ from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.discriminator import features_of, width_of
-from dmd_dar.models.families import packed, unpacked
+from dmd_dar.models.families.form import packed, unpacked
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from dmd_dar.plan import plan_of
 from dmd_dar.routing.layout import RoutingConfig
@@ -61,7 +61,7 @@ def calls_of(folder: Path, name: str, text: str) -> list[tuple[Tensor, Tensor, T
 
     def keep(module, args, given, answer):
         x = args[0] if args else given["hidden_states"]
-        both = (unpacked(value, 4) if name == "flux" else value for value in (x, answer[0]))
+        both = (unpacked(value, 4, 4) if name == "flux" else value for value in (x, answer[0]))
         calls.append(tuple(value.clone() for value in both))
 
     pipe.transformer.register_forward_hook(keep, with_kwargs=True)
@@ -92,7 +92,7 @@ def test_packing_is_diffusers_own():
 
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(packed(x), FluxPipeline._pack_latents(x, 2, 3, 8, 8))
-    assert torch.equal(unpacked(packed(x), 4), x)
+    assert torch.equal(unpacked(packed(x), 4, 4), x)
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def test_what_a_family_does_not_take_is_said_with_the_remedy(root, tmp_path):
         load(root / "sana", embedded_guidance=1.0)
     with pytest.raises(UserError, match="leave input_size out"):
         load(root / "sana", input_size=16)
-    with pytest.raises(UserError, match="is no FLUX: leave input_size"):
+    with pytest.raises(UserError, match="that leaves them open: leave input_size"):
         load_teacher(TeacherConfig(str(ROOT / "teachers" / "photos32"), input_size=16))
     tiny_sana(tmp_path / "sprint", guidance_embeds=True)
     shutil.copytree(root / "sana_prompts", tmp_path / "sprint_prompts")

@@ -20,7 +20,7 @@ from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.flow import Schedule
 from dmd_dar.methods import generate
 from dmd_dar.models.adapters import write_adapter
-from dmd_dar.models.families import packed, unpacked
+from dmd_dar.models.families.form import packed, unpacked
 from dmd_dar.models.saved import ModelCard, network_hash, save_network
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, merged
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher, origin_of
@@ -152,7 +152,7 @@ class Replayed:
 
     def normal(self, name: str, *shape: int) -> Tensor:
         if self.name == "flux":
-            return unpacked(torch.randn(1, 16, 16, generator=self.generator), 4)
+            return unpacked(torch.randn(1, 16, 16, generator=self.generator), 4, 4)
         return torch.randn(1, *shape, generator=self.generator)
 
 
