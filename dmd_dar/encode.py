@@ -50,6 +50,9 @@ class EncodeConfig:
     )
     pipeline: str = key("", "whose text encoder reads the prompts: a diffusers pipeline's folder or a hub id")
     pipeline_revision: str = key("", "as codec_revision, of the pipeline")
+    negative: str | None = key(
+        None, "prompt that guidance leads away from; none named: the pipeline's own, empty or, of Qwen-Image, a blank"
+    )
     tokens: int = key(0, "length of a prompt; 0: the pipeline's own", unit="tokens", least=0)
     dtype: Literal["float32", "bfloat16"] = key("float32", "of the text encoder and of what is stored")
     shard_size: int = key(0, f"samples in a file; 0: {IMAGES_PER_SHARD} images or {PROMPTS_PER_SHARD} prompts", least=0)
@@ -68,6 +71,8 @@ class EncodeConfig:
             return
         if not self.codec or self.pipeline:
             raise ValueError("codec is needed for images, codec=FOLDER or a hub id, and pipeline for prompts only")
+        if self.negative is not None:
+            raise ValueError("negative is a prompt, and images have none: leave it out")
         if self.data.name == "latents":
             raise ValueError("data.name latents are encoded already: name images")
         if self.n == 0 and self.data.name != "folder":
@@ -115,16 +120,17 @@ def latents_maker(cfg: EncodeConfig, images: MiddleCrops | RandomCrops, codec: C
 
 
 def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
-    """The prompts of `cfg.prompts`, and the empty one last."""
+    """The prompts of `cfg.prompts`, and last what guidance leads away from."""
     texts = read_prompts(cfg.prompts)
     encoder = load_text_encoder(cfg.pipeline, cfg.pipeline_revision, cfg.tokens, getattr(torch, cfg.dtype), device)
-    row = {name: value[0] for name, value in encoder.encode([""]).items()}
+    negative = encoder.prompting.negative if cfg.negative is None else cfg.negative
+    row = {name: value[0] for name, value in encoder.encode([negative], negatives=1).items()}
     content = {"prompts": prompts.texts_hash(texts), "pipeline": encoder.name, "encoder": encoder.digest}
-    content |= {"tokens": encoder.tokens, "dtype": cfg.dtype}
+    content |= {"tokens": encoder.tokens, "dtype": cfg.dtype} | ({"negative": negative} if negative else {})
     layout = prompts.layout_of(content, len(texts), row, cfg.shard_size or PROMPTS_PER_SHARD)
 
     def make(first: int, stop: int) -> dict[str, Tensor]:
-        encoded = encoder.encode([*texts, ""][first:stop])
+        encoded = encoder.encode([*texts, negative][first:stop], negatives=int(stop > len(texts)))
         made = {name: encoded[name] for name in row}
         if not all(value.isfinite().all() for value in made.values()):
             raise DivergedError(f"pipeline = {cfg.pipeline}: its prompts {first} to {stop - 1} are not all finite")
@@ -137,7 +143,8 @@ def wanted_by(cfg: EncodeConfig) -> dict[str, Any]:
     """What of the folder's layout needs no look at codec, text encoder, images or prompts."""
     if cfg.prompts:
         wanted = {"kind": prompts.KIND, "dtype": cfg.dtype, "shard_size": cfg.shard_size or PROMPTS_PER_SHARD}
-        return wanted | ({"tokens": cfg.tokens} if cfg.tokens else {})
+        wanted |= {"tokens": cfg.tokens} if cfg.tokens else {}
+        return wanted | ({"negative": cfg.negative} if cfg.negative else {})
     wanted = {"kind": latents.KIND, "held_out": cfg.held_out, "shard_size": cfg.shard_size or IMAGES_PER_SHARD}
     if cfg.n:
         return {**wanted, "n": cfg.n, **RandomCrops.wanted_by(cfg.data, cfg.seed)}

@@ -4,7 +4,7 @@ The same command continues what was stopped, and several of them share the work 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,13 @@ from dmd_dar.data.kept import Kept
 from dmd_dar.data.shards import Form, Layout, Shards, differences
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import DivergedError, UserError
-from dmd_dar.guidance import Velocity
+from dmd_dar.guidance import GuidanceConfig, Velocity
 from dmd_dar.keys import key
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
-from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
+from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher, rule_of
 from dmd_dar.train.processes.filling import Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
@@ -59,6 +59,7 @@ class PairsConfig(Solver):
     seed: int = key(0, "of the noise; pair i depends on seed and i alone", least=0)
     rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
+    guidance: GuidanceConfig = key(factory=GuidanceConfig)
     shard_size: int = key(64, "pairs in a file, which is written whole or not at all", least=1)
     batch_size: int = key(BATCH, "pairs at a time; changes none of them beyond rounding", least=1)
     workers: int = key(0, "processes of this machine; 0: one for each GPU, one without", least=0)
@@ -84,6 +85,12 @@ class Recipe:
     count: int
     num_classes: int
     shape: tuple[int, ...]
+    guidance: dict[str, Any] = field(default_factory=dict)  # guidance.Rule.facts()
+
+    def decides(self) -> dict[str, Any]:
+        """All of it for a hash, which names no plain guidance: the only one before there were others."""
+        values = asdict(self)
+        return values if self.guidance else {name: values[name] for name in values if name != "guidance"}
 
 
 def make_trajectories(
@@ -109,7 +116,7 @@ def make_trajectories(
 
 def trajectories(recipe: Recipe, teacher: Velocity, cache: str, device: torch.device) -> Trajectories:
     """Those of `recipe`, from the cache if they are there, else made and kept."""
-    kept = Kept(Path(cache), asdict(recipe))  # of any version of this code: a run is continued with the same ones
+    kept = Kept(Path(cache), recipe.decides())  # of any version of this code: a run is continued with the same ones
     if found := kept.find():
         return Trajectories(**{name: found[name].to(device) for name in TENSORS})
     made = make_trajectories(recipe, teacher, device)
@@ -143,7 +150,7 @@ def how_solved(solver: Solver) -> dict[str, Any]:
 
 def layout_of(recipe: Recipe, shard_size: int) -> Layout:
     """What a folder of the recipe's trajectories holds, float32."""
-    decides = asdict(recipe) | how_solved(recipe.solver)
+    decides = recipe.decides() | how_solved(recipe.solver)
     count = decides.pop("count")
     states, ends = Form("F32", (len(recipe.rungs), *recipe.shape)), Form("F32", recipe.shape)
     tensors = {"states": states, "ends": ends, "cond": Form("I64", ())}
@@ -197,8 +204,9 @@ def recipe_and_teacher(cfg: PairsConfig, device: torch.device) -> tuple[Recipe, 
         count=cfg.n,
         num_classes=form.num_classes,
         shape=(form.in_channels, form.input_size, form.input_size),
+        guidance=rule_of(teacher.network, cfg.guidance_scale, cfg.guidance).facts(),
     )
-    return recipe, guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
+    return recipe, guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale, cfg.guidance)
 
 
 def batch_maker(cfg: PairsConfig, recipe: Recipe, teacher: Velocity, device: torch.device) -> Make:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from dmd_dar import flow
 from dmd_dar.data.config import DataConfig
+from dmd_dar.guidance import GuidanceConfig
 from dmd_dar.keys import key
 from dmd_dar.losses import LossWeight
 from dmd_dar.models.discriminator import Pool
@@ -120,6 +121,7 @@ class DistillConfig:
     batch_size: int = key(32, "samples per optimiser step, over all processes", least=1)
     rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
+    guidance: GuidanceConfig = key(factory=GuidanceConfig)
     sampler: flow.Sampler = key("stochastic", "between calls, in training and sampling: re-noise, or follow the ODE")
     student_input: Literal["simulate", "data"] = key(
         "simulate", "in training: its own rollout from noise to the rung, or noised data"

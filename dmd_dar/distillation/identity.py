@@ -11,7 +11,7 @@ from dmd_dar.errors import UserError
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.models.teachers import Teacher, open_teacher, origin_of
+from dmd_dar.models.teachers import Teacher, open_teacher, origin_of, rule_of
 from dmd_dar.pairs import Recipe, StoredTrajectories
 
 
@@ -57,6 +57,7 @@ def recipe_of(cfg: DistillConfig, teacher: Teacher) -> Recipe:
         count=cfg.regression.count,
         num_classes=teacher.network.num_conditions,
         shape=teacher.network.shape,
+        guidance=rule_of(teacher.network, cfg.guidance_scale, cfg.guidance).facts(),
     )
 
 
@@ -76,5 +77,7 @@ def identity_of(cfg: DistillConfig, inputs: Inputs, method: DMD) -> dict[str, st
 def card_of(cfg: DistillConfig, inputs: Inputs, identity: dict[str, str]) -> ModelCard:
     """The card of the students: how to use them, and where they come from."""
     teacher = inputs.teacher
-    origin = {**identity, "guidance_scale": cfg.guidance_scale, **origin_of(teacher, inputs.codec)}
+    rule = rule_of(teacher.network, cfg.guidance_scale, cfg.guidance).facts()
+    origin = {**identity, "guidance_scale": cfg.guidance_scale, **({"guidance": rule} if rule else {})}
+    origin |= origin_of(teacher, inputs.codec)
     return ModelCard(teacher.prediction, cfg.rungs, teacher.label_names, origin, cfg.sampler)

@@ -20,7 +20,7 @@ from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import Generator, decoded, few_step_generator, ode_generator
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.teachers import guided_velocity
+from dmd_dar.models.teachers import guided_velocity, rule_of
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.ema import Ema, Follower
@@ -152,7 +152,8 @@ def train(
 def build_health(assembled: Assembled, student: Generator) -> Health:
     """The averaged student's samples are held against the guided teacher's, by its ODE."""
     cfg, method, codec = assembled.cfg, assembled.method, assembled.inputs.codec
-    guided = guided_velocity(assembled.networks.teacher, assembled.inputs.teacher.prediction, cfg.guidance_scale)
+    teacher = assembled.networks.teacher
+    guided = guided_velocity(teacher, assembled.inputs.teacher.prediction, cfg.guidance_scale, cfg.guidance)
     return Health(
         every=cfg.log.health_every,
         panel=Panel(cfg.log.health_samples, cfg.seed, method.shape, method.num_classes, codec and codec.decode),
@@ -181,6 +182,8 @@ def kept_reference(assembled: Assembled) -> Kept:
         "precision": runtime.precision,
         "frozen_dtype": cfg.frozen_dtype,
     }
+    rule = rule_of(inputs.teacher.network, cfg.guidance_scale, cfg.guidance).facts()
+    facts |= {"rule": rule} if rule else {}
     return Kept.of(cfg.regression.cache, runtime.device, facts)
 
 

@@ -30,7 +30,7 @@ def build_method(
 ) -> DMD:
     """The method over the three networks' velocities; `calls` remembers their last calls, for where one fails."""
     calls, prediction, recipe = calls or Calls(), inputs.teacher.prediction, recipe_of(cfg, inputs.teacher)
-    guided = guided_velocity(networks.teacher, prediction, cfg.guidance_scale)
+    guided = guided_velocity(networks.teacher, prediction, cfg.guidance_scale, cfg.guidance)
     real = real_batches(cfg, recipe, inputs.data or open_data(cfg.data, runtime.device)) if cfg.needs_data else None
     guidance = gan = None
     if cfg.matching.dm_form == "decoupled":

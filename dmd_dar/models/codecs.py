@@ -2,25 +2,39 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, local_safetensors, read_json, resolve
 
-CLASSES = ("AutoencoderKL", "AutoencoderDC")
 CHUNK = 8  # images at a time through the VAE, whose activations are large; 32 of 128 pixels at a time were slower
 ADVICE = ("sample_size", "force_upcast")  # in a VAE's config, but without effect on what it computes here
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one class of VAEs is asked; raw latents are (B, C, h, w)."""
+
+    channels: Callable[[Any], int]
+    factor: Callable[[Any], int]  # pixels for each latent cell, along one side
+    encode: Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # (vae, images) -> mean and std of the raw latents
+    decode: Callable[[Any, Tensor], Tensor]  # (vae, raw latents) -> images
+    scale: Callable[[Any], tuple[Tensor, Tensor]]  # (vae) -> scale and shift, each (1,) or (C,)
 
 
 class Codec(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] <-> the latents (B, C, h, w) that denoisers see: scale (raw - shift).
 
     Raw latents are the VAE's own. Scale and shift are its config's: scaling_factor and shift_factor, or per channel
-    latents_mean and scaling_factor / latents_std. All in float32, outside autocast; frozen, but differentiable.
+    latents_mean and scaling_factor / latents_std; of FLUX.2, whose latents are patches of 2 x 2 raw cells, they are the
+    batch norm's. All in float32, outside autocast; frozen, but differentiable.
     """
 
     scale: Tensor
@@ -29,20 +43,20 @@ class Codec(nn.Module):
     def __init__(self, vae: Any):
         super().__init__()
         self.vae = vae.float().eval().requires_grad_(False)
-        scale, shift = scale_and_shift(vae.config)
+        self.form = FORMS[type(vae).__name__]
+        scale, shift = self.form.scale(vae)
         self.register_buffer("scale", scale.reshape(-1, 1, 1))
         self.register_buffer("shift", shift.reshape(-1, 1, 1))
 
     @property
     def channels(self) -> int:
         """C of the latents."""
-        return self.vae.config.latent_channels
+        return self.form.channels(self.vae)
 
     @property
     def factor(self) -> int:
         """Pixels for each latent cell, along one side."""
-        levels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
-        return 2 ** (len(levels) - 1)
+        return self.form.factor(self.vae)
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that decides its values: weights, scale, shift and form, but no file's name."""
@@ -58,18 +72,15 @@ class Codec(nn.Module):
         The std of an AutoencoderDC, whose latents are no distribution, is 0.
         """
         with torch.autocast(images.device.type, enabled=False):
-            parts = [self.vae.encode(part.float()) for part in images.split(CHUNK)]
-        if hasattr(parts[0], "latent"):
-            mean = torch.cat([part.latent for part in parts])
-            return (mean - self.shift) * self.scale, torch.zeros_like(mean)
-        mean, std = (torch.cat([getattr(part.latent_dist, name) for part in parts]) for name in ("mean", "std"))
+            parts = [self.form.encode(self.vae, part.float()) for part in images.split(CHUNK)]
+        mean, std = (torch.cat(moment) for moment in zip(*parts, strict=True))
         return (mean - self.shift) * self.scale, std * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], not clamped."""
         with torch.autocast(latents.device.type, enabled=False):
             raw = latents.float() / self.scale + self.shift
-            return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in raw.split(CHUNK)])
+            return torch.cat([self.form.decode(self.vae, part) for part in raw.split(CHUNK)])
 
 
 def sample_latents(mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
@@ -90,8 +101,68 @@ def scale_and_shift(config: Any) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
+def _levels(vae: Any) -> int:
+    return 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
+
+
+def _encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    made = vae.encode(images)
+    if hasattr(made, "latent"):
+        return made.latent, torch.zeros_like(made.latent)
+    return made.latent_dist.mean, made.latent_dist.std
+
+
+def _decode(vae: Any, raw: Tensor) -> Tensor:
+    return vae.decode(raw, return_dict=False)[0]
+
+
+def _encode_frame(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a VAE of films, an image being one frame."""
+    mean, std = _encode(vae, images[:, :, None])
+    return mean[:, :, 0], std[:, :, 0]
+
+
+def _decode_frame(vae: Any, raw: Tensor) -> Tensor:
+    """Past the VAE's own decode, which clamps, so that a loss on images would have no gradient beyond [-1, 1]."""
+    return vae.decoder(vae.post_quant_conv(raw[:, :, None]))[:, :, 0]
+
+
+def _channel_scale(vae: Any) -> tuple[Tensor, Tensor]:
+    return 1 / torch.tensor(vae.config.latents_std), torch.tensor(vae.config.latents_mean)
+
+
+def _encode_patches(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = _encode(vae, images)
+    return pixel_unshuffle(mean, 2), pixel_unshuffle(std, 2)
+
+
+def _batch_norm(vae: Any) -> tuple[Tensor, Tensor]:
+    return (vae.bn.running_var + vae.config.batch_norm_eps).rsqrt(), vae.bn.running_mean.clone()
+
+
+PLAIN = Form(lambda vae: vae.config.latent_channels, _levels, _encode, _decode, lambda vae: scale_and_shift(vae.config))
+FORMS = {
+    "AutoencoderKL": PLAIN,
+    "AutoencoderDC": PLAIN,
+    "AutoencoderKLQwenImage": Form(
+        lambda vae: vae.config.z_dim,
+        lambda vae: vae.spatial_compression_ratio,
+        _encode_frame,
+        _decode_frame,
+        _channel_scale,
+    ),
+    "AutoencoderKLFlux2": Form(
+        lambda vae: 4 * vae.config.latent_channels,
+        lambda vae: 2 * _levels(vae),
+        _encode_patches,
+        lambda vae, raw: _decode(vae, pixel_shuffle(raw, 2)),
+        _batch_norm,
+    ),
+}
+
+
 def load_codec(path: str, revision: str = "") -> Codec:
-    """The AutoencoderKL or AutoencoderDC of a folder, of a pipeline folder's vae/, or of a hub id that is either.
+    """The VAE, of a class of FORMS, of a folder, of a pipeline folder's vae/, or of a hub id that is either.
 
     Raises MissingWeightsError or DamagedFileError naming what is missing or does not fit, UserError for another class.
     """
@@ -102,14 +173,14 @@ def load_codec(path: str, revision: str = "") -> Codec:
         folder = folder / "vae"
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(
-            f"{folder} holds no {' or '.join(CLASSES)} in safetensors: name the folder of one, or a hub id"
+            f"{folder} holds no {' or '.join(FORMS)} in safetensors: name the folder of one, or a hub id"
         )
     name = read_json(folder / "config.json").get("_class_name")
-    if name not in (None, *CLASSES):
-        raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(CLASSES)}")
+    if name not in (None, *FORMS):
+        raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(FORMS)}")
     options = local_safetensors(folder, DIFFUSERS)
     try:
-        vae, info = getattr(diffusers, name or CLASSES[0]).from_pretrained(
+        vae, info = getattr(diffusers, name or "AutoencoderKL").from_pretrained(
             folder, low_cpu_mem_usage=False, output_loading_info=True, **options
         )
         faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
@@ -117,7 +188,7 @@ def load_codec(path: str, revision: str = "") -> Codec:
             raise ValueError(f"the weights do not fit config.json: {faults}")
         return Codec(vae)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise DamagedFileError(f"{folder} is no {name or CLASSES[0]} that can be used: {error}") from error
+        raise DamagedFileError(f"{folder} is no {name or 'AutoencoderKL'} that can be used: {error}") from error
 
 
 def vae_of(folder: Path) -> str:

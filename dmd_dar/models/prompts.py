@@ -1,6 +1,7 @@
 """Encoded prompts as conditions: a frozen table, looked up by the index that stands for a prompt everywhere else.
 
-Row i is prompt i, the last row the empty prompt, which is the unconditional one. N prompts, T tokens, D width.
+Row i is prompt i, the last row what guidance leads away from, the empty prompt or a negative one; it is the
+unconditional one. N prompts, T tokens, D width.
 """
 
 import contextlib

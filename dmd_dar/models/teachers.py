@@ -18,7 +18,7 @@ from torch import Tensor
 from dmd_dar.data.config import DataConfig
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import Sampler
-from dmd_dar.guidance import Velocity, guided
+from dmd_dar.guidance import Form, GuidanceConfig, Rule, Velocity, guided
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, load_codec, vae_of
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of, velocity_of
@@ -84,15 +84,47 @@ class Teacher:
         return transformer_hash(self.transformer, self.prediction, prompts, self.network.fixed)  # type: ignore[union-attr]
 
 
-def guided_velocity(network: Denoiser, prediction: Prediction | Meaning, guidance_scale: float) -> Velocity:
-    """A teacher's guided velocity. Raises UserError for guidance of a network of one class: it is unconditional."""
-    classes = network.num_conditions
-    if guidance_scale != 1 and classes == 1 and network.prompts is None:
+def guided_velocity(
+    network: Denoiser,
+    prediction: Prediction | Meaning,
+    guidance_scale: float,
+    guidance: GuidanceConfig | None = None,
+) -> Velocity:
+    """A teacher's guided velocity. Raises what `rule_of` does."""
+    rule = rule_of(network, guidance_scale, guidance)
+    return guided(velocity_of(network, prediction), guidance_scale, network.num_conditions, rule)
+
+
+def rule_of(network: Denoiser, guidance_scale: float, guidance: GuidanceConfig | None = None) -> Rule:
+    """How the network is guided; None as its own pipeline guides it.
+
+    Raises UserError for guidance of a network of one class, which is unconditional, and for a form that it cannot have.
+    """
+    if guidance_scale != 1 and network.num_conditions == 1 and network.prompts is None:
         raise UserError(
             f"guidance_scale = {guidance_scale:g}: the teacher knows one class, so there is nothing to guide towards;"
             " set guidance_scale=1"
         )
-    return guided(velocity_of(network, prediction), guidance_scale, classes)
+    guidance, (own, cells, told) = guidance or GuidanceConfig(), _own_guidance(network)
+    if guidance.form == "embedded" and not told:
+        raise UserError("guidance.form = embedded: the teacher takes no guidance as an input; set guidance.form=auto")
+    if guidance.form == "embedded" and guidance_scale != 1:
+        raise UserError(
+            f"guidance_scale = {guidance_scale:g}: guidance.form embedded takes teacher.embedded_guidance;"
+            " set guidance_scale=1, or guidance.form=plain for guidance on top"
+        )
+    if guidance_scale == 1:
+        return Rule()
+    form = own if guidance.form == "auto" else guidance.form
+    return Rule("rescaled", cells, guidance.interval) if form == "rescaled" else Rule(interval=guidance.interval)
+
+
+def _own_guidance(network: Denoiser) -> tuple[Form, int, bool]:
+    """The form of its own pipeline, latent cells on a side of its tokens, whether a strength is one of its inputs."""
+    if isinstance(network, SiT):
+        return "plain", network.config.patch, False
+    family, fixed = network.family, network.fixed
+    return family.guidance, family.cells(network.transformer.config), fixed.embedded_guidance > 0
 
 
 def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", saved: Saved | None = None) -> Teacher:
@@ -143,8 +175,21 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
     prediction = _stated(config, meaning, file)
     folder, names = place / "transformer", {"codec": vae_of(place)}
     network = load_transformer(folder, prompts_of(config), _fixed(config))
+    _check_encoder(place, network)
     facts = {**_codec(config, names), "transformer": folder if network.prompts is not None else None}
     return Teacher(network, prediction, _digest(folder, prediction, network), _label_names(place, network), **facts)
+
+
+def _check_encoder(place: Path, network: DiffusersDenoiser) -> None:
+    """Raises UserError where the prompts were encoded for a pipeline of the family with other text encoders."""
+    file, known = place / "model_index.json", network.family.pipelines
+    own = str(read_json(file).get("_class_name")) if file.is_file() else ""
+    if network.prompts is None or own not in known or known[own].parts == known[network.prompts.pipeline].parts:
+        return
+    raise UserError(
+        f"{network.prompts.folder} holds prompts encoded for {network.prompts.pipeline}, and {place} is a {own}, whose"
+        " text encoder is another: encode them with its own"
+    )
 
 
 def _transformer(place: Path, config: TeacherConfig) -> Teacher:

@@ -43,6 +43,13 @@ SUBLAYERS = {
         text="norm1_context norm2_context",
         joint="single_transformer_blocks norm",
     ),
+    "Flux2Transformer2DModel": Form(
+        "Flux2TransformerBlock",
+        "transformer_blocks",
+        "norm1 norm2",
+        text="norm1_context norm2_context",
+        joint="single_transformer_blocks norm",
+    ),
     "QwenImageTransformer2DModel": Form(
         "QwenImageTransformerBlock", "transformer_blocks", "img_norm1 img_norm2", text="txt_norm1 txt_norm2"
     ),

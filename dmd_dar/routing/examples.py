@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmd_dar.routing.offload import runs_on
 
@@ -93,6 +93,18 @@ def _flux(config: Any, randn: Randn) -> dict[str, Any]:
     }
 
 
+def _flux2(config: Any, randn: Randn) -> dict[str, Any]:
+    image, text = _grid(SIDE, SIDE, randn(1)), torch.arange(T).to(randn(1))[:, None]
+    return {
+        "hidden_states": randn(B, SIDE * SIDE, config["in_channels"]),
+        "encoder_hidden_states": randn(B, T, config["joint_attention_dim"]),
+        "timestep": _t(randn),
+        "img_ids": nn.functional.pad(image, (0, 1)),
+        "txt_ids": nn.functional.pad(text, (3, 0)),
+        "guidance": _t(randn) if config["guidance_embeds"] else None,
+    }
+
+
 def _qwen(config: Any, randn: Randn) -> dict[str, Any]:
     more = torch.zeros(B * (1 + config["zero_cond_t"]), dtype=torch.long, device=randn(1).device)
     return {
@@ -148,6 +160,7 @@ INPUTS: dict[str, Callable[[Any, Randn], dict[str, Any]]] = {
     "SanaTransformer2DModel": _sana,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux2,
     "QwenImageTransformer2DModel": _qwen,
     "ZImageTransformer2DModel": _z_image,
     "Lumina2Transformer2DModel": _lumina2,

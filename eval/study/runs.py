@@ -12,7 +12,7 @@ import torch
 from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
-from dmd_dar.guidance import Velocity
+from dmd_dar.guidance import GuidanceConfig, Velocity
 from dmd_dar.methods.generate import few_step_generator, ode_generator
 from dmd_dar.methods.rollout import Sampler
 from dmd_dar.methods.solvers import Solver
@@ -149,6 +149,7 @@ class GuidedTeacher:
     guidance_scale: float
     loaded: teachers.Teacher
     codec: Codec | None = None
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -167,13 +168,13 @@ class GuidedTeacher:
         teacher, codec = open_teacher(run.cfg.teacher, run.cfg.data, device)
         require_teacher([run], teacher.digest)
         scale = run.cfg.guidance_scale if guidance_scale is None else guidance_scale
-        velocity = teachers.guided_velocity(teacher.network, teacher.prediction, scale)
-        return GuidedTeacher(teacher.network, velocity, teacher.digest, scale, teacher, codec)
+        velocity = teachers.guided_velocity(teacher.network, teacher.prediction, scale, run.cfg.guidance)
+        return GuidedTeacher(teacher.network, velocity, teacher.digest, scale, teacher, codec, run.cfg.guidance)
 
     def sample_set(self, bench: Bench, solver: Solver) -> ImageSet:
         """The reference."""
         generator = ode_generator(self.velocity, solver)
-        identity = {"teacher": self.weights, "guidance": self.guidance_scale, "solver": asdict(solver)}
+        identity = {"teacher": self.weights, **self._guided(self.guidance_scale), "solver": asdict(solver)}
         made = bench.cached(identity, generator, "teacher")
         facts = SetFacts(network=NetworkFacts.of(self.network, solver.evaluations, self.weights))
         return made.as_set("teacher", "teacher", True, facts=facts, generator=generator)
@@ -198,10 +199,16 @@ class GuidedTeacher:
                 sets.append(self._undistilled(bench, few, SAMPLERS[sampler or "Euler"], name, facts))
         return sets
 
+    def _guided(self, guidance_scale: float) -> dict[str, Any]:
+        """What decides the guidance, for a hash that names no plain rule."""
+        rule = teachers.rule_of(self.network, guidance_scale, self.guidance).facts()
+        return {"guidance": guidance_scale, **({"rule": rule} if rule else {})}
+
     def _undistilled(self, bench: Bench, few: FewSteps, sampler: Sampler, name: str, facts: SetFacts) -> ImageSet:
-        velocity = teachers.guided_velocity(self.network, self.loaded.prediction, few.guidance_scale)
+        velocity = teachers.guided_velocity(self.network, self.loaded.prediction, few.guidance_scale, self.guidance)
         generator = few_step_generator(velocity, few.rungs, sampler)
-        identity = {"teacher": self.weights, "guidance": few.guidance_scale, "rungs": few.rungs, "sampler": sampler}
+        guided = self._guided(few.guidance_scale)
+        identity = {"teacher": self.weights, **guided, "rungs": few.rungs, "sampler": sampler}
         made = bench.cached(identity, generator, name)
         return made.as_set(name, "undistilled", True, facts=facts, generator=generator)
 

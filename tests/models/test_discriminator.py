@@ -81,8 +81,3 @@ def test_layers_are_checked_and_thirds_by_default():
     for wrong in ((0,), (13,), (2, 1), (2, 2)):
         with pytest.raises(ValueError, match="layers must rise within 1 to 12"):
             chosen_layers(wrong, 12)
-
-
-def test_a_network_of_unknown_blocks_is_refused():
-    with pytest.raises(ValueError, match="Linear are not known"):
-        DiffusersDenoiser(torch.nn.Linear(1, 1)).block_readers()

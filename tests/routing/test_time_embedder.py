@@ -14,7 +14,6 @@ FLUX2 = dict(
 )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:the sublayers of")
 @pytest.mark.parametrize("guidance", [True, False])
 def test_flux_2_is_routed_by_its_timestep(guidance):
     torch.manual_seed(0)
@@ -29,7 +28,7 @@ def test_flux_2_is_routed_by_its_timestep(guidance):
     model.time_guidance_embed.timestep_embedder.register_forward_hook(lambda module, args, e: embedded.append(e))
     found = gradients(model, {key: None if value is None else value[:1] for key, value in inputs.items()})
     assert embedded[0].shape == (1, 16)
-    for stream in ("transformer_blocks", "single_transformer_blocks"):  # q = query + gate * e(t), for one sample
+    for stream in ("image", "text", "joint"):  # q = query + gate * e(t), for one sample
         query, gate = (found[f"dar.streams.{stream}.{name}"] for name in ("query", "gate"))
         assert gate.any() and torch.allclose(gate, query * embedded[0].detach(), rtol=1e-4, atol=1e-7)
 

@@ -30,6 +30,10 @@ CONFIGS = {
         in_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=6, pooled_projection_dim=7, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
     ),
+    "Flux2Transformer2DModel": dict(
+        in_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=6, axes_dims_rope=(2, 2, 2, 2),
+    ),
     "QwenImageTransformer2DModel": dict(
         in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=6, axes_dims_rope=(2, 2, 4),

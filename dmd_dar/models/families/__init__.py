@@ -6,12 +6,16 @@ from typing import Any
 from dmd_dar.errors import UserError
 from dmd_dar.models.families.dit import DIT
 from dmd_dar.models.families.flux import FLUX
+from dmd_dar.models.families.flux2 import FLUX2
 from dmd_dar.models.families.form import Family, FixedInputs, Prompting
 from dmd_dar.models.families.pixart import PIXART
+from dmd_dar.models.families.qwen_image import QWEN_IMAGE
 from dmd_dar.models.families.sana import SANA
 from dmd_dar.models.families.sd3 import SD3
+from dmd_dar.models.families.z_image import Z_IMAGE
 
-FAMILIES: dict[str, Family] = {family.transformer: family for family in (DIT, PIXART, SANA, SD3, FLUX)}
+ALL = (DIT, PIXART, SANA, SD3, FLUX, QWEN_IMAGE, Z_IMAGE, FLUX2)
+FAMILIES: dict[str, Family] = {family.transformer: family for family in ALL}
 PIPELINES: dict[str, Prompting] = {
     name: prompting for family in FAMILIES.values() for name, prompting in family.pipelines.items()
 }
@@ -37,8 +41,8 @@ def fixed_inputs(folder: Path, transformer: Any, requested: FixedInputs) -> Fixe
     guided = bool(config.get("guidance_embeds"))
     if guided and not requested.embedded_guidance:
         raise UserError(
-            f"{folder} takes a guidance strength as an input: set teacher.embedded_guidance (diffusers' FluxPipeline"
-            " gives 3.5)"
+            f"{folder} takes a guidance strength as an input: set teacher.embedded_guidance (diffusers' own"
+            f" pipeline gives {family.embedded:g})"
         )
     if requested.embedded_guidance and not guided:
         raise UserError(f"{folder} takes no guidance strength as an input: leave embedded_guidance out")

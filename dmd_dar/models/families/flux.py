@@ -46,5 +46,6 @@ FLUX = Family(
     side=128,
     patch=2,
     packed=True,
+    embedded=3.5,
     pipelines={"FluxPipeline": Prompting(512, PARTS, encode)},
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dmd_dar.guidance import Form
+
 THOUSAND = 1000  # timesteps of the chains of flow matching, by which diffusers' pipelines divide
 
 
@@ -63,6 +65,8 @@ class Family:
     packed: bool = False  # whether its config's in_channels are those of a token, not of a cell
     time_scale: float = float(THOUSAND)  # of its flow, where a transformer's folder alone leaves the chain open
     time_embedder: str = "timestep_embedder"  # the last part of its modules' names
+    guidance: Form = "plain"  # of its pipelines
+    embedded: float = 0.0  # the strength that its pipeline gives a network with guidance_embeds
     refused: Callable[[Any], str] = _accepted  # (config) -> why such a one is no teacher; empty where it is one
     pipelines: dict[str, Prompting] = field(default_factory=dict)  # by class
 

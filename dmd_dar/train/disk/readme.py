@@ -77,6 +77,15 @@ def _teacher(config: dict[str, Any]) -> str:
     return str((config.get("teacher") or {}).get("path", ""))
 
 
+def _guidance(origin: dict[str, Any]) -> str | None:
+    if "guidance_scale" not in origin:
+        return None
+    rule = origin.get("guidance", {})  # of guidance.Rule.facts
+    parts = [f"{origin['guidance_scale']:g}", "rescaled to the norm of cond" if rule.get("form") == "rescaled" else ""]
+    parts += ["at t from {:g} to {:g}".format(*rule["interval"])] if "interval" in rule else []
+    return ", ".join([*filter(None, parts), "of the teacher; none at sampling"])
+
+
 def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard, digest: str) -> str:
     routing, steps = network.routing, len(card.rungs)
     kind = "plain residual additions" if routing.query == "residual" else f"routed, query {routing.query}"
@@ -88,9 +97,7 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
         "Teacher": _plain(_teacher(config)) + f", SHA-256 `{origin['teacher']}`" if "teacher" in origin else None,
         "Network": f"{shape}, {sum(p.numel() for p in network.parameters())} parameters, {kind}; SHA-256 `{digest}`",
         "Rungs": ", ".join(f"{t:g}" for t in card.rungs) + f" (1 is noise), sampler {card.sampler}" if steps else None,
-        "Guidance": f"{origin['guidance_scale']:g}, of the teacher; none at sampling"
-        if "guidance_scale" in origin
-        else None,
+        "Guidance": _guidance(origin),
         "Steps of training": origin.get("steps"),
         "Labels": _names(card.label_names) or f"{network.num_conditions}, without names",
         "License": _plain(licence) + note,
