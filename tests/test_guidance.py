@@ -99,7 +99,7 @@ def test_beyond_its_interval_guidance_leaves_cond():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("guidance.form=cosine", r"guidance.form = cosine .*expected"),
+        ("guidance.form=cosine", r"guidance.form = .cosine. .*expected one of auto, plain, rescaled, embedded"),
         ("guidance.interval=[0.8,0.2]", "interval must rise"),
         ("guidance.interval=[0.2,1.5]", "guidance.interval = .*out of range"),
         ("guidance.interval=[0.2]", "guidance.interval"),

@@ -336,7 +336,7 @@ def test_trajectories_are_kept_by_their_recipe_and_a_damaged_file_is_made_anew(t
     assert len(calls) == made and torch.equal(first.ends, again.ends) and torch.equal(first.states, again.states)
     trajectories(recipe_of(guidance_scale=2.0), velocity, str(tmp_path), device)
     assert len(calls) == 2 * made
-    kept = Kept(tmp_path, dataclasses.asdict(recipe_of())).path
+    kept = Kept(tmp_path, recipe_of().decides()).path
     kept.write_bytes(kept.read_bytes()[:-7])
     repaired = trajectories(recipe_of(), velocity, str(tmp_path), device)
     assert len(calls) == 3 * made and torch.equal(first.ends, repaired.ends)
