@@ -15,6 +15,7 @@ from torch import Tensor
 from dmd_dar import config, flow
 from dmd_dar.device import chosen_device
 from dmd_dar.errors import UserError
+from dmd_dar.guidance import GuidanceConfig
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import generate, ode_generator
 from dmd_dar.methods.solvers import Solver
@@ -34,6 +35,7 @@ class RungsConfig(Solver):
     seed: int = key(0, "of the noise", least=0)
     batch_size: int = key(64, "samples at a time; changes none of them beyond rounding", least=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
+    guidance: GuidanceConfig = key(factory=GuidanceConfig)
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
     teacher: TeacherConfig = key(factory=TeacherConfig)
 
@@ -77,7 +79,7 @@ def teacher_power(cfg: RungsConfig, device: torch.device) -> tuple[Tensor, Tenso
     """Frequencies and powers of the teacher's samples, over all its channels, in its own units."""
     teacher = load_teacher(cfg.teacher, device)
     form = teacher.network.config
-    velocity = guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale)
+    velocity = guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale, cfg.guidance)
     samples, _ = generate(
         ode_generator(velocity, cfg.ode),
         cfg.n,

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dmd_dar import moved
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import PIPELINES
 from dmd_dar.models.families.form import Prompting
@@ -95,3 +96,6 @@ def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
     if faults := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise DamagedFileError(f"{folder}: the weights do not fit config.json: {faults}")  # transformers only warns
     return model.eval()
+
+
+moved.keep_names(__name__)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from dmd_dar import moved
 from dmd_dar.errors import UserError
 from dmd_dar.models.families.dit import DIT
 from dmd_dar.models.families.flux import FLUX
@@ -57,3 +58,6 @@ def fixed_inputs(folder: Path, transformer: Any, requested: FixedInputs) -> Fixe
             f" {'even' if cells == 2 else f'a multiple of {cells}'}"
         )
     return FixedInputs(size, requested.embedded_guidance)
+
+
+moved.keep_names(__name__)
