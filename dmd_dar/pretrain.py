@@ -88,6 +88,7 @@ class PretrainConfig:
     launch: LaunchConfig = key(factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        self.checkpoint.require_within(self.steps)
         if (self.data.name == "latents") != bool(self.codec):
             raise ValueError("codec is for data.name=latents, which needs it: name the VAE of these latents")
         if self.data.name == "latents":

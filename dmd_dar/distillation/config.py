@@ -151,6 +151,7 @@ class DistillConfig:
     launch: LaunchConfig = key(factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        self.checkpoint.require_within(self.steps)
         flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
         if not (self.matching.weight or self.regression.used or self.gan.used):
             raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")

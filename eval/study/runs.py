@@ -36,19 +36,35 @@ RESERVED = (*REAL_NAMES, "teacher")
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run, read from its folder."""
+    """One finished run, read from its folder, and one of its students: the last one, or another that it kept."""
 
     name: str
-    folder: Path
+    folder: Path  # as it was named: the run's, or that of a student which it kept beside its last
     cfg: DistillConfig
     raw: dict[str, Any] = field(repr=False)
     saved: Saved = field(default=Saved(ModelCard(), "", {}), repr=False)  # the card of its student
     stamp: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)  # of the student's files when it was read
+    kept: bool = False  # whether `folder` is that of a student which it kept
+
+    @property
+    def home(self) -> Path:
+        """The run's folder."""
+        return self.folder.parent if self.kept else self.folder
+
+    @property
+    def place(self) -> Path:
+        """The student's folder."""
+        return self.folder if self.kept else self.folder / "student"
 
     @property
     def origin(self) -> dict[str, Any]:
         """What the card of its student says of its training: steps, teacher, data, ..."""
         return self.saved.card.origin
+
+    @property
+    def updates(self) -> int:
+        """Student updates behind its student."""
+        return self.origin.get("steps", self.cfg.steps)
 
     @property
     def few_steps(self) -> FewSteps:
@@ -63,27 +79,31 @@ class Run:
 
     def student(self, device: torch.device | str = "cpu") -> teachers.Teacher:
         """Its network, read anew at every call: a ConfigError where its files have changed since the card was read."""
-        place = self.folder / "student"
-        if stamp_of(place) != self.stamp:
-            raise config.ConfigError(f"runs: {place} has changed since this command began; give the command again")
-        return load_teacher(TeacherConfig(str(place)), device, self.saved)
+        if stamp_of(self.place) != self.stamp:
+            raise config.ConfigError(f"runs: {self.place} has changed since this command began; give the command again")
+        return load_teacher(TeacherConfig(str(self.place)), device, self.saved)
 
     def step_seconds(self) -> float:
         """Mean time of a training step in the last process of the run, all that it did included; NaN without a log."""
-        records = log.read(self.folder / "log.jsonl")
+        records = log.read(self.home / "log.jsonl")
         rates = [record["steps_per_second"] for record in records if record.get("steps_per_second")]
         return 1 / rates[-1] if rates else math.nan
 
 
 def read_run(path: str) -> Run:
-    """A finished run; a ConfigError where it is none, or its student is not what its configuration asks for."""
+    """A finished run, or in its folder one of the other students that it kept: RUN/student_best.
+
+    A ConfigError where it is none, or its student is not what its configuration asks for.
+    """
     folder = Path(path)
-    if not (folder / "config.yaml").is_file():
+    kept = not (folder / "config.yaml").is_file()
+    home, place = (folder.parent, folder) if kept else (folder, folder / "student")
+    if kept and not (folder.name.startswith("student_") and (home / "config.yaml").is_file()):
         raise config.ConfigError(f"runs: {path} holds no config.yaml; name run folders of distill.py")
-    if not holds_network(folder / "student"):
+    if not holds_network(place):
         raise config.ConfigError(f"runs: {path} has no student yet; let the run finish (the same command continues it)")
-    raw = config.read_saved(folder / "config.yaml")
-    cfg, place = config.from_dict(DistillConfig, raw, where=str(folder / "config.yaml")), folder / "student"
+    raw = config.read_saved(home / "config.yaml")
+    cfg = config.from_dict(DistillConfig, raw, where=str(home / "config.yaml"))
     stamp = stamp_of(place)
     try:
         saved = read_card(place)
@@ -91,12 +111,12 @@ def read_run(path: str) -> Run:
     except UserError as error:
         raise config.ConfigError(f"runs: {path}: {error}") from error
     steps = saved.card.origin.get("steps")
-    if steps != cfg.steps:
+    if steps != cfg.steps and not kept:
         raise config.ConfigError(f"runs: {path} holds a student of {steps} of {cfg.steps} steps; let it finish")
-    name = Path(os.path.abspath(folder)).name  # of runs=[.] too
-    if name in RESERVED:
+    name = Path(os.path.abspath(home)).name + (f"_{folder.name.removeprefix('student_')}" if kept else "")
+    if name in RESERVED:  # of runs=[.] too
         raise config.ConfigError(f"runs: {path} has a name that the report uses itself; rename the folder")
-    return Run(name, folder, cfg, raw, saved, stamp)
+    return Run(name, folder, cfg, raw, saved, stamp, kept)
 
 
 def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:

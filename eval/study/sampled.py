@@ -145,7 +145,7 @@ def measure_network(
     row = NetworkRow(
         folder=str(student.run.folder),
         seed=student.run.cfg.seed,
-        updates=student.run.cfg.steps,
+        updates=student.run.updates,
         network=student.facts,
         cost=cost,
         training_step_seconds=student.run.step_seconds(),

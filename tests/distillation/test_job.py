@@ -65,6 +65,24 @@ def run(*args, **kwargs) -> dict[str, torch.Tensor]:
     return load_file(args[1] / "student" / "transformer" / "model.safetensors")
 
 
+def test_students_kept_on_the_way_are_those_of_shorter_runs(teacher, tmp_path, capsys):
+    """Bit for bit, where the rate does not fall; a run that was stopped in between keeps the same ones."""
+    constant = ("student.decay_steps=0", "checkpoint.students=[1,3]")
+    run(teacher, tmp_path / "whole", *constant)
+    run(teacher, tmp_path / "parts", *constant, "steps=3")
+    run(teacher, tmp_path / "parts", *constant)
+    for step in (1, 3):
+        short = run(teacher, tmp_path / f"short_{step}", "student.decay_steps=0", f"steps={step}")
+        for place in (tmp_path / "whole", tmp_path / "parts"):
+            kept = place / f"student_step_{step:08d}"
+            weights = load_file(kept / "transformer" / "model.safetensors")
+            assert weights.keys() == short.keys() and all(torch.equal(weights[name], short[name]) for name in short)
+            assert load_network(kept)[1].origin["steps"] == step
+    with pytest.raises(SystemExit):
+        run(teacher, tmp_path / "never", "checkpoint.students=[2,5]")
+    assert "checkpoint.students names [5], but steps is 4" in capsys.readouterr().err
+
+
 def test_both_arms_draw_the_same_numbers_for_twenty_steps(teacher, tmp_path, monkeypatch):
     hashes = []
     original = Draws._bits

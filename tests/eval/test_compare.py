@@ -77,6 +77,7 @@ def runs(tmp_path_factory) -> Path:
                     "launch.cpu=true",
                     "preflight=false",
                     "log.health_samples=4",
+                    "checkpoint.students=[1]",
                 ]
             )
     return root
@@ -99,6 +100,21 @@ def written(runs) -> dict:
         compare.compare(options(runs, frozen=("frozen_0", "frozen_1")))
     written = json.loads((runs / "compare" / "compare.json").read_text())
     return {**written, "opened": opened}
+
+
+def test_students_kept_on_the_way_are_compared_with_those_of_the_same_step(runs):
+    kept = {
+        arm: [str(runs / f"{arm}_{seed}" / "student_step_00000001") for seed in (0, 1)] for arm in ("residual", "dar")
+    }
+    (group,) = read_groups(ArmsConfig(residual=tuple(kept["residual"]), dar=tuple(kept["dar"]))).values()
+    assert [run.updates for runs in group.values() for run in runs] == [1] * 4
+    assert group["dar"][1].name == "dar_1_step_00000001" and group["dar"][1].home == runs / "dar_1"
+    last = arms.read_run(str(runs / "dar_1"))
+    assert last.updates == 2 and last.saved.digest != group["dar"][1].saved.digest
+    with pytest.raises(config.ConfigError, match="is a student of 2 steps"):
+        read_groups(ArmsConfig(residual=tuple(kept["residual"]), dar=tuple(str(runs / f"dar_{s}") for s in (0, 1))))
+    with pytest.raises(config.ConfigError, match="holds no config.yaml"):
+        arms.read_run(str(runs / "dar_0" / "checkpoints"))
 
 
 def test_gains_are_those_of_the_runs_paired_by_seed(runs, written):

@@ -35,10 +35,17 @@ class CheckpointConfig:
     every: int = key(500, "steps between checkpoints; one is always written at the end", unit="steps", least=1)
     keep_last: int = key(2, "how many of the newest are kept", least=1)
     keep_every: int = key(0, "those of its multiples are kept for good; 0: none", unit="steps", least=0)
+    students: tuple[int, ...] = key((), "steps as of which the student is kept, too, in student_step_N", least=1)
 
     def __post_init__(self) -> None:
         if self.keep_every % self.every:
             raise ValueError(f"keep_every {self.keep_every} must be a multiple of every, {self.every}")
+
+    def require_within(self, steps: int) -> None:
+        """ValueError where a student is to be kept that a run of so many steps never has."""
+        beyond = [step for step in self.students if step > steps]
+        if beyond:
+            raise ValueError(f"checkpoint.students names {beyond}, but steps is {steps}: leave these out, or raise it")
 
 
 def steps_saved(root: Path) -> list[int]:

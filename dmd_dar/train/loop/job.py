@@ -100,7 +100,10 @@ def run_cycle(
         if folder is not None:
             write_atomic(folder.samples / f"step_{step:08d}.png", png_bytes(picture))
 
-    loop = Loop(cycle, course_of(cfg), run, draw_grid, watch)
+    def keep(step: int) -> None:
+        _write(run, results, next(iter(results.networks)), step, f"_step_{step:08d}")
+
+    loop = Loop(cycle, course_of(cfg), run, draw_grid, watch, keep=keep)
     checkpoints = Path(cfg.out_dir) / "checkpoints"
     with loop.stop:
         start = loop.restore(checkpoints)

@@ -133,8 +133,8 @@ class Watch:
 class Loop:
     """Trains `cycle`: each phase makes one optimiser step in order, the main one last; that is one step of the run.
 
-    `sample` is called as sample(step) every `course.samples_every` steps and at the end. Whoever runs the loop enters
-    `stop` before.
+    `sample` is called as sample(step) every `course.samples_every` steps and at the end, `keep` as keep(step) after
+    those of `course.checkpoints.students`. Whoever runs the loop enters `stop` before.
     """
 
     cycle: tuple[Phase, ...]
@@ -143,6 +143,7 @@ class Loop:
     sample: Callable[[int], None]
     watch: Watch = field(default_factory=Watch)
     stop: StopRequest = field(default_factory=StopRequest)
+    keep: Callable[[int], None] = lambda _: None
     reached: int = field(default=0, init=False)  # steps of the run that are made
 
     @property
@@ -264,6 +265,8 @@ class Loop:
                 if last or self.stopped or step % self.course.samples_every == 0:
                     with self._explained("pictures", step):
                         self.sample(step)
+                if step in self.course.checkpoints.students:
+                    self.keep(step)
                 stopping = self.runtime.any(self.stop.asked)
                 saving = regular or stopping or bool(self.stopped)
                 if saving or step % self.runtime.check_every == 0:
