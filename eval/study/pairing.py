@@ -183,13 +183,9 @@ def require_same_data(groups: RunsByArm) -> None:
                 raise config.ConfigError(f"arms.{arm}: {fault}; train one of them anew")
 
 
-    """Refuse students as of different steps, and a difference in any key but the seed, book-keeping, and those that
-    begin with one of `may_differ`. Of the latter, `must_agree` are refused all the same.
-    """
-    if run.updates != other.updates:
-        theirs = f"{other.folder} in arms.{other_arm} one of {other.updates}"
-        fault = f"{run.folder} is a student of {run.updates} steps, {theirs}"
-        raise config.ConfigError(f"arms.{arm}: {fault}; name students as of the same step")
+def _require_same_size(matched: Run, routed: Run) -> None:
+    """Refuse a matched student whose number of parameters is not DAR's."""
+    ours, theirs = (weight_count(run.place) for run in (matched, routed))
     if abs(ours / theirs - 1) > MATCHED_WITHIN:
         fault = f"{matched.folder} has {ours} parameters, {routed.folder} in arms.dar has {theirs}"
         raise config.ConfigError(f"arms.matched: {fault}; a matched arm is within {100 * MATCHED_WITHIN:.0f} %")
