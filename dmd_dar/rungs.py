@@ -17,7 +17,7 @@ from dmd_dar.device import chosen_device
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import GuidanceConfig
 from dmd_dar.keys import key
-from dmd_dar.methods.generate import generate, ode_generator
+from dmd_dar.methods.generate import SampleRange, generate, ode_generator
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
 from dmd_dar.spectrum import BAND_EDGES, radial_psd
@@ -78,15 +78,12 @@ def spread_rungs(coarse: float, fine: float, calls: int) -> tuple[float, ...]:
 def teacher_power(cfg: RungsConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Frequencies and powers of the teacher's samples, over all its channels, in its own units."""
     teacher = load_teacher(cfg.teacher, device)
-    form = teacher.network.config
     velocity = guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale, cfg.guidance)
     samples, _ = generate(
         ode_generator(velocity, cfg.ode),
-        cfg.n,
-        seed=cfg.seed,
-        shape=(form.in_channels, form.input_size, form.input_size),
-        num_classes=form.num_classes,
-        phase="rungs",
+        SampleRange(cfg.n, cfg.seed, "rungs"),
+        shape=teacher.network.shape,
+        num_classes=teacher.network.num_conditions,
         batch_size=cfg.batch_size,
         device=device,
     )
