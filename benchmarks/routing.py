@@ -5,6 +5,7 @@ alone, `triton` against `naive`; `public` the published kernels for static queri
 Times are medians of interleaved rounds in one process, memory is the peak of a fresh process above the inputs.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -145,11 +146,11 @@ def peak_of_chain(links: Links, backend: str) -> int:
     return peak_memory(both_ways(links, backend), links.device, gradients=True).peak_bytes
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes per second that a large copy reads and writes."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source)}, device, 7)["copy"]
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, 7, clock=clock)["copy"]
     return 2 * source.numel() * source.element_size() / sorted(times)[len(times) // 2]
 
 
