@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import OPEN, Read, load, markdown_table, mega, milli, stand, times
-from benchmarks.turn_page import busy, peer, processes, sampling, scaling, turn
+from benchmarks.turn_page import busy, peer, processes, routing_share, sampling, scaling, turn
 from dmd_dar import config
 from dmd_dar.atomic import write_atomic
 from dmd_dar.routing.ops import BACKENDS
@@ -283,6 +283,7 @@ SECTIONS = [
     processes,
     sampling("sampling_cpu", "Sampling on a CPU"),
     sampling("sampling_cuda", "Sampling on a GPU"),
+    routing_share,
     analytic,
     solvers,
     busy,

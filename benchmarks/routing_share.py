@@ -3,7 +3,8 @@
 The operations of a call of DAR and of the same call with plain additions, from torch's profiler: their own time summed
 by group, DAR minus residual, beside what the bytes that routing has to move take at the machine's copy bandwidth. On a
 CPU, one thread. A call is profiled `rounds` times; each of its operations counts with the least of its times, because
-the profiler's clock goes on while another process has the core.
+the profiler's clock goes on while another process has the core. What is left of the call's CPU time without a profiler
+is views, autograd, Python, and what operations take longer than at their best.
 """
 
 import os
@@ -36,11 +37,11 @@ Kind = Literal["sampling", "training"]
 CALL, OPTIMISER = "call", "optimiser"
 LINEAR, ATTENTION, NORMS, GELU = "linear layers", "attention", "layer norms", "activations"
 ELEMENTWISE, COPIES = "modulate, gates, sums", "copies and allocation"
-PYTHON = "views, autograd, Python"
+REST = "rest: views, autograd, Python"
 LOGITS, SOFTMAX, SUMS, BACK = "router: norms and logits", "router: softmax", "router: weighted sums", "router: backward"
-ROUTER_COPIES, ROUTER_PYTHON = "router: copies and allocation", "router: views and Python"
-GROUPS = (LINEAR, ATTENTION, NORMS, GELU, ELEMENTWISE, COPIES, OPTIMISER, PYTHON)
-GROUPS += (LOGITS, SOFTMAX, SUMS, BACK, ROUTER_COPIES, ROUTER_PYTHON)
+ROUTER_COPIES = "router: copies and allocation"
+GROUPS = (LINEAR, ATTENTION, NORMS, GELU, ELEMENTWISE, COPIES, OPTIMISER)
+GROUPS += (LOGITS, SOFTMAX, SUMS, BACK, ROUTER_COPIES, REST)
 
 # autograd's names of what a router does; passes without gradients get the same ones
 STAGES = ("Begin", "Source", "Route")
@@ -85,7 +86,7 @@ def group_of(name: str, label: str | None) -> str:
         return OPTIMISER
     routing, short = label is not None, name.removeprefix("aten::")
     if not name.startswith("aten::") or short in FREE:
-        return ROUTER_PYTHON if routing else PYTHON
+        return REST
     if "scaled_dot_product" in name:
         return ATTENTION
     if short in COPYING or short.startswith("empty"):
@@ -93,7 +94,7 @@ def group_of(name: str, label: str | None) -> str:
     if label is not None:
         stage = SUMS if short in PRODUCTS else SOFTMAX
         return BACK if label.endswith("Backward") else stage if label == "Route" else LOGITS
-    return next((group for group, names in BY_NAME.items() if short in names), PYTHON)
+    return next((group for group, names in BY_NAME.items() if short in names), REST)
 
 
 def operations(call: Callable[[], Any]) -> list[Operation]:
@@ -110,8 +111,8 @@ def operations(call: Callable[[], Any]) -> list[Operation]:
     return found
 
 
-def by_group(rounds: list[list[Operation]]) -> dict[str, float]:
-    """Seconds by group, each operation with its least over the rounds.
+def by_group(rounds: list[list[Operation]], whole: float) -> dict[str, float]:
+    """Seconds by group, each operation with its least over the rounds; REST is what is left of `whole`.
 
     RuntimeError where the rounds differ in their operations: the least would be of different ones.
     """
@@ -121,13 +122,18 @@ def by_group(rounds: list[list[Operation]]) -> dict[str, float]:
     spent: Counter[str] = Counter()
     for same in zip(*rounds, strict=True):
         spent[same[0].group] += 1e-6 * min(operation.own for operation in same)  # type: ignore[assignment]
+    spent[REST] = whole - (spent.total() - spent[REST])  # type: ignore[assignment]
     return {group: spent[group] for group in GROUPS}
 
 
 @contextmanager
 def labelled() -> Iterator[None]:
     """Names the stages of routers where autograd does not: in passes without gradients, and when they begin."""
-    places = [(ForwardReader, "__init__", "Begin"), (ForwardReader, "_store", "Source"), (ForwardReader, "route", "Route")]
+    places = [
+        (ForwardReader, "__init__", "Begin"),
+        (ForwardReader, "_store", "Source"),
+        (ForwardReader, "route", "Route"),
+    ]
     with ExitStack() as stack:
         for owner, method, label in [*places, (TorchReader, "__init__", "Begin")]:
             stack.enter_context(patch.object(owner, method, _named(label, getattr(owner, method))))
@@ -182,7 +188,8 @@ def share(bench: ShareBenchmark, net: str, kind: Kind, batch: int, bandwidth: fl
     times = interleaved(calls, "cpu", bench.rounds, clock=time.process_time)
     with labelled():
         rounds = [{form: operations(call) for form, call in calls.items()} for _ in range(bench.rounds)]
-    groups = {form: by_group([one[form] for one in rounds]) for form in FORMS}
+    seconds = {form: spread(samples) for form, samples in times.items()}
+    groups = {form: by_group([one[form] for one in rounds], seconds[form]["median"]) for form in FORMS}
     network = networks["DAR"]
     passes = forward_passes(2 * network.config.depth, network.routing, ())
     more = (passes["as configured"] - passes["plain residual"]) * (2 if kind == "training" else 1)
@@ -191,10 +198,10 @@ def share(bench: ShareBenchmark, net: str, kind: Kind, batch: int, bandwidth: fl
         "net": net,
         "kind": kind,
         "B": batch,
-        "seconds": {form: spread(samples) for form, samples in times.items()},
+        "seconds": seconds,
         "DAR over residual": ratio(times, "DAR", "residual"),
         "groups_s": groups,
-        "operations": {form: len(found) for form, found in rounds[0].items()},
+        "operations": {form: len(found) for form, found in rounds[0].items()},  # with views and autograd's own
         "passes": more,
         "bytes": nbytes,
         "bytes_s": nbytes / bandwidth,
@@ -208,7 +215,9 @@ def measure(bench: ShareBenchmark) -> None:
         rows.append(row := share(bench, net, kind, batch, bandwidth))
         plain, dar = row["groups_s"].values()
         print(f"{net}, {kind}, B {batch}: {row['DAR over residual']:.3f}x; bytes {1000 * row['bytes_s']:.2f} ms")
-        print(*(f"  {group:<32} {1000 * (dar[group] - plain[group]):+8.2f} ms" for group in GROUPS), sep="\n", flush=True)
+        print(
+            *(f"  {group:<32} {1000 * (dar[group] - plain[group]):+8.2f} ms" for group in GROUPS), sep="\n", flush=True
+        )
     result = {"copy_bandwidth_bytes_per_s": bandwidth, "rounds": bench.rounds, "rows": rows}
     result["load_average"] = {"before": load, "after": os.getloadavg()[0]}
     print(save("routing_share_cpu", torch.device("cpu"), result))

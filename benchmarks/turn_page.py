@@ -185,6 +185,41 @@ def sampling(name: str, title: str) -> Callable[[Read], str]:
     return section
 
 
+def routing_share(read: Read) -> str:
+    """The section of what routing adds to a call, by kind of work."""
+    title = "## What routing adds to a call\n\n"
+    result = read("routing_share_cpu")
+    if result is None:
+        return f"{title}{OPEN}: run `python -m benchmarks.routing_share`.\n"
+    load, bandwidth = result["load_average"], result["copy_bandwidth_bytes_per_s"] / 1e9
+    words = (
+        "DAR minus plain additions, in per cent of the plain call's time; one thread. `sampling` is a call without"
+        " gradients, `training` a forward, a backward and an update. Operations are grouped by torch's profiler, each"
+        f" with the least of its times in {result['rounds']} rounds; the rest is what is left of the CPU time without a"
+        " profiler. `bytes` is what routing moves at the least (docs/routing.md, in training twice) at this machine's"
+        f" copy bandwidth, {bandwidth:.1f} GB/s read and written; load average {load['before']:.1f} before,"
+        f" {load['after']:.1f} after."
+    )
+    rows = result["rows"]
+    lines = [[f"{row['net']}, {row['kind']}, B {row['B']}" for row in rows]]
+    lines.append([milli(row["seconds"]["residual"]) for row in rows])
+    lines.append([milli(row["seconds"]["DAR"]) for row in rows])
+    lines.append([times(row["DAR over residual"]) for row in rows])
+    lines.append([f"{row['operations']['residual']} / {row['operations']['DAR']}" for row in rows])
+    lines.append([_share(row, row["bytes_s"]) for row in rows])
+    names = ["", "plain, ms", "DAR, ms", "DAR over plain", "operations and views, plain / DAR", "bytes"]
+    for group in rows[0]["groups_s"]["DAR"]:
+        more = [row["groups_s"]["DAR"][group] - row["groups_s"]["residual"][group] for row in rows]
+        names.append(group)
+        lines.append([_share(row, seconds) for row, seconds in zip(rows, more, strict=True)])
+    table = [[name, *line] for name, line in zip(names, lines, strict=True)]
+    return f"{title}{stand(result)}\n{words}\n\n{markdown_table(table[0], table[1:])}"
+
+
+def _share(row: dict[str, Any], seconds: float) -> str:
+    return f"{100 * seconds / row['seconds']['residual']['median']:+.1f} %"
+
+
 def busy(read: Read) -> str:
     """The section of training beside another busy process."""
     title = (

@@ -67,14 +67,14 @@ class RouterBank(nn.Module):
             return nn.functional.linear(previous.to(dtype), w_q.to(dtype))
 
     def folded_queries(self, held: dict[str, Tensor], t_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """gain * q_l / sqrt(d) of all routers: (R, d) static, (B, R, d) timestep; then s_i = folded . v_i / RMS(v_i).
+        """gain * q_l of all routers, (R, d) static, (B, R, d) timestep: s_i = folded . v_i / sqrt(|v_i|^2 + d eps).
 
         A row per router, also where routers share one. `dynamic` has no query before its v_{l-1}.
         """
         query, gain = self.queries(held, t_embedding).to(dtype), held["gain"]
         if self.config.query == "timestep":
             query = query.squeeze(2).transpose(0, 1)
-        folded = query * gain.to(dtype) * gain.shape[-1] ** -0.5
+        folded = query * gain.to(dtype)
         if len(self.routers) == self.rows:
             return folded
         return torch.cat([folded, folded[..., -1:, :]], dim=-2)

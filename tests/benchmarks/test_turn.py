@@ -26,9 +26,9 @@ def turn_of(arm: Arm):
     ("arm", "most"),
     [
         (Arm("residual"), 2730),
-        pytest.param(Arm("DAR"), 4030, marks=pytest.mark.slow),
+        pytest.param(Arm("DAR"), 3700, marks=pytest.mark.slow),
         pytest.param(Arm("residual", "shared_lora"), 3500, marks=pytest.mark.slow),
-        (Arm("DAR", "shared_lora"), 4790),
+        (Arm("DAR", "shared_lora"), 4460),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -1,8 +1,8 @@
 """The router in plain PyTorch for passes without gradients, such as sampling: no autograd, and few operations.
 
-Legend: M = B T tokens, d width, R routers, n sources of one router, slots the most that any router reads. All arithmetic
-is in promote_types(dtype, float32). What a router reads is the first n slots: the summaries, then the outputs of the
-chunk that is being built, which the next summary replaces. Its logits for the slots behind stay at -inf.
+Legend: M = B T tokens, d width, R routers, n sources of one router, slots the most that any router reads. All
+arithmetic is in promote_types(dtype, float32). What a router reads is the first n slots: the summaries, then the
+outputs of the chunk that is being built, which the next summary replaces. Its logits for the slots behind stay at -inf.
 """
 
 import copy
@@ -40,8 +40,8 @@ class ForwardReader:
         self.first, self.counts = bank.routers[0], tuple(bank.layout[router].count for router in bank.routers)
         (batch, length, width), slots = v_0.shape, max(self.counts)
         tokens, routers = batch * length, len(self.counts)
-        folded = bank.folded_queries(bank(v_0.device), t_embedding, self.wide).expand(batch, routers, width)
-        self.queries = folded.transpose(1, 2).contiguous().mul_(width**0.5)  # (B, d, R); keys are v / |v| sqrt(d)
+        folded = bank.folded_queries(bank(v_0.device), t_embedding, self.wide).expand(batch, -1, -1)
+        self.queries = folded.transpose(1, 2).contiguous()  # (B, d, R)
         self.floor = torch.full((), EPS * width, dtype=self.wide, device=v_0.device)
         self.few = tokens < FEW and dtype == self.wide
         self.least = min(-(-SMALL // width), slots) if self.few else 0
@@ -61,7 +61,7 @@ class ForwardReader:
         self.summaries, self.outputs = self.summaries + 1, 0
 
     def output(self, v: Tensor) -> None:
-        """An output of the chunk that is being built: routers up to its end read it, in the last chunk the head's too."""
+        """An output of the chunk that is being built: routers up to its end read it, in the last one the head's too."""
         end, size = self.summaries * self.bank.chunk_size, self.bank.chunk_size
         stop = end + 1 - self.first if end < self.bank.num_sublayers else len(self.counts)
         self._store(v, self.summaries + self.outputs, end - size + self.outputs + 1, stop)
