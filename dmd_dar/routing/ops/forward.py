@@ -8,7 +8,6 @@ outputs of the chunk that is being built, which the next summary replaces. Its l
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from dmd_dar.routing.router import RouterBank
 FEW = 256  # tokens below which a CPU spends more on starting an operation than on its numbers
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept must serve other passes as well
 def equal_weights(counts: tuple[int, ...], slots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """For each router the weights (slots,) of equal logits: 1 / n for its n sources, 0 behind them."""
     table = [[1 / n] * n + [0.0] * (slots - n) for n in counts]

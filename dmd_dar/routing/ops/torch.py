@@ -12,7 +12,6 @@ read few sources, each by itself. Either way equal logits add exactly nothing. g
 import copy
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,13 +21,6 @@ from dmd_dar.routing.ops.naive import EPS
 from dmd_dar.routing.router import RouterBank
 
 DENSE_GROUP = 8  # routers that share a read where every output is a summary
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept must serve other passes as well
-def numbers(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """n of every router, (R,)."""
-    return torch.tensor(counts, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,8 @@ class TorchReader:
             self._begin_logits(max(counts))
         else:
             self.w_q = held["w_q"].unbind()  # one gradient of the parameter's size, not one for each router
-        self.form = Form(bank.config.scale, counts, numbers(counts, self.wide, v_0.device), learns)
+        numbers = torch.tensor(counts, dtype=self.wide, device=v_0.device)
+        self.form = Form(bank.config.scale, counts, numbers, learns)
 
     def _begin_logits(self, slots: int) -> None:
         """(R, slots, M), the summaries first and then the chunk's outputs; -inf where a router reads nothing."""
