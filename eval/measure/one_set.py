@@ -131,6 +131,11 @@ def _wavelet_rows(images: Tensor) -> Rows:
     return {"energy": energy, "kurtosis": kurtosis}
 
 
+def _patch_rows(images: Tensor) -> Rows:
+    coarse, fine = (torch.from_numpy(values) for values in structure.patch_energies(images))
+    return {"coarse": coarse, "fine": fine}
+
+
 # What is said of each image by itself, from floats (n, 3, H, W) in [0, 1].
 READERS: dict[str, Callable[[Tensor], Rows]] = {
     **{channel: partial(_spectrum_rows, channel=channel) for channel in (LUMA, *CHROMA)},
@@ -141,6 +146,7 @@ READERS: dict[str, Callable[[Tensor], Rows]] = {
 }
 ALONE: dict[str, Callable[[Tensor], Rows]] = {  # parts of the above, for who needs no more
     "hf_kurtosis": lambda images: {"values": torch.from_numpy(structure.hf_kurtosis(images))},
+    "patches": _patch_rows,
 }
 
 

@@ -40,11 +40,17 @@ def _log_distance(ratio: float) -> float:
     return abs(math.log(ratio)) if ratio > 0 else math.inf
 
 
+def _distance(decibels: float | None) -> float:
+    """From 0; NaN where it was not measured."""
+    return math.nan if decibels is None else abs(decibels)
+
+
 # What is tested beside the endpoint: how far a run is from the teacher in another way, 0 being best.
 SECONDARIES = {
     "lsd": Quantity("log-spectral distance, dB", lambda row: row.against.lsd),
     "fd_wavelet": Quantity("fd_wavelet above its null", lambda row: row.against.fd_wavelet.excess),
     "hf_kurtosis_ratio": Quantity("|log kurtosis ratio|", lambda row: _log_distance(row.against.hf_kurtosis_ratio)),
+    "flat_noise_db": Quantity("|flat noise|, dB", lambda row: _distance(row.against.flat_noise_db)),
     "diversity_ratio": Quantity("|log least class diversity|", lambda row: _log_distance(row.against.diversity_ratio)),
 }
 # What DAR is paid for with: shown beside the tests, and no part of their family.

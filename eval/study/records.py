@@ -130,6 +130,7 @@ def _row(record: dict[str, Any]) -> NetworkRow:
     numbers = {
         **record,
         **{name: number(record[name]) for name in MAY_BE_UNDEFINED},
+        "flat_noise_db": number(record["flat_noise_db"]) if "flat_noise_db" in record else None,
         "latency_ms_range": tuple(record["latency_ms_range"]),
         "fd_wavelet": Distance(**distance),
         "gain_db": {band: number(value) for band, value in record["gain_db"].items()},

@@ -40,6 +40,7 @@ class AgainstTeacher:
     fd_wavelet: Distance
     hf_kurtosis_ratio: float
     diversity_ratio: float  # least over the classes
+    flat_noise_db: float | None = field(default=None, metadata=OPTIONAL)  # None: a file of before it was measured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ class SampledSet:
     labels: np.ndarray  # (N,)
     luma: Spectrum
     kurtosis: float  # median over images
+    flat: np.ndarray  # (N, 2) energy and number of the flat patches of each image
     features: Tensor  # (N, 20)
     diversity: dict[int, float]  # of each class, in pixels
 
@@ -50,11 +51,13 @@ class SampledSet:
         """By the code that measures a set of a report. ValueError where the classes of the images are not known."""
         if one.classes is None:
             raise ValueError(f"{one.name}: its classes are not known")
-        rows = chosen_rows(one, LUMA, "hf_kurtosis")
+        rows = chosen_rows(one, LUMA, "hf_kurtosis", "patches")
+        patches = (rows.groups["patches"][name].numpy() for name in ("coarse", "fine"))
         return SampledSet(
             labels=one.classes,
             luma=rows.spectrum(),
             kurtosis=float(np.median(rows.groups["hf_kurtosis"]["values"].numpy())),
+            flat=structure.flat_energy(*patches),
             features=features.extract(one.stream, features.wavelet()).values,
             diversity=class_spread(one),
         )
@@ -167,6 +170,7 @@ def against_teacher(ours: SampledSet, yardstick: Yardstick, name: str) -> Agains
         lsd_signed=signed,
         fd_wavelet=wavelet.fd_wavelet(ours.features, teacher.features, yardstick.null, (name, "teacher")),
         hf_kurtosis_ratio=float(kurtosis),
+        flat_noise_db=float(structure.flat_gain(ours.flat, teacher.flat)),
         diversity_ratio=diversity_ratios(ours.diversity, teacher.diversity).least,
     )
 

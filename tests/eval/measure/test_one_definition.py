@@ -84,6 +84,7 @@ def test_a_report_and_a_comparison_of_runs_agree(photographs, reports, size, nam
     assert (runs["gain_db"]["B0"] is None) == (size == 32)
     assert [runs["lsd"], runs["lsd_signed"]] == pytest.approx([report["lsd"], report["lsd_signed"]], abs=1e-9)
     assert runs["hf_kurtosis_ratio"] == pytest.approx(report["hf_kurtosis_ratio"]["value"], abs=1e-9)
+    assert runs["flat_noise_db"] == pytest.approx(report["flat_noise_db"]["value"], abs=1e-9)
     assert runs["diversity_ratio"] == pytest.approx(report["diversity_ratio"]["pixels"]["least"], abs=1e-9)
     assert runs["fd_wavelet"]["value"] == pytest.approx(report["fd_wavelet"]["value"], rel=1e-6)
 

@@ -21,6 +21,7 @@ def network_row(
         fd_wavelet=Distance(2.0, 1.0),
         hf_kurtosis_ratio=kurtosis,
         diversity_ratio=1.0,
+        flat_noise_db=0.5,
     )
     return NetworkRow(
         folder=f"run_{seed}",
