@@ -24,7 +24,7 @@ GROUND = {
     "stop",
     "moved",
 }
-JOBS = {"pretrain", "distillation", "plan", "sample", "pairs", "encode", "rungs"}
+JOBS = {"pretrain", "distillation", "plan", "sample", "push", "pairs", "encode", "rungs"}
 CONFIG = {"config", "schema"}
 FLOORS = {"routing", "models", "data", "methods", "pipeline", "diagnostics", "train"}
 ROOT_JOBS = {"distill.py"}
@@ -67,9 +67,9 @@ OPEN_TO_FEW = {
     "triton": {"dmd_dar/routing/ops/triton.py"},
 }
 # they show results on stdout; all other messages go through the logger, whose screen is messages.py
-PRINTING = {f"dmd_dar/{name}.py" for name in ("messages", "config", "sample", "plan", "pairs", "encode", "rungs")} | {
-    "dmd_dar/commands/__init__.py"
-}
+PRINTING = {
+    f"dmd_dar/{name}.py" for name in ("messages", "config", "sample", "plan", "push", "pairs", "encode", "rungs")
+} | {"dmd_dar/commands/__init__.py"}
 OPEN_TO_NONE = ("pickle", "cloudpickle", "dill", "joblib")
 NOT_IN_METHODS = ("torch.optim",)
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "distill": ("dmd_dar.distillation.job", "distil a few-step student from a teacher"),
     "pretrain": ("dmd_dar.pretrain", "train a many-step diffusion transformer"),
     "sample": ("dmd_dar.sample", "make images with a trained student"),
+    "push": ("dmd_dar.push", "upload a student to the Hugging Face hub"),
     "pairs": ("dmd_dar.pairs", "make teacher trajectories ahead of training"),
     "encode": ("dmd_dar.encode", "encode images into latents, or prompts into embeddings, ahead of training"),
     "rungs": ("dmd_dar.rungs", "choose the student's times by the teacher's spectrum"),

@@ -13,7 +13,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = ("*.json", "diffusion_pytorch_model*.safetensors", "model.safetensors")
 VAE_FILES = ("vae/*.safetensors",)
 TEXT_FILES = ("text_encoder*/*.safetensors", "tokenizer*/*.model", "tokenizer*/merges.txt", "tokenizer*/*.jinja")
-TEACHER_FILES = ("transformer/*.safetensors", *VAE_FILES)
+TEACHER_FILES = ("README.md", "transformer/*.safetensors", *VAE_FILES)  # the first for its licence
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # how their files of weights begin
 
 

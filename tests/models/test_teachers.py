@@ -306,7 +306,7 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(pipeline, monkeypat
     assert load(Path("facebook/DiT-XL-2-256"), revision="refs/pr/1").codec == str(pipeline / "vae")
     assert asked["name"] == "facebook/DiT-XL-2-256" and asked["revision"] == "refs/pr/1"
     assert not asked["local_files_only"]
-    assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked["allow_patterns"])
+    assert all(pattern.endswith((".json", ".safetensors", "README.md")) for pattern in asked["allow_patterns"])
     resolve("owner/name")
     assert asked["revision"] is None
 

@@ -163,6 +163,21 @@ def _lock(path: Path) -> int:
     return lock
 
 
+def is_running(path: Path) -> bool:
+    """Whether a run holds the folder `path` at this moment."""
+    try:
+        lock = os.open(path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def _holder(lock: int) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         owner = json.loads(os.pread(lock, 4096, 0))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, hf_hub_url, metadata_load, try_to_load_from_cache
 
 from dmd_dar.keys import key
 from dmd_dar.models.hub import HUB_ID
@@ -17,7 +17,7 @@ from dmd_dar.train.disk import log
 
 LEFT_OUT = ("log.", "launch.", "checkpoint.", "card.", "out_dir", "resume")  # how it was run, not what
 NAMES_SHOWN = 20
-FRONT = ["library_name", "license", "tags", "base_model"]  # in this order
+FRONT = ["library_name", "license", "license_name", "license_link", "tags", "base_model"]  # in this order
 UNKNOWN = "unknown"
 UNCONVERGED = ", unconverged reference"  # behind a verdict against samples that are not those of the teacher's ODE
 CHAPTERS = """# {name}
@@ -49,6 +49,11 @@ class CardConfig:
     """What student/README.md says that the run does not know."""
 
     license: str = key(UNKNOWN, "of the weights, a licence id of the hub, such as apache-2.0; unknown: the teacher's")
+    base_model: str = key("", "hub id of the teacher where teacher.path is a folder; empty: teacher.path, if it is one")
+
+    def __post_init__(self) -> None:
+        if self.base_model and not HUB_ID.fullmatch(self.base_model):
+            raise ValueError("base_model must be a hub id, OWNER/NAME")
 
 
 def readme(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
@@ -62,15 +67,51 @@ def readme(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
 def _front(config: dict[str, Any], network: Denoiser, card: ModelCard) -> ModelCardData:
     routed = network.routing.query != "residual"
     tags = ["diffusion", *(["few-step", "distillation"] if card.rungs else []), *(["dar"] if routed else [])]
-    path = _teacher(config)
-    public = HUB_ID.fullmatch(path) and not Path(path).exists()  # a local path means nothing on the hub
+    told = _licence(config)
     return ModelCardData(
-        library_name="dmd_dar", license=_license(config), tags=tags, base_model=path if public else None
+        library_name="dmd_dar",
+        license=told["license"],
+        license_name=told.get("license_name"),
+        license_link=told.get("license_link"),
+        tags=tags,
+        base_model=_base(config) or None,
     )
 
 
-def _license(config: dict[str, Any]) -> str:
-    return str((config.get("card") or {}).get("license", UNKNOWN))
+def _base(config: dict[str, Any]) -> str:
+    """The teacher's hub id; empty where none is known."""
+    path = _teacher(config)
+    public = HUB_ID.fullmatch(path) and not Path(path).exists()  # a local path means nothing on the hub
+    return str((config.get("card") or {}).get("base_model") or (path if public else ""))
+
+
+def _licence(config: dict[str, Any]) -> dict[str, str]:
+    """The licence's entries of the front matter: the run's own word, else what the teacher's README.md says."""
+    told = str((config.get("card") or {}).get("license", UNKNOWN))
+    if told != UNKNOWN:
+        return {"license": told}
+    theirs = _teachers_front(config)
+    names = ("license", "license_name", "license_link")
+    held = {"license": UNKNOWN} | {name: theirs[name] for name in names if isinstance(theirs.get(name), str)}
+    if (link := held.get("license_link", "")) and "://" not in link:
+        del held["license_link"]
+        if base := _base(config):
+            held["license_link"] = hf_hub_url(base, link)
+    return held
+
+
+def _teachers_front(config: dict[str, Any]) -> dict[str, Any]:
+    """The front matter of the README.md in the teacher's folder or in the hub's cache; nothing where there is none."""
+    path, revision = _teacher(config), (config.get("teacher") or {}).get("revision")
+    file: Any = Path(path, "README.md")
+    if Path(path).name == "transformer" and not file.is_file():
+        file = Path(path).parent / "README.md"
+    if path and not Path(path).exists() and HUB_ID.fullmatch(path):
+        file = try_to_load_from_cache(path, "README.md", revision=revision or None)
+    try:
+        return (metadata_load(file) or {}) if path and isinstance(file, str | Path) else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
 def _teacher(config: dict[str, Any]) -> str:
@@ -91,8 +132,9 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
     kind = "plain residual additions" if routing.query == "residual" else f"routed, query {routing.query}"
     what = f"A few-step diffusion transformer, {steps} network calls an image" if steps else "A diffusion transformer"
     shape = " x ".join(map(str, network.shape))
-    origin, licence = card.origin, _license(config)
-    note = " (that of the teacher applies)" if licence == UNKNOWN and steps else ""
+    origin, licence = card.origin, _licence(config)
+    named = licence.get("license_name", licence["license"])
+    note = " (that of the teacher applies)" if named == UNKNOWN and steps else ""
     facts = {
         "Teacher": _plain(_teacher(config)) + f", SHA-256 `{origin['teacher']}`" if "teacher" in origin else None,
         "Network": f"{shape}, {sum(p.numel() for p in network.parameters())} parameters, {kind}; SHA-256 `{digest}`",
@@ -100,7 +142,7 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
         "Guidance": _guidance(origin),
         "Steps of training": origin.get("steps"),
         "Labels": _names(card.label_names) or f"{network.num_conditions}, without names",
-        "License": _plain(licence) + note,
+        "License": _plain(named) + note,
     }
     return CHAPTERS.format(
         name=_plain(run.resolve().name),

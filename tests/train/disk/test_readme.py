@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.train.disk.readme import readme
+from dmd_dar.train.disk.readme import CardConfig, readme
 from tests.tiny import tiny_sit
 
 HOSTILE = (
@@ -124,3 +124,38 @@ def test_a_verdict_against_a_teacher_that_is_not_converged_says_so(run, error, t
 def test_a_report_of_another_form_is_left_out(run, text):
     (run / "report.json").write_text(text)
     assert "No report of its images" in card_in(run)[1]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_licence_is_the_teachers_own_where_its_readme_says_one(run, tmp_path, monkeypatch, cached):
+    teacher = tmp_path / "base"
+    (teacher / "transformer").mkdir(parents=True)
+    told = {"license": "other", "license_name": "theirs-1.0", "license_link": "LICENSE.md"}
+    (teacher / "README.md").write_text(f"---\n{yaml.safe_dump(told)}---\n# Base\n")
+    asked = []
+
+    def in_cache(name, file, revision):
+        asked.append((name, file, revision))
+        return str(teacher / file)
+
+    monkeypatch.setattr("dmd_dar.train.disk.readme.try_to_load_from_cache", in_cache)
+    named = {"path": "owner/base", "revision": "v1"} if cached else {"path": str(teacher / "transformer")}
+    (run / "config.yaml").write_text(yaml.safe_dump({"teacher": named}))
+    front, body = card_in(run)
+    assert (front["license"], front["license_name"]) == ("other", "theirs-1.0") and "**License**: theirs-1.0\n" in body
+    if cached:
+        assert set(asked) == {("owner/base", "README.md", "v1")} and front["base_model"] == "owner/base"
+        assert front["license_link"].endswith("owner/base/resolve/main/LICENSE.md")
+    else:
+        assert not asked and "license_link" not in front and "base_model" not in front
+    named["path"] = str(teacher)
+    own = {"license": "apache-2.0", "base_model": "owner/base"}
+    (run / "config.yaml").write_text(yaml.safe_dump({"teacher": named, "card": own}))
+    front = card_in(run)[0]
+    assert own.items() <= front.items() and "license_name" not in front
+
+
+def test_a_base_model_is_a_hub_id():
+    assert CardConfig(base_model="owner/base").license == "unknown"
+    with pytest.raises(ValueError, match="base_model must be a hub id"):
+        CardConfig(base_model="my/local/folder")

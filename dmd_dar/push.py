@@ -1,0 +1,187 @@
+"""A student onto the Hugging Face hub: python -m dmd_dar.push student=RUN/student repo=OWNER/NAME
+
+--dry-run lists what would be uploaded; it needs no network and no token.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from dmd_dar import config
+from dmd_dar.errors import UserError
+from dmd_dar.keys import key
+from dmd_dar.models import adapters
+from dmd_dar.models.hub import HUB_ID
+from dmd_dar.models.saved import holds_network, read_card
+from dmd_dar.train.disk.folder import is_running
+
+README = "README.md"
+REPLACED = ["transformer/*", "adapter/*", "scheduler/*", "vae/*"]  # in these nothing of an earlier student may remain
+REFUSALS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    *HfHubHTTPError.__bases__,
+)  # of the hub, and of the way to it
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """python -m dmd_dar.push"""
+
+    student: str = key("", "folder of a student, RUN/student, RUN/student_best or another that a run saved", path=True)
+    repo: str = key("", "where to on the hub, OWNER/NAME; made if it is not there")
+    private: bool = key(True, "the repo is for its owner alone; false: for everybody")
+    revision: str = key("", "branch, made if it is not there, or refs/pr/N; empty: the default branch")
+    message: str = key("", "of the commit; empty: it names the student and its steps of training")
+
+    def __post_init__(self) -> None:
+        if not self.student:
+            raise ValueError("student is empty: name the folder of a student, student=RUN/student")
+        if not HUB_ID.fullmatch(self.repo):
+            raise ValueError("repo is not OWNER/NAME: name your account or organisation and the model, repo=OWNER/NAME")
+        try:
+            validate_repo_id(self.repo)
+        except ValueError as error:
+            raise ValueError(f"repo is no name on the hub: {error}; choose another") from error
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is sent: files by their names in the repo, and lines for people about the whole."""
+
+    files: dict[str, Path]
+    facts: list[str]
+    message: str
+
+    def listing(self) -> str:
+        """A line for each file with its size, the total, and the facts."""
+        sizes = {name: file.stat().st_size for name, file in self.files.items()}
+        lines = [f"{size / 1e6:>12.3f} MB  {name}{_linked(self.files[name], name)}" for name, size in sizes.items()]
+        total = f"{sum(sizes.values()) / 1e6:>12.3f} MB  in {len(sizes)} files"
+        return "\n".join([*lines, total, *self.facts])
+
+
+def upload_of(cfg: PushConfig) -> Upload:
+    """All that `push` sends, found without any network.
+
+    Raises UserError where the folder is no whole student, or a run that is still going may replace it.
+    """
+    folder = Path(cfg.student)
+    _require_student(folder)
+    card = read_card(folder).card  # all parts belong together
+    if is_running(folder.resolve().parent):
+        fault = f"student = {cfg.student}: its run has not finished and may replace the folder meanwhile"
+        raise UserError(f"{fault}; wait until it ends, or copy the folder elsewhere and push that")
+    files = dict(sorted(_files(folder, "", (folder.resolve(),))))
+    steps = card.origin.get("steps")
+    trained = f" after {steps} steps" if steps is not None else ""
+    where = f"to {cfg.repo}, {'private' if cfg.private else 'public'}, {cfg.revision or 'the default branch'}"
+    facts = [where, f"{folder.resolve().name}{trained}", *_front(files.get(README))]
+    return Upload(files, facts, cfg.message or f"{folder.resolve().name}{trained}, by dmd_dar")
+
+
+def _require_student(folder: Path) -> None:
+    if holds_network(folder):
+        return
+    remedy = "name the folder that a run exported, RUN/student"
+    if (folder / adapters.CARD).is_file():
+        remedy = f"it is an adapter, which is uploaded with its student: name {folder.parent}"
+    elif holds_network(folder / "student"):
+        remedy = f"name {folder / 'student'}"
+    elif folder.is_dir() and (folder.parent / "checkpoints").is_dir() and not any(folder.iterdir()):
+        remedy = "its run has not finished: the command that began the run continues it"
+    raise UserError(f"student = {folder}: it holds no student; {remedy}")
+
+
+def _files(folder: Path, prefix: str, above: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
+    """(name in the repo, file) of all in and below a folder but what is hidden; links are followed."""
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_file():
+            yield prefix + entry.name, entry
+        elif entry.is_dir() and entry.resolve() not in above:
+            yield from _files(entry, f"{prefix}{entry.name}/", (*above, entry.resolve()))
+        else:
+            raise UserError(f"{entry} is no file and leads to none: put the file there, or remove it")
+
+
+def _linked(file: Path, name: str) -> str:
+    """Where the content of a file comes from, where it or a folder between is a link."""
+    linked = any(os.path.islink(place) for place in (file, *list(file.parents)[: name.count("/")]))
+    return f"  (a link; the content of {file.resolve()})" if linked else ""
+
+
+def _front(readme: Path | None) -> list[str]:
+    """What README.md tells the hub of base and licence, and where to say what it does not tell."""
+    if readme is None:
+        return [f"no {README}: the hub will know neither base nor licence; write one"]
+    try:
+        front = huggingface_hub.metadata_load(readme) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fault = f"{readme}: its front matter is no YAML ({' '.join(str(error).split())})"
+        raise UserError(f"{fault}; mend it") from error
+    unsaid = {"base_model": "card.base_model=OWNER/NAME", "license": "card.license=ID"}
+    return [
+        f"{name}: {front[name]}"
+        if front.get(name, "unknown") != "unknown"
+        else f"{name}: unknown; {remedy} at the run's command, or a line of {README}, says it"
+        for name, remedy in unsaid.items()
+    ]
+
+
+def push(cfg: PushConfig) -> None:
+    """Upload the student. Raises UserError where it cannot be, without a token, or where the hub refuses it."""
+    upload = upload_of(cfg)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded: set HF_HUB_OFFLINE=0")
+    if not huggingface_hub.get_token():
+        raise UserError(f"repo = {cfg.repo}: no token of the hub is here; log in by `hf auth login`, or set HF_TOKEN")
+    print(upload.listing(), flush=True)
+    try:
+        url = send(HfApi(), cfg, upload)
+    except UserError:
+        raise
+    except REFUSALS as error:
+        fault = f"repo = {cfg.repo}: the upload failed ({' '.join(str(error).split()) or type(error).__name__})"
+        raise UserError(f"{fault}; mend that and run the same command again, which sends what is missing") from error
+    print(f"{len(upload.files)} files at {url}")
+
+
+def send(api: HfApi, cfg: PushConfig, upload: Upload) -> str:
+    """The calls of the hub, in order; returns where the student is then."""
+    made = api.create_repo(cfg.repo, private=cfg.private, exist_ok=True)
+    if cfg.private and api.model_info(cfg.repo).private is False:  # it was there before
+        raise UserError(f"repo = {cfg.repo}: it is there and public; private=false uploads to it all the same")
+    if cfg.revision and not cfg.revision.startswith("refs/"):
+        api.create_branch(cfg.repo, branch=cfg.revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as staged:  # upload_folder leaves out what lies behind linked folders
+        for name, file in upload.files.items():
+            place = Path(staged, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(file.resolve())
+        api.upload_folder(
+            repo_id=cfg.repo,
+            folder_path=staged,
+            revision=cfg.revision or None,
+            commit_message=upload.message,
+            delete_patterns=REPLACED,
+        )
+    return str(made)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config.run_job(PushConfig, push, argv, description=__doc__ or "", plan=lambda cfg: upload_of(cfg).listing())
+
+
+if __name__ == "__main__":
+    main()
