@@ -75,8 +75,11 @@ class Prompts:
         return ()
 
     def blank(self, device: torch.device | str = "cpu") -> None:
-        """From now on, zeros of the prompts' form on `device`, without memory: enough to trace a network."""
-        forms = self.shards.layout.tensors
+        """From now on, zeros of the prompts' form on `device`, without memory: enough to trace a network.
+
+        Without a mask, so that all tokens count: how many a mask keeps is not known where nothing is computed.
+        """
+        forms = [name for name in self.names if name != "mask"]
         row = {name: self.shards.rows(name, torch.tensor([0])) for name in forms}
         self.small = True
         self.held[torch.device(device)] = {

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 TEXTS = ["a red cat", "dogs on the grass"]
 MAKERS = {"sana": tiny_sana, "flux": tiny_flux, "sd3": partial(tiny_sd3, third=False)}
 OPEN = {"flux": {"input_size": 8, "embedded_guidance": 2.5}}  # what the files leave open
-SIDE = {"sana": 32, "flux": 16, "sd3": 16}  # pixels
+SIDE = {"sana": 32, "flux": 16, "sd3": 16}  # pixels, of 8 latent cells
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def load(folder: Path, **given) -> Teacher:
 
 
 def calls_of(folder: Path, name: str, text: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(latents, timestep of the chain, answer) of each call that diffusers' own pipeline makes for two steps."""
+    """(latents, timestep of the chain, answer) of each call of the pipeline in two steps, at 8 x 16 cells."""
     import diffusers
 
     without = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3" else {}
@@ -61,12 +61,12 @@ def calls_of(folder: Path, name: str, text: str) -> list[tuple[Tensor, Tensor, T
 
     def keep(module, args, given, answer):
         x = args[0] if args else given["hidden_states"]
-        both = (unpacked(value, 4, 4) if name == "flux" else value for value in (x, answer[0]))
+        both = (unpacked(value, 4, 8) if name == "flux" else value for value in (x, answer[0]))
         calls.append(tuple(value.clone() for value in both))
 
     pipe.transformer.register_forward_hook(keep, with_kwargs=True)
     given = {"guidance_scale": 2.5, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
-    given |= {"height": SIDE[name], "width": SIDE[name], "output_type": "latent"}
+    given |= {"height": SIDE[name], "width": 2 * SIDE[name], "output_type": "latent"}
     pipe(text, **given, **({"use_resolution_binning": False} if name == "sana" else {}))
     return [(x, time, y) for (x, y), time in zip(calls, pipe.scheduler.timesteps, strict=True)]
 
@@ -81,7 +81,7 @@ def test_a_teacher_is_asked_as_diffusers_own_pipeline_asks_it(root, name):
         cond = torch.tensor([1] if name == "flux" else [2, 1])
         times = time.expand(len(x))
         out = teacher.network(x, times, cond)
-        assert (out - expected).abs().max() <= 1e-6 and expected.abs().mean() > 0.05
+        assert (out - expected).abs().max() <= 2e-6 and expected.abs().mean() > 0.05
         assert (teacher.network(x, times, torch.zeros_like(cond)) - expected).abs().max() > 1e-4
         v = velocity_of(teacher.network, teacher.prediction)(x, times / 1000, cond)
         torch.testing.assert_close(v, expected, rtol=1e-3, atol=1e-4)

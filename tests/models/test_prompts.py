@@ -325,6 +325,21 @@ def test_the_folder_says_what_it_holds_and_is_continued_byte_for_byte(folders, t
     torch.testing.assert_close(rows["embedding"].float()[0, kept], full[0, kept], rtol=0.05, atol=0.05)
 
 
+def test_guidance_leads_away_from_the_negative_prompt(folders, tmp_path, capsys):
+    whole = Prompts(f"{folders['pixart']}_prompts")
+    made = encoded(folders["root"] / "prompts.txt", folders["pixart"], tmp_path / "out", f"negative={TEXTS[2]}")
+    rows, plain = (one.rows(torch.arange(4)) for one in (Prompts(str(made)), whole))
+    for name, values in rows.items():
+        torch.testing.assert_close(values[[3, 0, 1]], plain[name][[2, 0, 1]], rtol=0, atol=1e-6)
+    contents = [json.loads((folder / MANIFEST).read_text())["content"] for folder in (made, Path(whole.folder))]
+    assert contents[0]["negative"] == TEXTS[2] and "negative" not in contents[1]
+    with pytest.raises(UserError, match='negative: "two" -> "dogs"'):
+        encoded(folders["root"] / "prompts.txt", folders["pixart"], made, "negative=dogs")
+    with pytest.raises(SystemExit):
+        config.run_job(EncodeConfig, encode, ["codec=x", f"out={tmp_path}", "negative=dogs"])
+    assert "negative is a prompt, and images have none" in capsys.readouterr().err
+
+
 def test_a_sentencepiece_model_alone_is_a_tokenizer(folders, tmp_path):
     """The public PixArt folders hold spiece.model and no tokenizer.json."""
     import sentencepiece

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dmd_dar import config, load_pipeline
 from dmd_dar.distillation import job as distill
+from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.models.teachers import Teacher, TeacherConfig, guided_velocity, load_teacher
+from dmd_dar.plan import plan_of
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["a red cat", "two dogs on the green grass", "x"]  # of different length
@@ -74,27 +76,26 @@ def in_a_fresh_process(folder: Path, x: Tensor, sigmas: Tensor, how: tuple[float
     return load_file(f"{file}.out")["x"]
 
 
-def distilled(folder: Path, out: Path, query: str, weights: str, *more: str) -> Path:
+def distilled(folder: Path, out: Path, query: str, weights: str, **teacher: Any) -> Path:
     """The folder of a student of two steps, sampled from once; the teacher is guided with its family's own form."""
     given = [f"teacher.path={folder}", f"teacher.prompts={folder}_prompts", f"out_dir={out / 'run'}"]
     given += [f"regression.cache={out}/pairs", f"student.routing.query={query}", f"weights={weights}", "lora.rank=2"]
-    distill.main([*given, *RUN.split(), *more])
+    given += [*RUN.split(), *(f"teacher.{name}={value}" for name, value in teacher.items())]
+    plan = plan_of(config.load(DistillConfig, given))
+    assert plan.trained["student"] > 0 and plan.activations > 0
+    distill.main(given)
     student = out / "run" / "student"
     pipeline = load_pipeline(str(student))
     images, network = pipeline([0, 1], seed=3), pipeline.student.network
     assert images.isfinite().all() and images[0].std() > 0 and network.routing.query == query
-    start = load_teacher(TeacherConfig(str(folder), prompts=f"{folder}_prompts"), "cpu").network.state_dict()
+    start = load(folder, **teacher).network.state_dict()
     now = network.state_dict()
     assert any(not torch.equal(now[name], value) for name, value in start.items())
     routers = [value for name, value in now.items() if ".dar." in name and name.endswith("query")]
-    assert len(routers) == (query != "residual") * len(routers) and any(value.any() for value in routers) == bool(
-        routers
-    )
+    assert bool(routers) == (query != "residual") and any(value.any() for value in routers) == bool(routers)
     return student
 
 
 RUN = "steps=2 batch_size=2 rungs=[1.0,0.5] fake_score.updates=1 guidance_scale=3.0 preflight=false"
-RUN += (
-    " regression.weight=1 regression.solver_steps=2 regression.count=2 log.every=1 log.wandb=disabled launch.cpu=true"
-)
-RUN += " log.health_samples=2 gan.weight=0"
+RUN += " regression.weight=1 regression.solver_steps=2 regression.count=2 log.every=1 log.wandb=disabled"
+RUN += " launch.cpu=true log.health_samples=2 gan.weight=0"

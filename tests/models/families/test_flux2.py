@@ -130,8 +130,7 @@ def test_the_codec_normalises_patches_as_the_pipeline_does(folders):
     ],
 )
 def test_students_are_distilled_and_drawn_from(folders, tmp_path, name, query, weights):
-    given = [f"teacher.{key}={value}" for key, value in OPEN[name].items()]
-    student = distilled(folders[name], tmp_path, query, weights, "teacher.input_size=4", *given)
+    student = distilled(folders[name], tmp_path, query, weights, input_size=4, **OPEN[name])
     assert (student / "vae" / "config.json").is_file()
 
 

@@ -101,7 +101,7 @@ def test_masks_may_have_gaps(folder):
 
 
 @pytest.mark.slow
-def test_in_a_fresh_process_and_with_blocks_computed_again(folder):
+def test_in_a_fresh_process(folder):
     pipe, x = pipeline_of(folder), start()
     expected = theirs(pipe, x, 4.0)
     assert distance(in_a_fresh_process(folder, x, pipe.scheduler.sigmas, (4.0, [0, 1, 2])), expected, x) < 1e-5
@@ -131,7 +131,7 @@ def test_the_codec_is_the_pipeline_s_own_and_does_not_clamp(folder):
     ],
 )
 def test_students_are_distilled_and_drawn_from(folder, tmp_path, query, weights):
-    distilled(folder, tmp_path, query, weights, "teacher.input_size=8")
+    distilled(folder, tmp_path, query, weights, input_size=8)
 
 
 def test_what_it_does_not_take_is_one_line(folder, tmp_path):

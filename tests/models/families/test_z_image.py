@@ -95,4 +95,4 @@ def test_in_a_fresh_process(folder):
     ],
 )
 def test_students_are_distilled_and_drawn_from(folder, tmp_path, query, weights):
-    distilled(folder, tmp_path, query, weights, "teacher.input_size=8")
+    distilled(folder, tmp_path, query, weights, input_size=8)
