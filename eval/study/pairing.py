@@ -45,6 +45,7 @@ class ArmsConfig:
     dar: tuple[str, ...] = key((), "run folders of students with DAR", path=True)
     matched: tuple[str, ...] = key((), "control: residual students with as many parameters as DAR's", path=True)
     frozen: tuple[str, ...] = key((), "control: as arms.dar, trained with student.routing.query=static", path=True)
+    may_differ: tuple[str, ...] = key((), "keys in which arms may differ, too, as student.lr searched for in each")
 
 
 def read_groups(arms: ArmsConfig) -> dict[FewSteps, RunsByArm]:
@@ -63,14 +64,16 @@ def read_groups(arms: ArmsConfig) -> dict[FewSteps, RunsByArm]:
         for few in titles(run.sampled_with for run in read["residual"])
     }
     for group in groups.values():
-        _require_alike(group)
+        _require_alike(group, arms.may_differ)
     require_shared([group["residual"][0] for group in groups.values()], "arms")
     require_same_data(read)
     return groups
 
 
-def _require_alike(group: RunsByArm) -> None:
-    """Of runs of equal steps: the same seeds in every arm, and no difference beyond what the arms are made of."""
+def _require_alike(group: RunsByArm, may_differ: tuple[str, ...] = ()) -> None:
+    """Of runs of equal steps: the same seeds in every arm, and no difference beyond what the arms are made of and
+    `may_differ`.
+    """
     count = len(group["residual"])
     if not 2 <= count <= LARGEST_EXACT:
         rungs = list(group["residual"][0].cfg.rungs)
@@ -80,12 +83,12 @@ def _require_alike(group: RunsByArm) -> None:
         _require_same_seeds(arm, runs, group["residual"])
         for run in runs[1:]:
             _require_same_keys(arm, run, arm, runs[0], ())
-    _require_same_keys("dar", group["dar"][0], "residual", group["residual"][0], (ROUTING,))
+    _require_same_keys("dar", group["dar"][0], "residual", group["residual"][0], (ROUTING, *may_differ))
     if "matched" in group:
         _require_same_keys("matched", group["matched"][0], "residual", group["residual"][0], ("student.",), LEARNING)
         _require_same_size(group["matched"][0], group["dar"][0])
     if "frozen" in group:
-        _require_same_keys("frozen", group["frozen"][0], "dar", group["dar"][0], (ROUTING + "query",))
+        _require_same_keys("frozen", group["frozen"][0], "dar", group["dar"][0], (ROUTING + "query", *may_differ))
 
 
 def _read(arm: ArmName, folders: Sequence[str]) -> list[Run]:
