@@ -19,7 +19,7 @@ from dmd_dar.data.batches import Batches, Make
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.fixed import MiddleCrops, RandomCrops
 from dmd_dar.data.images import to_model_range
-from dmd_dar.data.prompt_files import copy_of, read_prompts
+from dmd_dar.data.prompt_files import copy_of, negative_of, read_entries
 from dmd_dar.errors import DivergedError
 from dmd_dar.keys import key
 from dmd_dar.models import prompts
@@ -48,10 +48,13 @@ class EncodeConfig:
         " prompt, caption or text; then the next keys",
         path=True,
     )
+    column: str = key("", "field or column of the file that holds the prompt; empty: prompt, caption or text")
     pipeline: str = key("", "whose text encoder reads the prompts: a diffusers pipeline's folder or a hub id")
     pipeline_revision: str = key("", "as codec_revision, of the pipeline")
     negative: str | None = key(
-        None, "prompt that guidance leads away from; none named: the pipeline's own, empty or, of Qwen-Image, a blank"
+        None,
+        "prompt that guidance leads away from; none named: the column negative of the file, which must be the same in"
+        " all, else the pipeline's own, empty or, of Qwen-Image, a blank",
     )
     tokens: int = key(0, "length of a prompt; 0: the pipeline's own", unit="tokens", least=0)
     dtype: Literal["float32", "bfloat16"] = key("float32", "of the text encoder and of what is stored")
@@ -71,6 +74,8 @@ class EncodeConfig:
             return
         if not self.codec or self.pipeline:
             raise ValueError("codec is needed for images, codec=FOLDER or a hub id, and pipeline for prompts only")
+        if self.column:
+            raise ValueError("column is of a file of prompts, and images have none: leave it out")
         if self.negative is not None:
             raise ValueError("negative is a prompt, and images have none: leave it out")
         if self.data.name == "latents":
@@ -121,9 +126,11 @@ def latents_maker(cfg: EncodeConfig, images: MiddleCrops | RandomCrops, codec: C
 
 def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
     """The prompts of `cfg.prompts`, and last what guidance leads away from."""
-    texts = read_prompts(cfg.prompts)
+    entries = read_entries(cfg.prompts, cfg.column)
+    texts = [entry.prompt for entry in entries]
+    chosen = negative_of(cfg.prompts, entries) if cfg.negative is None else cfg.negative
     encoder = load_text_encoder(cfg.pipeline, cfg.pipeline_revision, cfg.tokens, getattr(torch, cfg.dtype), device)
-    negative = encoder.prompting.negative if cfg.negative is None else cfg.negative
+    negative = encoder.prompting.negative if chosen is None else chosen
     row = {name: value[0] for name, value in encoder.encode([negative], negatives=1).items()}
     content = {"prompts": prompts.texts_hash(texts), "pipeline": encoder.name, "encoder": encoder.digest}
     content |= {"tokens": encoder.tokens, "dtype": cfg.dtype} | ({"negative": negative} if negative else {})
@@ -156,7 +163,7 @@ def encode(cfg: EncodeConfig) -> None:
     if held := fill_folder(cfg, prepare, wanted_by(cfg)):
         print(held)
     if cfg.prompts:
-        name, text = copy_of(read_prompts(cfg.prompts))  # for people, and for the CLIP score
+        name, text = copy_of(read_entries(cfg.prompts, cfg.column))  # for people, and for the CLIP score
         write_atomic(Path(cfg.out) / name, text)
 
 

@@ -5,6 +5,7 @@
     .json                 a list of such objects or texts; JSON Lines
     .csv, .tsv            a table with a column of FIELDS
 
+Beside the prompt an object or a row may have a negative, a text, and a seed, an integer from 0; others are ignored.
 UTF-8, with or without a byte order mark. A line ends at \\n, \\r\\n or \\r and nowhere else; blank ones are skipped.
 """
 
@@ -13,6 +14,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +28,75 @@ ENDINGS = re.compile(r"[\r\n]")
 PLAIN, LOSSLESS = "prompts.txt", "prompts.jsonl"  # of `copy_of`
 
 
-def read_prompts(file: str) -> list[str]:
-    """The prompts of `file`, without the blanks around them.
+@dataclass(frozen=True)
+class Entry:
+    """A prompt and what stands beside it, without the blanks around them; None for what does not."""
+
+    place: str  # in its file, such as "line 3"
+    prompt: str
+    negative: str | None = None
+    seed: int | None = None
+
+
+def read_entries(file: str, column: str = "") -> list[Entry]:
+    """The prompts of `file`, from the field or column `column`; empty: from the one of FIELDS.
 
     Raises UserError naming the file, and the line, for what is no UTF-8 text, holds no prompt, or has an entry without
-    one: no field or several of FIELDS, a value that is no text, an empty text.
+    one: no such field or several of FIELDS, a value that is no text, an empty text; and for a negative or a seed that
+    is none.
     """
     try:
-        return [_checked(place, entry) for place, entry in _entries(Path(file))]
-    except (OSError, ValueError, csv.Error) as error:
+        return [_entry(place, value, column.strip().lower()) for place, value in _values(Path(file))]
+    except (OSError, ValueError) as error:
         raise UserError(f"prompts = {file}: {' '.join(str(error).split())}") from error
 
 
-def copy_of(prompts: list[str]) -> tuple[str, str]:
-    """The name and the text of a file that `read_prompts` reads as these: a prompt a line, if each fits on one."""
-    if not any(ENDINGS.search(prompt) for prompt in prompts) and not isinstance(_json(prompts[0]), dict):
+def read_prompts(file: str, column: str = "") -> list[str]:
+    """The prompts alone, as `read_entries` reads them."""
+    return [entry.prompt for entry in read_entries(file, column)]
+
+
+def negative_of(file: str, entries: list[Entry]) -> str | None:
+    """The negative of all entries of `file`, None where none has one. UserError where they differ."""
+    first = entries[0]
+    for entry in entries:
+        if entry.negative != first.negative:
+            told = " and ".join(f"{one.place} has {_shown(one.negative)}" for one in (first, entry))
+            remedy = "guidance leads all away from one, so name it for all, negative=TEXT, or split the file"
+            raise UserError(f"prompts = {file}: the negatives differ, {told}; {remedy}")
+    return first.negative
+
+
+def _shown(negative: str | None) -> str:
+    return "none" if negative is None else repr(negative if len(negative) <= 40 else f"{negative[:40]}...")
+
+
+def copy_of(entries: list[Entry]) -> tuple[str, str]:
+    """The name and the text of a file that is read as these prompts and seeds: a prompt a line, if that says it all."""
+    prompts = [entry.prompt for entry in entries]
+    seeded = any(entry.seed is not None for entry in entries)
+    if not seeded and not any(map(ENDINGS.search, prompts)) and not isinstance(_json(prompts[0]), dict):
         return PLAIN, "\n".join([*prompts, ""])
-    lines = (json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    seeds = ({} if entry.seed is None else {"seed": entry.seed} for entry in entries)
+    lines = (json.dumps({"prompt": one, **seed}, ensure_ascii=False) for one, seed in zip(prompts, seeds, strict=True))
     return LOSSLESS, "\n".join([*lines, ""])
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+def _values(file: Path) -> Iterator[tuple[str, Any]]:
     """(where it stands, text or object) of everything in the file; ValueError where nothing is."""
-    text = _decoded(file)
     kind, empty = file.suffix.lower(), True
+    if kind == ".parquet":
+        raise ValueError("parquet is not read; save the table as CSV or JSON Lines")
+    text = _decoded(file)
     if kind in SEPARATORS:
-        entries = _table(text, SEPARATORS[kind])
+        found = _table(text, SEPARATORS[kind])
     elif kind == ".json" and (whole := _json(text)) is not None:
-        entries = ((f"entry {i}", entry) for i, entry in enumerate(whole if isinstance(whole, list) else [whole], 1))
+        found = ((f"entry {i}", entry) for i, entry in enumerate(whole if isinstance(whole, list) else [whole], 1))
     else:
-        entries = _lines(text, kind in (*JSON_LINES, ".json"))
-    for entry in entries:
+        found = _lines(text, kind in (*JSON_LINES, ".json"))
+    for value in found:
         empty = False
-        yield entry
+        yield value
     if empty:
         raise ValueError("it is empty; write one prompt a line, the empty prompt is added by itself")
 
@@ -95,29 +133,77 @@ def _json(text: str) -> Any:
 
 def _table(text: str, separator: str) -> Iterator[tuple[str, Any]]:
     rows = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
-    for row in rows:
-        yield f"line {rows.line_num}", {name: value for name, value in row.items() if name is not None}
+    try:
+        for row in rows:
+            if any(row.pop(None, ())):  # type: ignore[call-overload]
+                raise ValueError(
+                    f"line {rows.line_num} has more cells than the first; quote a text with {separator!r} in it"
+                )
+            yield f"line {rows.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num + 1}: {error}; close and double the quotes there") from error
 
 
-def _checked(place: str, entry: Any) -> str:
-    """The prompt of an entry; ValueError naming its place where there is none."""
-    remedy = f"give every entry a text named {FIELDS[0]}"
-    if isinstance(entry, dict):
-        named = {name.strip().lower(): value for name, value in entry.items()}
-        present = [name for name in FIELDS if name in named]
-        if len(present) > 1 and present[0] != FIELDS[0]:
-            raise ValueError(f"{place} holds {' and '.join(present)}; {remedy}")
-        if not present:
-            held = ", ".join(map(repr, list(entry)[:8])) or "nothing"
-            raise ValueError(f"{place} holds {held}, and none of {', '.join(FIELDS)}; {remedy}")
-        entry = named[present[0]]
-    if not isinstance(entry, str):
-        raise ValueError(f"{place} has no text for a prompt, but {str(entry)[:40]}; {remedy}")
-    prompt = AROUND.sub("", entry)
+def _entry(place: str, value: Any, column: str) -> Entry:
+    """ValueError naming its place where there is no prompt, or where what stands beside it is wrong."""
+    if not isinstance(value, dict):
+        if column:
+            raise ValueError(f"{place} is a text without columns; leave column = {column} out")
+        return Entry(place, _text(place, value))
+    named = {name.strip().lower(): one for name, one in value.items()}
+    prompt = _text(place, named[_column(place, list(value), column)])
+    return Entry(place, prompt, _negative(place, named.get("negative")), _seed(place, named.get("seed")))
+
+
+def _column(place: str, names: list[str], column: str) -> str:
+    """The name of the prompt among those of an entry, in lower case."""
+    held = ", ".join(map(repr, names[:8])) or "nothing"
+    named = {name.strip().lower() for name in names}
+    present = [name for name in FIELDS if name in named]
+    if column and column not in named:
+        raise ValueError(f"{place} holds {held}, and no {column!r}; set column to a name that every entry has")
+    if not column and not present:
+        remedy = f"give every entry a text named {FIELDS[0]}, or name its column, column=NAME"
+        raise ValueError(f"{place} holds {held}, and none of {', '.join(FIELDS)}; {remedy}")
+    if not column and len(present) > 1 and present[0] != FIELDS[0]:
+        remedy = f"give every entry a text named {FIELDS[0]}, or name its column, column={present[0]}"
+        raise ValueError(f"{place} holds {' and '.join(present)}; {remedy}")
+    return column or present[0]
+
+
+def _text(place: str, value: Any) -> str:
+    if not isinstance(value, str):
+        remedy = f"give every entry a text named {FIELDS[0]}"
+        raise ValueError(f"{place} has no text for a prompt, but {str(value)[:40]}; {remedy}")
+    prompt = AROUND.sub("", value)
     if not prompt:
         raise ValueError(f"the prompt of {place} is empty; leave it out, the empty prompt is added by itself")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt of {place} holds half a character ({error.reason}); mend it") from error
+    _require_whole(place, "prompt", prompt)
     return prompt
+
+
+def _require_whole(place: str, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} of {place} holds half a character ({error.reason}); mend it") from error
+
+
+def _negative(place: str, value: Any) -> str | None:
+    """None for nothing and for a cell that is empty."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"the negative of {place} is {str(value)[:40]}, no text; quote it, or leave it out")
+    _require_whole(place, "negative", value)
+    return AROUND.sub("", value) or None
+
+
+def _seed(place: str, value: Any) -> int | None:
+    """None for nothing and for a cell that is empty."""
+    if value is None or isinstance(value, str) and not value.strip():
+        return None
+    seed = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]+\s*", value) else value
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"the seed of {place} is {str(value)[:40]}, no integer from 0; mend it, or leave it out")
+    return seed

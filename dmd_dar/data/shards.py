@@ -68,6 +68,10 @@ class Layout:
         sample = sum(DTYPES[form.dtype].itemsize * torch.Size(form.shape).numel() for form in self.tensors.values())
         return (stop - start) * sample + OVERHEAD
 
+    def all_bytes(self) -> int:
+        """Upper bound of all shards on the disk."""
+        return sum(map(self.bytes, range(self.shards)))
+
     def described(self) -> dict[str, Any]:
         """In JSON's own types, as the manifest has it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -55,7 +55,7 @@ class Prompts:
         self.texts_hash, self.count = content.get("prompts"), len(self.shards) - 1
         self.names = tuple(layout.tensors)
         self.width = layout.tensors["embedding"].shape[-1]
-        self.small = sum(map(layout.bytes, range(layout.shards))) <= IN_MEMORY
+        self.small = layout.all_bytes() <= IN_MEMORY
         self.held: dict[torch.device, dict[str, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

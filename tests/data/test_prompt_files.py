@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dmd_dar.data.prompt_files import LOSSLESS, PLAIN, copy_of, read_prompts
+from dmd_dar.data.prompt_files import LOSSLESS, PLAIN, Entry, copy_of, negative_of, read_entries, read_prompts
 from dmd_dar.errors import UserError
 
 PROMPTS = ["a red cat", 'a "cup", of coffee', "größe {0}"]
@@ -81,7 +81,14 @@ def test_a_prompt_is_not_split_at_what_ends_no_line(tmp_path, form, mark):
         ("p.json", b'["a", 3]', "entry 2 has no text for a prompt, but 3"),
         ("p.csv", b"a red cat, sitting\ndogs\n", "line 2 holds 'a red cat', ' sitting', and none of prompt"),
         ("p.csv", b"id,prompt\n1\n", "line 2 has no text for a prompt"),
-        ("p.csv", b'id,prompt\n1,"a', "unexpected end of data"),
+        ("p.csv", b'id,prompt\n1,"a', "line 2: unexpected end of data; close and double the quotes there"),
+        ("p.csv", b"id,prompt\n1,a\n2,a cat, sitting\n", "line 3 has more cells than the first; quote a text with ','"),
+        ("p.parquet", b"PAR1\x00", "parquet is not read; save the table as CSV or JSON Lines"),
+        ("p.csv", b"prompt,negative,seed\na,,-1\n", "the seed of line 2 is -1, no integer from 0"),
+        ("p.jsonl", b'{"prompt": "a", "seed": true}', "the seed of line 1 is True, no integer from 0"),
+        ("p.jsonl", b'{"prompt": "a", "seed": 1.5}', "the seed of line 1 is 1.5, no integer from 0"),
+        ("p.jsonl", b'{"prompt": "a", "negative": ["x"]}', r"the negative of line 1 is \['x'\], no text"),
+        ("p.jsonl", rb'{"prompt": "a", "negative": "\ud800"}', "the negative of line 1 holds half a character"),
     ],
 )
 def test_what_holds_no_prompt_is_named(tmp_path, form, content, said):
@@ -98,9 +105,53 @@ def test_no_file_and_a_folder_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "name"),
-    [(PROMPTS, PLAIN), (["one\u2028half"], PLAIN), (["a\nb", "c"], LOSSLESS), (['{"a": 1}'], LOSSLESS)],
+    ("form", "content"),
+    [
+        ("p.csv", "de, Negative ,SEED,en\neine Katze,blurry,7,a cat\nein Hund, blurry ,,a dog\n"),
+        ("p.jsonl", '{"de": "eine Katze", "negative": "blurry", "seed": 7}\n{"de": "ein Hund", "negative": "blurry"}'),
+        (
+            "p.json",
+            '[{"DE": "eine Katze", "negative": "blurry", "seed": "7"}, {"DE": "ein Hund", "negative": "blurry"}]',
+        ),
+    ],
 )
-def test_a_copy_reads_as_the_same_prompts(tmp_path, prompts, name):
-    named, text = copy_of(prompts)
-    assert named == name and read_prompts(put(tmp_path / named, text)) == prompts
+def test_columns_by_name(tmp_path, form, content):
+    file = put(tmp_path / form, content)
+    entries = read_entries(file, "De")
+    assert [(one.prompt, one.negative, one.seed) for one in entries] == [
+        ("eine Katze", "blurry", 7),
+        ("ein Hund", "blurry", None),
+    ]
+    assert negative_of(file, entries) == "blurry"
+    with pytest.raises(UserError, match=f"^prompts = {file}: (line|entry) [12] holds .*, and no 'fr'; set column to"):
+        read_prompts(file, "fr")
+
+
+def test_plain_lines_have_no_columns(tmp_path):
+    with pytest.raises(UserError, match="line 1 is a text without columns; leave column = de out"):
+        read_prompts(put(tmp_path / "p.txt", "a cat\n"), "de")
+
+
+@pytest.mark.parametrize(("second", "shown"), [('"dark"', "'dark'"), ("null", "none"), ('""', "none")])
+def test_negatives_that_differ_are_refused(tmp_path, second, shown):
+    lines = ['{"prompt": "a", "negative": "blurry"}', f'{{"prompt": "b", "negative": {second}}}']
+    file = put(tmp_path / "p.jsonl", "\n".join(lines))
+    with pytest.raises(UserError, match=f"{file}: .*line 1 has 'blurry' and line 2 has {shown}; .*negative=TEXT"):
+        negative_of(file, read_entries(file))
+    assert negative_of(file, [Entry("line 1", "a")]) is None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seed", "name"),
+    [
+        (PROMPTS, None, PLAIN),
+        (["one\u2028half"], None, PLAIN),
+        (["a\nb", "c"], None, LOSSLESS),
+        (['{"a": 1}'], None, LOSSLESS),
+        (PROMPTS, 7, LOSSLESS),
+    ],
+)
+def test_a_copy_reads_as_the_same_prompts_and_seeds(tmp_path, prompts, seed, name):
+    entries = [Entry(f"line {i}", prompt, seed=seed if i == 1 else None) for i, prompt in enumerate(prompts, 1)]
+    named, text = copy_of(entries)
+    assert named == name and read_entries(put(tmp_path / named, text)) == entries

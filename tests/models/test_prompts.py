@@ -1,7 +1,9 @@
 """Prompts as conditions: encoded once as diffusers encodes them, then rows of a table that jobs look up by index."""
 
 import copy
+import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmd_dar import config
-from dmd_dar.data.shards import MANIFEST
+from dmd_dar.data.shards import MANIFEST, read_manifest
 from dmd_dar.distillation import job as distill
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
@@ -303,6 +305,33 @@ def test_a_file_of_json_lines_is_encoded_as_its_prompts(folders, tmp_path):
     assert Prompts(str(made)).texts() == tuple(TEXTS)
     (made / "prompts.txt").write_text("other\n")
     assert Prompts(str(made)).texts() == ()
+
+
+def test_the_columns_of_a_table_are_encoded_and_what_they_take_is_said(folders, tmp_path, capsys):
+    plain = encoded(folders["root"] / "prompts.txt", folders["pixart"], tmp_path / "plain", "negative=dark")
+    capsys.readouterr()
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        rows = [{"de": text, "negative": "dark", "seed": i, "prompt": "no"} for i, text in enumerate(TEXTS)]
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows(rows)
+    given = ["column=de", "shard_size=3", "batch_size=2", "cpu=true", f"out={tmp_path / 'made'}"]
+    config.run_job(EncodeConfig, encode, [f"prompts={tmp_path / 'p.csv'}", f"pipeline={folders['pixart']}", *given])
+    held = {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()}
+    copy = [json.loads(line) for line in held.pop("prompts.jsonl").decode().splitlines()]
+    assert copy == [{"prompt": text, "seed": i} for i, text in enumerate(TEXTS)]
+    assert held == {file.name: file.read_bytes() for file in plain.iterdir() if file.name != "prompts.txt"}
+    assert Prompts(str(tmp_path / "made")).texts() == tuple(TEXTS)
+    size = read_manifest(tmp_path / "made")[0].all_bytes()
+    on_disk = sum(len(content) for name, content in held.items() if name.startswith("shard"))
+    assert on_disk <= size <= on_disk + 2 * 4096 and on_disk > 4 * 120 * 16 * 4
+    said = [line for line in capsys.readouterr().err.splitlines() if "prompts " in line]
+    assert said[0] == f"4 prompts take up to {size / 1e6:.1f} MB in {tmp_path / 'made'}"
+    assert [line.split("  ")[0] for line in said[1:]] == ["2/4 prompts", "4/4 prompts"]
+    assert all(re.search(r"prompts/s  ETA \d\d:\d\d$", line) for line in said[1:])
+    with pytest.raises(UserError, match="p.csv: line 2 holds 'de', .* and no 'fr'"):
+        encoded(tmp_path / "p.csv", folders["pixart"], tmp_path / "none", "column=fr")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_folder_says_what_it_holds_and_is_continued_byte_for_byte(folders, tmp_path, capsys):

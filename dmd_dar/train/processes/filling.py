@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dmd_dar.atomic import make_folder
@@ -84,13 +85,14 @@ def fill_folder(cfg: FillConfig, prepare: Prepare, wanted: dict[str, Any] | None
     with StopRequest() as stop, ShardFolder(cfg.out, work.layout) as folder:
         folder.require_space()
         made = folder.samples_made()
+        if rank == 0 and made < work.layout.n:
+            LOGGER.info(f"{work.layout.n} {work.unit} take up to {work.layout.all_bytes() / 1e6:.1f} MB in {cfg.out}")
         if workers > 1 and made < work.layout.n:
             finished = share(cfg, prepare, workers, folder, stop, progress(work, made))
         else:
             report = progress(work, made) if rank == 0 else None
-            finished = fill(
-                folder, work.batches, stopped=lambda: stop.asked, report=report, rank=rank, processes=processes
-            )
+            batches = work.batches if report is None else told_first(work, report, made)
+            finished = fill(folder, batches, stopped=lambda: stop.asked, report=report, rank=rank, processes=processes)
         shards = folder.layout.shards
         done = shards - len(folder.missing())
     if not finished:
@@ -129,15 +131,30 @@ def _work(member: Member, cfg: FillConfig, prepare: Prepare) -> None:
         fill(folder, work.batches, stopped=member.line.poll, rank=rank, processes=processes)
 
 
+def told_first(work: Work, report: Callable[[int], None], start: int) -> Batches:
+    """The batches; `report` hears of the first as soon as it is computed, unless it is the last, too."""
+    told = False
+
+    def make(first: int, stop: int) -> dict[str, Tensor]:
+        nonlocal told
+        rows = work.batches.make(first, stop)
+        if not told and start + stop - first < work.layout.n:
+            report(start + stop - first)
+        told = True
+        return rows
+
+    return Batches(make, work.batches.size)
+
+
 def progress(work: Work, start: int) -> Callable[[int], None]:
-    """report(made): a line with speed and time left, every now and then and at the end."""
+    """report(made): a line with speed and time left, at first, every now and then and at the end."""
     began = printed = time.monotonic()
     reported, n, unit = start, work.layout.n, work.unit
 
     def report(made: int) -> None:
         nonlocal printed, reported
         now = time.monotonic()
-        if made > reported and (made == n or now - printed >= SAY):
+        if made > reported and (made == n or reported == start or now - printed >= SAY):
             printed, reported, rate = now, made, (made - start) / max(now - began, 1e-9)
             left = tqdm.format_interval((n - made) / rate)
             LOGGER.info(f"{made}/{n} {unit}  {rate:.3g} {unit}/s  ETA {left}")
