@@ -67,7 +67,7 @@ def spread_rungs(coarse: float, fine: float, calls: int) -> tuple[float, ...]:
     Raises ValueError where these times lie too close to each other to be told apart.
     """
     ends = [math.log((1 - t) / t) for t in (coarse, fine)]
-    places = [(ends[0] + ends[1]) / 2] if calls == 2 else np.linspace(*ends, calls - 1).tolist()
+    places = [(ends[0] + ends[1]) / 2] if calls == 2 else np.linspace(ends[0], ends[1], calls - 1).tolist()
     if calls > 2 and ends[1] - ends[0] < (calls - 2) * math.log(LEAST_RATIO):
         raise ValueError(
             f"coarse and fine detail meet the noise at t = {coarse:.2f} and {fine:.2f}, too close for {calls - 1} rungs"
