@@ -22,7 +22,8 @@ from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
 from dmd_dar.spectrum import BAND_EDGES, radial_psd
 
-COARSEST, FINEST = BAND_EDGES[0], BAND_EDGES[3]  # cycles per pixel or latent cell: from B1's lower edge to B4's
+EDGES = BAND_EDGES[:4]  # cycles per pixel or latent cell: the lower edges of B1 to B4
+LEAST_SIDE = math.ceil(2 / EDGES[0])  # of samples whose spectrum reaches down to B1
 LEAST_RATIO = 1.25  # of (1 - t) / t from one rung to the next
 
 
@@ -54,10 +55,9 @@ def meetings(frequencies: Tensor, power: Tensor) -> list[Meeting]:
     frequencies (F,) ascending; power (F,) in the network's own units, in which fresh noise has a power of 1.
     """
     f, p = (values.log().double().cpu().numpy() for values in (frequencies, power))
-    edges = BAND_EDGES[:4]
     return [
         Meeting(edge, flow.meeting_time(math.exp(log_power)))
-        for edge, log_power in zip(edges, np.interp(np.log(edges), f, p), strict=True)
+        for edge, log_power in zip(EDGES, np.interp(np.log(EDGES), f, p), strict=True)
     ]
 
 
@@ -78,6 +78,12 @@ def spread_rungs(coarse: float, fine: float, calls: int) -> tuple[float, ...]:
 def teacher_power(cfg: RungsConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Frequencies and powers of the teacher's samples, over all its channels, in its own units."""
     teacher = load_teacher(cfg.teacher, device)
+    side = min(teacher.network.shape[1:])
+    if side < LEAST_SIDE:
+        raise UserError(
+            f"teacher.path = {cfg.teacher.path}: its samples have {side} pixels or latent cells a side, and a spectrum"
+            f" down to {EDGES[0]:g} cycles each takes {LEAST_SIDE}; choose rungs by hand"
+        )
     velocity = guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale, cfg.guidance)
     samples, _ = generate(
         ode_generator(velocity, cfg.ode),

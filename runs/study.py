@@ -13,8 +13,11 @@ from typing import Any, Literal
 
 from dmd_dar import config
 from dmd_dar.atomic import make_folder, write_atomic
+from dmd_dar.eval.metrics.intervals import holm
+from dmd_dar.eval.study.records import read_study
 from dmd_dar.keys import key
 from dmd_dar.messages import LOGGER
+from dmd_dar.models.saved import holds_network
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "results" / "study"
@@ -113,15 +116,28 @@ def train(cfg: StudyConfig) -> None:
     run_all([distill(arm, seed, place(arm, seed)) for seed in SEEDS for arm in ARMS], cfg.jobs)
 
 
+def complete() -> list[int]:
+    """The seeds of which every arm's run is finished. The others are told, and left out of all arms."""
+    found = [seed for seed in SEEDS if all(holds_network(ROOT / place(arm, seed) / "student") for arm in ARMS)]
+    if left_out := sorted({*SEEDS} - {*found}):
+        LOGGER.warning(f"seeds {left_out} are left out of every arm: a run of theirs is not finished")
+    return found
+
+
 def compare(cfg: StudyConfig) -> None:
-    """The comparison at every number of updates, into docs/results/study/N.json."""
+    """The comparison at every number of updates, into docs/results/study/N.json; p after Holm over the two endpoints
+    into endpoints.json.
+    """
+    seeds = complete()
     for updates in (*ON_THE_WAY, HALF, WHOLE):
         out = OUT / f"compare_{updates}"
         names = zip(("residual", "dar", "frozen"), ARMS, strict=True)
-        arms = [f"arms.{name}=[{','.join(str(place(arm, seed, updates)) for seed in SEEDS)}]" for name, arm in names]
+        arms = [f"arms.{name}=[{','.join(str(place(arm, seed, updates)) for seed in seeds)}]" for name, arm in names]
         rates = "arms.may_differ=[student.lr,student.routing.lr]"
         run_all([["-m", "eval.compare", *arms, rates, f"out={out}", "n=1024"]], 1)
         write_atomic(make_folder(KEPT) / f"{updates}.json", (ROOT / out / "compare.json").read_text())
+    found = {str(updates): read_study(KEPT / f"{updates}.json").primary.p for updates in (HALF, WHOLE)}
+    write_atomic(KEPT / "endpoints.json", json.dumps({"p": found, "p_holm": holm(found)}, indent=1) + "\n")
 
 
 STAGES = {"search": search, "train": train, "compare": compare}

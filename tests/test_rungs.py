@@ -1,14 +1,17 @@
 """python -m dmd_dar.rungs: times at which bands of the teacher's samples meet the noise."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from dmd_dar import config, flow, rungs
+from dmd_dar.data.photos import NAMES
+from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.rungs import RungsConfig, meetings, spread_rungs
 from dmd_dar.spectrum import radial_frequencies
-from tests.tiny import tiny_teacher
+from tests.tiny import TINY, tiny_sit, tiny_teacher
 
 
 def test_a_signal_meets_the_noise_where_both_have_the_same_power():
@@ -71,3 +74,11 @@ def test_a_teacher_without_detail_is_refused_by_name(tmp_path, capsys, monkeypat
         config.run_job(RungsConfig, rungs.choose, [f"teacher.path={teacher}", "n=2", "solver_steps=1", "cpu=true"])
     assert stop.value.code == 2
     assert "error: calls = 4: coarse and fine detail meet the noise at t = 0.50 and 0.50" in capsys.readouterr().err
+
+
+def test_samples_too_small_for_a_spectrum_down_to_b1_are_refused(tmp_path, capsys):
+    form = dataclasses.replace(TINY, input_size=16)
+    save_network(tmp_path / "teacher", tiny_sit(form), ModelCard(label_names=NAMES))
+    with pytest.raises(SystemExit) as stop:
+        rungs.main([f"teacher.path={tmp_path / 'teacher'}", "n=1", "cpu=true"])
+    assert stop.value.code == 2 and "have 16 pixels or latent cells a side" in capsys.readouterr().err

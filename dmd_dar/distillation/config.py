@@ -113,6 +113,7 @@ class DistillConfig:
         "regression": {"solver": "heun", "solver_grid": "even", "by_rung": ()},
         "matching": {"above_next_rung": False},
         "fake_score": {"follow": 0.0},
+        "guidance": {"form": "auto", "interval": (0.0, 1.0)},
     }
 
     out_dir: str = key("", "run folder")
@@ -184,10 +185,11 @@ class DistillConfig:
         factors = list(self.regression.by_rung)
         if len(factors) != len(self.rungs):
             raise ValueError(f"regression.by_rung has {len(factors)} factors for {len(self.rungs)} rungs: {factors}")
-        if not (self.matching.weight or self.gan.used) and 0 in factors:
+        others = self.matching.weight or (self.gan.weight and self.gan.end_weight != 0)  # at every update
+        if not others and 0 in factors:
             raise ValueError(
-                f"regression.by_rung is {factors}, and matching.weight and gan.weight are 0: nothing would train the"
-                " student at a rung of factor 0; set it above 0"
+                f"regression.by_rung is {factors}, and where matching.weight and gan.weight are 0 nothing would train"
+                " the student at a rung of factor 0; set it above 0"
             )
 
     def _check_intervals(self) -> None:

@@ -164,7 +164,7 @@ class Bench:
         return made
 
     def call(self, generator: Generator, count: int = LATENCY_BATCH) -> Callable[[], Tensor]:
-        """SampleRange and decodes `count` images, the same ones every time."""
+        """Samples and decodes `count` images, the same ones every time."""
         draws = Draws(self.seed, "latency", 0, sample_range(0, count, self.device))
         cond, noise = balanced_labels(draws.samples, self.num_classes), draws.normal("noise", *self.shape)
         make = partial(generator, cond, draws, noise)

@@ -107,7 +107,7 @@ def routing_comparisons(checks: Sequence[Check], runs: Sequence[Run]) -> list[st
             sentences.append(compare_pair(by_name[run.name], by_name[same[0].name]))
         elif plain:
             nearest = next((other for other in plain if other.few_steps == run.few_steps), plain[0])
-            keys = ", ".join(unequal(run.cfg, nearest.cfg))
+            keys = ", ".join(unequal(run.cfg, nearest.cfg)) or "their updates"
             sentences.append(f"{run.name} and {nearest.name} differ in {keys} too: not a comparison of routing.")
     return sentences
 

@@ -45,7 +45,9 @@ class ArmsConfig:
     dar: tuple[str, ...] = key((), "run folders of students with DAR", path=True)
     matched: tuple[str, ...] = key((), "control: residual students with as many parameters as DAR's", path=True)
     frozen: tuple[str, ...] = key((), "control: as arms.dar, trained with student.routing.query=static", path=True)
-    may_differ: tuple[str, ...] = key((), "keys in which arms may differ, too, as student.lr searched for in each")
+    may_differ: tuple[str, ...] = key(
+        (), "keys in which residual, dar and frozen may differ, too: student.lr, searched for in each"
+    )
 
 
 def read_groups(arms: ArmsConfig) -> dict[FewSteps, RunsByArm]:

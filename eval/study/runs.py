@@ -137,9 +137,12 @@ def read_runs(folders: tuple[str, ...]) -> list[Run]:
 
 
 def require_shared(runs: Sequence[Run], key: str) -> None:
-    """A ConfigError where they do not name one teacher and the same data. key: of the command, which named them."""
+    """A ConfigError where they do not name one teacher, one form of its guidance and the same data.
+
+    key: of the command, which named them.
+    """
     for run in runs[1:]:
-        for what in ("data", "teacher"):
+        for what in ("data", "teacher", "guidance"):
             ours, theirs = getattr(runs[0].cfg, what), getattr(run.cfg, what)
             if ours != theirs:
                 fault = f"{what} {theirs} in {run.name}, {ours} in {runs[0].name}"

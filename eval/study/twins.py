@@ -24,20 +24,23 @@ def unequal(ours: DistillConfig, theirs: DistillConfig) -> list[str]:
 
 
 def twins(run: Run, runs: Sequence[Run]) -> list[Run]:
-    """The residual ones among `runs` that differ from `run` in routing alone."""
-    return [other for other in runs if not routed(other) and not unequal(run.cfg, other.cfg)]
+    """The residual ones among `runs` that differ from `run` in routing alone, after as many updates."""
+    alike = [other for other in runs if not routed(other) and not unequal(run.cfg, other.cfg)]
+    return [other for other in alike if other.updates == run.updates]
 
 
 def seed_pairs(runs: Sequence[Run], sets: Sequence[ImageSet]) -> list[Pair]:
-    """Routed students with their residual twins, of the form of routing with most seeds."""
+    """Routed students with their residual twins, of the form of routing and the updates of which there are most seeds;
+    where several have as many, of the most updates.
+    """
     by_name = {one.name: one for one in sets}
-    forms: dict[str, list[Pair]] = {}
+    forms: dict[tuple[str, int], list[Pair]] = {}
     for run in runs:
         others = twins(run, runs) if routed(run) else []
         if others:
             pair = Pair(run.cfg.seed, by_name[others[0].name], by_name[run.name])
-            forms.setdefault(repr(run.cfg.student.routing), []).append(pair)
-    return max(forms.values(), key=len, default=[])
+            forms.setdefault((repr(run.cfg.student.routing), run.updates), []).append(pair)
+    return max(forms.items(), key=lambda form: (len(form[1]), form[0][1]), default=("", []))[1]
 
 
 def several_seeds(pairs: Sequence[Pair]) -> bool:

@@ -93,3 +93,15 @@ def test_an_update_that_nothing_trains_is_refused(teacher, weights, update):
         return
     with pytest.raises(config.ConfigError, match=f"matching.weight = 0.0 .*both 0 at student update {update}: nothing"):
         config.load(distill.DistillConfig, given)
+
+
+@pytest.mark.parametrize(
+    "gan", [{}, {"weight": 0.0, "end_weight": 1.0, "ramp_start": 9}, {"weight": 1.0, "end_weight": 0.0}]
+)
+def test_a_rung_without_regression_needs_another_term_at_every_update(gan):
+    regression = {"by_rung": [0.0, 1.0, 1.0, 1.0], "weight": 1.0}
+    alone = {"steps": 20, "matching": {"weight": 0.0}, "regression": regression}
+    with pytest.raises(config.ConfigError, match="rung of factor 0"):
+        config.from_dict(distill.DistillConfig, {**alone, "gan": gan}, where="test")
+    config.from_dict(distill.DistillConfig, {**alone, "gan": {"weight": 1.0}}, where="test")
+    config.from_dict(distill.DistillConfig, {"steps": 20, "regression": regression}, where="test")

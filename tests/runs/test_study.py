@@ -2,7 +2,9 @@
 
 import pytest
 
+from dmd_dar.models.saved import ModelCard, save_network
 from runs import study
+from tests.tiny import tiny_sit
 
 
 def test_every_arm_is_searched_as_long_as_the_others():
@@ -29,3 +31,13 @@ def test_a_command_that_fails_is_told_after_the_others_ended(tmp_path):
     with pytest.raises(study.subprocess.CalledProcessError):
         study.run_all([["-c", "raise SystemExit(3)"], ["-c", f"open({str(done)!r}, 'w').close()"]], jobs=1)
     assert done.exists()
+
+
+def test_a_seed_without_a_finished_run_is_left_out_of_every_arm(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    for arm in study.ARMS:
+        for seed in study.SEEDS:
+            if (arm, seed) != ("dar", 13):
+                save_network(tmp_path / study.place(arm, seed) / "student", tiny_sit(), ModelCard())
+    assert study.complete() == [11, 12, 14, 15, 16, 17, 18]
+    assert "seeds [13] are left out of every arm" in caplog.text

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dmd_dar.draws import Draws, Habits
 from dmd_dar.errors import UserError, users_line
+from dmd_dar.messages import LOGGER
 from dmd_dar.stop import StopRequest
 from dmd_dar.train.disk import checkpoint
 from dmd_dar.train.disk.folder import RunFolder
@@ -177,7 +178,18 @@ class Loop:
                 raise UserError(f"{fault} ({' '.join(str(error).split())}); use another out_dir") from error
         if self.watch.health is not None and "health" in state:
             self.watch.health.restore(state["health"])
+        if self.runtime.is_main:
+            self._tell_passed(step)
         return step
+
+    def _tell_passed(self, step: int) -> None:
+        """Say which of `checkpoint.students` were asked for after the run had passed them."""
+        folder = self.home.folder
+        kept = () if folder is None else {path.name for path in folder.path.glob("*_step_*")}
+        steps = [one for one in self.course.checkpoints.students if one <= step]
+        passed = [one for one in steps if not any(name.endswith(f"_step_{one:08d}") for name in kept)]
+        if passed:
+            LOGGER.warning(f"checkpoint.students: this run passed {passed} before; no student is kept of these steps")
 
     def take_best(self, root: Path) -> int:
         """Load the state of the last phase from the checkpoint of the least score; its step, 0 where none has one.

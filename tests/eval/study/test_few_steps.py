@@ -8,9 +8,11 @@ import pytest
 
 from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
+from dmd_dar.models.saved import ModelCard, Saved
+from eval.study import twins
 from eval.study.few_steps import FewSteps, titles
 from eval.study.kinds import kinds
-from eval.study.runs import Run, reference_guidance
+from eval.study.runs import Run, reference_guidance, require_shared
 
 
 def made(name: str, query: str = "residual", **changes: Any) -> Run:
@@ -58,3 +60,21 @@ def test_the_one_reference_has_the_guidance_that_runs_share_or_the_one_that_is_n
     message = r"guidance_scale is 1\.5 in a, 4\.0 in c; say which the reference has, guidance_scale=1\.5"
     with pytest.raises(config.ConfigError, match=message):
         reference_guidance(runs, None)
+
+
+def test_students_as_of_other_updates_are_no_twins():
+    def of(name: str, query: str, updates: int) -> Run:
+        return dataclasses.replace(made(name, query), saved=Saved(ModelCard(origin={"steps": updates}), "", {}))
+
+    early, late, routed = of("early", "residual", 50), of("late", "residual", 250), of("routed", "timestep", 250)
+    assert twins.twins(routed, [early, late, routed]) == [late]
+    assert twins.twins(routed, [early, routed]) == []
+
+
+def test_one_form_of_guidance_for_all_runs_of_a_report():
+    one = made("one", guidance_scale=2.0)
+    within = dataclasses.replace(one.cfg.guidance, interval=(0.2, 0.9))
+    other = dataclasses.replace(one, name="other", cfg=dataclasses.replace(one.cfg, guidance=within))
+    require_shared([one, one], "runs")
+    with pytest.raises(config.ConfigError, match="guidance .*interval"):
+        require_shared([one, other], "runs")
