@@ -198,7 +198,8 @@ def routing_share(read: Read) -> str:
         f" with the least of its times in {result['rounds']} rounds; the rest is what is left of the CPU time without a"
         " profiler. `bytes` is what routing moves at the least (docs/routing.md, in training twice) at this machine's"
         f" copy bandwidth, {bandwidth:.1f} GB/s read and written; load average {load['before']:.1f} before,"
-        f" {load['after']:.1f} after."
+        f" {load['after']:.1f} after. Groups that routing does not touch, such as linear layers and the optimiser, show"
+        " how far the numbers of a busy machine scatter."
     )
     rows = result["rows"]
     lines = [[f"{row['net']}, {row['kind']}, B {row['B']}" for row in rows]]

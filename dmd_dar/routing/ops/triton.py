@@ -59,7 +59,7 @@ def _load_source(base, table, i, end, row, a, b, D: tl.constexpr, UNIT: tl.const
 
 @triton.jit
 def _load_folded(query, gain, a, b, TYPE: tl.constexpr, D: tl.constexpr):
-    """q' = q gain / sqrt(d): a logit is q' . v / RMS(v)."""
+    """q' = q gain / sqrt(d), not the router's gain q: a logit is q' . v / RMS(v)."""
     query_a, query_b = _load(query, a, b, D)
     gain_a, gain_b = _load(gain, a, b, D)
     return query_a.to(TYPE) * gain_a.to(TYPE) * D**-0.5, query_b.to(TYPE) * gain_b.to(TYPE) * D**-0.5
