@@ -4,15 +4,17 @@
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import yaml
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, ModelInfo
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # its client's own
 from huggingface_hub.utils import validate_repo_id
 
 from dmd_dar import config
@@ -20,17 +22,14 @@ from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.models import adapters
 from dmd_dar.models.hub import HUB_ID
-from dmd_dar.models.saved import holds_network, read_card
-from dmd_dar.train.disk.folder import is_running
+from dmd_dar.models.saved import CARD, holds_network, read_card
+from dmd_dar.train.disk.folder import FolderError, kept_still
 
 README = "README.md"
 REPLACED = ["transformer/*", "adapter/*", "scheduler/*", "vae/*"]  # in these nothing of an earlier student may remain
-REFUSALS: tuple[type[Exception], ...] = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    *HfHubHTTPError.__bases__,
-)  # of the hub, and of the way to it
+PATHS_SHOWN = 5
+LOCAL_PATH = re.compile(r"(?<![\w/.:<&;~-])/(?:[\w.+@\\-]+/)+[\w.+@\\-]+")  # absolute, two parts or more
+OF_NO_MODEL = re.compile(r"\.gitattributes|README\.md|LICENSE.*", re.IGNORECASE)  # of a repo that was only made
 
 
 @dataclass(frozen=True)
@@ -71,22 +70,29 @@ class Upload:
 
 
 def upload_of(cfg: PushConfig) -> Upload:
-    """All that `push` sends, found without any network.
-
-    Raises UserError where the folder is no whole student, or a run that is still going may replace it.
-    """
+    """All that `push` sends, found without any network. UserError where the folder is no whole student."""
     folder = Path(cfg.student)
     _require_student(folder)
     card = read_card(folder).card  # all parts belong together
-    if is_running(folder.resolve().parent):
-        fault = f"student = {cfg.student}: its run has not finished and may replace the folder meanwhile"
-        raise UserError(f"{fault}; wait until it ends, or copy the folder elsewhere and push that")
     files = dict(sorted(_files(folder, "", (folder.resolve(),))))
     steps = card.origin.get("steps")
     trained = f" after {steps} steps" if steps is not None else ""
-    where = f"to {cfg.repo}, {'private' if cfg.private else 'public'}, {cfg.revision or 'the default branch'}"
-    facts = [where, f"{folder.resolve().name}{trained}", *_front(files.get(README))]
+    kind = "private" if cfg.private else "public"
+    where = f"to {cfg.repo}, {cfg.revision or 'the default branch'}; {kind} if it is made for this"
+    facts = [where, f"{folder.resolve().name}{trained}", *_front(files.get(README)), *_paths_told(files)]
     return Upload(files, facts, cfg.message or f"{folder.resolve().name}{trained}, by dmd_dar")
+
+
+@contextmanager
+def _unchanged(cfg: PushConfig) -> Iterator[None]:
+    """Its run cannot go on meanwhile and replace the student. UserError where it goes on already."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(kept_still(Path(cfg.student).resolve().parent))
+        except FolderError as error:
+            fault = f"student = {cfg.student}: its run has not finished and may replace the folder meanwhile"
+            raise UserError(f"{fault}; wait until it ends, or copy the folder elsewhere and push that") from error
+        yield
 
 
 def _require_student(folder: Path) -> None:
@@ -139,48 +145,91 @@ def _front(readme: Path | None) -> list[str]:
     ]
 
 
+def _paths_told(files: dict[str, Path]) -> Iterator[str]:
+    """A line for each file whose readers learn of paths on this machine."""
+    for name, file in files.items():
+        if file.suffix in (".json", ".md"):
+            paths = list(dict.fromkeys(LOCAL_PATH.findall(file.read_text(encoding="utf-8", errors="replace"))))
+            more = f" and {len(paths) - PATHS_SHOWN} more" if len(paths) > PATHS_SHOWN else ""
+            if paths:
+                yield f"{name} tells of paths on this machine: {', '.join(paths[:PATHS_SHOWN])}{more}"
+
+
+def listing_of(cfg: PushConfig) -> str:
+    """What `push` would send, in lines for people."""
+    with _unchanged(cfg):
+        return upload_of(cfg).listing()
+
+
 def push(cfg: PushConfig) -> None:
     """Upload the student. Raises UserError where it cannot be, without a token, or where the hub refuses it."""
+    with _unchanged(cfg):
+        _push(cfg)
+
+
+def _push(cfg: PushConfig) -> None:
     upload = upload_of(cfg)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded: set HF_HUB_OFFLINE=0")
     if not huggingface_hub.get_token():
         raise UserError(f"repo = {cfg.repo}: no token of the hub is here; log in by `hf auth login`, or set HF_TOKEN")
     print(upload.listing(), flush=True)
+    url = send(HfApi(), cfg, upload)
+    print(f"{len(upload.files)} files at {url}")
+
+
+@contextmanager
+def _asking(cfg: PushConfig, *faults: type[Exception]) -> Iterator[None]:
+    """Around calls of the hub alone: its refusals, and `faults` of the way to it, as one UserError."""
     try:
-        url = send(HfApi(), cfg, upload)
-    except UserError:
-        raise
-    except REFUSALS as error:
+        yield
+    except (OSError, HTTPError, *faults) as error:
         fault = f"repo = {cfg.repo}: the upload failed ({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"{fault}; mend that and run the same command again, which sends what is missing") from error
-    print(f"{len(upload.files)} files at {url}")
 
 
 def send(api: HfApi, cfg: PushConfig, upload: Upload) -> str:
     """The calls of the hub, in order; returns where the student is then."""
-    made = api.create_repo(cfg.repo, private=cfg.private, exist_ok=True)
-    if cfg.private and api.model_info(cfg.repo).private is False:  # it was there before
+    with _asking(cfg):
+        made = api.create_repo(cfg.repo, private=cfg.private, exist_ok=True)
+        found = api.model_info(cfg.repo)
+    if cfg.private and found.private is False:  # it was there before
         raise UserError(f"repo = {cfg.repo}: it is there and public; private=false uploads to it all the same")
-    if cfg.revision and not cfg.revision.startswith("refs/"):
-        api.create_branch(cfg.repo, branch=cfg.revision, exist_ok=True)
+    print(f"{cfg.repo} is {'public' if found.private is False else 'private'}", flush=True)
+    _require_ours(cfg.repo, found)
+    if cfg.revision:
+        with _asking(cfg):
+            if not cfg.revision.startswith("refs/"):
+                api.create_branch(cfg.repo, branch=cfg.revision, exist_ok=True)
+            found = api.model_info(cfg.repo, revision=cfg.revision)
+        _require_ours(cfg.repo, found)
     with tempfile.TemporaryDirectory() as staged:  # upload_folder leaves out what lies behind linked folders
         for name, file in upload.files.items():
             place = Path(staged, name)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(file.resolve())
-        api.upload_folder(
-            repo_id=cfg.repo,
-            folder_path=staged,
-            revision=cfg.revision or None,
-            commit_message=upload.message,
-            delete_patterns=REPLACED,
-        )
+        with _asking(cfg, ValueError, RuntimeError):  # which the hub's library makes of a transfer that breaks off
+            api.upload_folder(
+                repo_id=cfg.repo,
+                folder_path=staged,
+                revision=cfg.revision or None,
+                commit_message=upload.message,
+                delete_patterns=REPLACED,
+            )
     return str(made)
 
 
+def _require_ours(repo: str, found: ModelInfo) -> None:
+    """UserError where the repo holds another model, parts of which the upload would remove."""
+    names = [entry.rfilename for entry in found.siblings or ()]
+    others = [name for name in names if not OF_NO_MODEL.fullmatch(name)]
+    if others and CARD not in names and found.library_name != "dmd_dar":
+        fault = f"repo = {repo}: it holds files ({', '.join(others[:3])}) and no {CARD}, so it is no student's"
+        raise UserError(f"{fault}, and some would be removed; choose another name, repo=OWNER/NAME")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    config.run_job(PushConfig, push, argv, description=__doc__ or "", plan=lambda cfg: upload_of(cfg).listing())
+    config.run_job(PushConfig, push, argv, description=__doc__ or "", plan=listing_of)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """python -m dmd_dar.push: what it lists is what the hub is given, and whatever stops it is one line."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ import yaml
 from dmd_dar import push
 from dmd_dar.models.saved import ModelCard
 from dmd_dar.train.disk.export import export
+from dmd_dar.train.disk.folder import FolderError, RunFolder
 from tests.tiny import tiny_sit
 
 REPO = "repo=me/few-steps"
@@ -33,6 +35,7 @@ class Hub:
 
     def __init__(self, public: bool = False, refusal: Exception | None = None):
         self.public, self.refusal = public, refusal
+        self.held: dict[str | None, list[str]] = {None: [".gitattributes"]}  # by revision
         self.calls: list[tuple] = []
         self.sent: dict[str, bytes] = {}
 
@@ -40,8 +43,10 @@ class Hub:
         self.calls.append(("create_repo", repo, given))
         return f"hub/{repo}"
 
-    def model_info(self, repo):
-        return huggingface_hub.ModelInfo(id=repo, private=not self.public)
+    def model_info(self, repo, revision=None):
+        names = self.held.get(revision, self.held[None])
+        siblings = [{"rfilename": name} for name in names]
+        return huggingface_hub.ModelInfo(id=repo, private=not self.public, siblings=siblings)
 
     def create_branch(self, repo, **given):
         self.calls.append(("create_branch", repo, given))
@@ -109,7 +114,7 @@ def test_a_dry_run_lists_names_sizes_and_card_without_token_or_network(student, 
         name: pytest.approx(len(content) / 1e6, abs=6e-4) for name, content in files.items()
     }
     assert float(total) == pytest.approx(sum(map(len, files.values())) / 1e6, abs=6e-4)
-    for line in ("to me/few-steps, private, the default branch", "student after 7 steps"):
+    for line in ("to me/few-steps, the default branch; private if it is made for this", "student after 7 steps"):
         assert f"# {line}\n" in out
     assert "# base_model: facebook/DiT-XL-2-256\n# license: cc-by-nc-4.0\n" in out
 
@@ -163,6 +168,62 @@ def test_a_run_that_is_still_going_is_waited_for(student, hub, capsys):
     assert hub.sent
 
 
+def test_its_run_cannot_go_on_while_it_is_sent(student, hub, monkeypatch):
+    config, lock = yaml.safe_load((student.parent / "config.yaml").read_text()), student.parent / ".lock"
+    lock.touch()
+    send, seen = push.send, []
+
+    def sending(*given):
+        with pytest.raises(FolderError, match="or its student is being pushed; wait for it"):
+            RunFolder.claim(student.parent, config)
+        seen.append(1)
+        return send(*given)
+
+    monkeypatch.setattr(push, "send", sending)
+    push.main([f"student={student}", REPO])
+    assert seen and hub.sent
+    RunFolder.claim(student.parent, config).close()
+
+
+def test_where_nothing_can_be_locked_a_line_warns(student, hub, monkeypatch, capsys):
+    def failing(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (student.parent / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", failing)
+    push.main([f"student={student}", REPO])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot be locked (No locks available): see to it that no run" in said and hub.sent
+
+
+@pytest.mark.parametrize("revision", [None, "try"])
+def test_another_model_is_left_alone(student, hub, capsys, revision):
+    hub.held[revision] = [".gitattributes", "README.md", "model_index.json", "vae/config.json"]
+    argv = [f"student={student}", REPO, *([f"revision={revision}"] if revision else [])]
+    said = refused(capsys, *argv)
+    assert "repo = me/few-steps: it holds files (model_index.json, vae/config.json) and no denoiser.json" in said
+    assert "choose another name" in said and hub.sent == {}
+    hub.held[revision].append("denoiser.json")
+    push.main(argv)
+    assert hub.sent
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_what_the_repo_is_is_said_not_what_was_asked(student, hub, capsys, public):
+    hub.public = public
+    push.main([f"student={student}", REPO, "private=false"])
+    assert f"\nme/few-steps is {'public' if public else 'private'}\n" in capsys.readouterr().out
+
+
+def test_local_paths_in_files_are_told(student, capsys):
+    card = json.loads((student / "denoiser.json").read_text())
+    card["origin"] |= {"codec": "/home/me/vae", "at": "https://example.org/a/b", "base": "owner/name"}
+    (student / "denoiser.json").write_text(json.dumps(card))
+    push.main([f"student={student}", REPO, "--dry-run"])
+    told = [line for line in capsys.readouterr().out.splitlines() if "paths on this machine" in line]
+    assert told == ["# denoiser.json tells of paths on this machine: /home/me/vae"]
+
+
 @pytest.mark.parametrize("repo", ["", "few-steps", "me/few/steps", "/tmp/x", "me/a--b", "me/a.git"])
 def test_a_repo_that_is_none_is_refused(student, repo, capsys):
     assert "repo = " in refused(capsys, f"student={student}", f"repo={repo}", "--dry-run")
@@ -171,6 +232,8 @@ def test_a_repo_that_is_none_is_refused(student, repo, capsys):
 def test_the_hubs_refusals_are_one_line(student, hub, monkeypatch, capsys):
     hub.refusal = OSError("403 Forbidden:\n you may not write here")
     assert "(403 Forbidden: you may not write here); mend that" in refused(capsys, f"student={student}", REPO)
+    hub.refusal = RuntimeError("Error while uploading 'x' to the Hub.")
+    assert "(Error while uploading 'x' to the Hub.); mend that" in refused(capsys, f"student={student}", REPO)
     hub.refusal, hub.public = None, True
     assert "it is there and public; private=false uploads" in refused(capsys, f"student={student}", REPO)
     assert hub.sent == {}

@@ -151,7 +151,7 @@ def _entry(place: str, value: Any, column: str) -> Entry:
             raise ValueError(f"{place} is a text without columns; leave column = {column} out")
         return Entry(place, _text(place, value))
     named = {name.strip().lower(): one for name, one in value.items()}
-    prompt = _text(place, named[_column(place, list(value), column)])
+    prompt = _text(place, named.pop(_column(place, list(value), column)))  # what it is taken from is nothing else
     return Entry(place, prompt, _negative(place, named.get("negative")), _seed(place, named.get("seed")))
 
 

@@ -127,6 +127,13 @@ def test_columns_by_name(tmp_path, form, content):
         read_prompts(file, "fr")
 
 
+@pytest.mark.parametrize(("column", "beside"), [("negative", (None, 7)), ("seed", ("dark", None))])
+def test_the_prompts_own_column_says_nothing_else(tmp_path, column, beside):
+    row = {"prompt": "a cat", "negative": "dark", "seed": 7} | {column: "a dog"}
+    (entry,) = read_entries(put(tmp_path / "p.jsonl", json.dumps(row)), column)
+    assert (entry.prompt, entry.negative, entry.seed) == ("a dog", *beside)
+
+
 def test_plain_lines_have_no_columns(tmp_path):
     with pytest.raises(UserError, match="line 1 is a text without columns; leave column = de out"):
         read_prompts(put(tmp_path / "p.txt", "a cat\n"), "de")

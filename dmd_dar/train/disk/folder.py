@@ -14,10 +14,11 @@ import errno
 import fcntl
 import fnmatch
 import json
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,6 +31,8 @@ from dmd_dar.keys import differences, filled
 
 MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir")
 GROW_ONLY = ("steps",)
+HELD = (errno.EWOULDBLOCK, errno.EACCES)  # of a lock that another process has
+log = logging.getLogger(__name__)
 
 
 class FolderError(UserError):
@@ -152,10 +155,11 @@ def _lock(path: Path) -> int:
     except OSError as error:
         holder = _holder(lock)
         os.close(lock)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        if error.errno not in HELD:
             raise FolderError(f"out_dir '{path}' cannot be locked: {error.strerror}; use a local out_dir") from error
         raise FolderError(
-            f"out_dir '{path}' is in use by another run ({holder}); wait for it, stop it, or use another out_dir"
+            f"out_dir '{path}' is in use by another run ({holder}), or its student is being pushed; "
+            "wait for it, stop it, or use another out_dir"
         ) from error
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
     os.ftruncate(lock, 0)
@@ -163,19 +167,35 @@ def _lock(path: Path) -> int:
     return lock
 
 
-def is_running(path: Path) -> bool:
-    """Whether a run holds the folder `path` at this moment."""
+@contextlib.contextmanager
+def kept_still(path: Path) -> Iterator[None]:
+    """No run begins or goes on in the folder `path` meanwhile; other readers may come. FolderError where one goes on.
+
+    A folder without a lock was never a run's. Where locking fails, as on some network mounts, a warning says so.
+    """
     try:
         lock = os.open(path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    except OSError as error:
+        _warn_unlocked(path, error)
+        yield
+        return
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                raise FolderError(f"out_dir '{path}' is in use by a run ({_holder(lock)}); wait for it") from error
+            _warn_unlocked(path, error)
+        yield
     finally:
         os.close(lock)
-    return False
+
+
+def _warn_unlocked(path: Path, error: OSError) -> None:
+    log.warning("'%s' cannot be locked (%s): see to it that no run goes on there meanwhile", path, error.strerror)
 
 
 def _holder(lock: int) -> str:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,14 @@ def _teacher(config: dict[str, Any]) -> str:
     return str((config.get("teacher") or {}).get("path", ""))
 
 
+def _public(value: Any) -> Any:
+    """Of a path of this machine, absolute or to what is there, the last part; anything else, hub ids too, as it is."""
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    local = isinstance(value, str) and "/" in value and (os.path.isabs(value) or os.path.exists(value))
+    return os.path.basename(os.path.abspath(value)) if local else value
+
+
 def _guidance(origin: dict[str, Any]) -> str | None:
     if "guidance_scale" not in origin:
         return None
@@ -136,7 +145,9 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
     named = licence.get("license_name", licence["license"])
     note = " (that of the teacher applies)" if named == UNKNOWN and steps else ""
     facts = {
-        "Teacher": _plain(_teacher(config)) + f", SHA-256 `{origin['teacher']}`" if "teacher" in origin else None,
+        "Teacher": _plain(_public(_teacher(config))) + f", SHA-256 `{origin['teacher']}`"
+        if "teacher" in origin
+        else None,
         "Network": f"{shape}, {sum(p.numel() for p in network.parameters())} parameters, {kind}; SHA-256 `{digest}`",
         "Rungs": ", ".join(f"{t:g}" for t in card.rungs) + f" (1 is noise), sampler {card.sampler}" if steps else None,
         "Guidance": _guidance(origin),
@@ -166,13 +177,13 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of all that decided the result."""
+    """(dotted key, value) of all that decided the result; of local paths the last part, as others will read it."""
     rows = []
     for name, value in values.items():
         path = f"{prefix}{name}"
         if path.startswith(LEFT_OUT) or f"{path}." in LEFT_OUT:
             continue
-        rows += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
+        rows += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, _public(value))]
     return rows
 
 

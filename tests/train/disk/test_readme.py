@@ -93,7 +93,23 @@ def test_nothing_is_invented(tmp_path):
 def test_a_local_teacher_is_no_base_model_of_the_hub(run):
     (run / "config.yaml").write_text(yaml.safe_dump({"teacher": {"path": "teachers/photos32"}}))
     front, body = card_in(run)
-    assert "base_model" not in front and "teachers/photos32, SHA-256" in body and "that of the teacher applies" in body
+    assert (
+        "base_model" not in front and "**Teacher**: photos32, SHA-256" in body and "that of the teacher applies" in body
+    )
+
+
+def test_of_local_paths_the_last_part_is_told(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "cats").mkdir(parents=True)
+    config = {"teacher": {"path": "/home/me/secret/base", "codec": "owner/vae", "revision": "refs/pr/3"}}
+    config |= {"data": {"path": "mine/cats"}, "regression": {"cache": "/scratch/me/pairs/"}, "files": ["/home/me/a"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    body = card_in(run)[1]
+    rows = ("teacher.path | base", "data.path | cats", "regression.cache | pairs", "files | \\['a'\\]")
+    for row in (*rows, "teacher.codec | owner/vae", "teacher.revision | refs/pr/3"):
+        assert f"| {row} |" in body
+    assert "**Teacher**: base, SHA-256" in body and "mine/" not in body
+    assert "/me/" not in body
 
 
 @pytest.mark.parametrize("own", [True, False])
