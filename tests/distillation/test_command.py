@@ -60,12 +60,17 @@ def test_a_killed_worker_ends_a_run_within_half_a_minute(teacher, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     command = [sys.executable, "distill.py", *given]
     parent = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    until(lambda: len(log.read(tmp_path / "run" / "log.jsonl")) > 1 or parent.poll() is not None)
-    workers = [pid for pid in children(parent.pid) if "spawn_main" in told(pid)]
-    assert parent.poll() is None and len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    began = time.monotonic()
-    said = parent.communicate(timeout=60)[1]
+    try:
+        until(lambda: len(log.read(tmp_path / "run" / "log.jsonl")) > 1 or parent.poll() is not None)
+        workers = [pid for pid in children(parent.pid) if "spawn_main" in told(pid)]
+        assert parent.poll() is None and len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        began = time.monotonic()
+        said = parent.communicate(timeout=60)[1]
+    finally:
+        if parent.poll() is None:  # it would train on for hours
+            parent.terminate()
+            parent.wait(60)
     assert time.monotonic() - began < 30 and parent.returncode == 1
     assert "process 1 of 2 was ended by SIGKILL" in said.splitlines()[-1]
     assert all(gone(pid) for pid in workers)
