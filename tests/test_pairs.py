@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_complete(teacher, whole, tmp_
         ("rungs=[0.9,0.5]", "rungs"),
         ("solver_steps=1", "solver_steps = 1"),
         ("teacher.path=/nowhere", "/nowhere"),
-        ("guidance=2.0", "nearest valid key: guidance_scale"),
+        ("guidance_scal=2.0", "nearest valid key: guidance_scale"),
         ("out=", "out = ''"),
     ],
 )

@@ -67,5 +67,5 @@ def test_what_is_kept_is_the_stream_and_the_summaries(query):
                 network.checkpoint_activations()
             x, t, labels = torch.randn(2, 4, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.long)
             kept.append(trace(lambda: network(x, t, labels), network.parameters(), bf16=False).kept)  # noqa: B023
-    state = 2 * 256 * 384 * 4
-    assert kept[1] < 16 * state and kept[0] > 15 * kept[1]
+    state, logits = 2 * 256 * 384 * 4, 25 * 9 * 2 * 256 * 4  # those of 25 routers over at most 9 sources
+    assert kept[1] < 15.5 * state + logits and kept[0] > 15 * kept[1]

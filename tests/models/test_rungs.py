@@ -1,10 +1,11 @@
 """A fake score that is told which rung made a sample."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmd_dar.distillation.networks import Memory, build_networks
 from dmd_dar.errors import UserError
@@ -111,10 +112,10 @@ def test_a_pixart_is_told_in_its_one_time_embedding(tmp_path):
 
 
 def test_a_network_whose_time_embedding_is_not_known_is_refused():
-    transformer = nn.Module()
-    transformer.clock = nn.Linear(2, 2)
+    network = network_of("dit")
+    network.family = dataclasses.replace(network.family, time_embedder="clock")
     with pytest.raises(UserError, match="fake_score.per_rung: no time embedding is known"):
-        DiffusersDenoiser(transformer).tell_rungs_apart(2)
+        network.tell_rungs_apart(2)
 
 
 @pytest.mark.parametrize("kind", ["sit", "dit"])

@@ -278,8 +278,8 @@ def test_pickled_weights_and_other_conditions_are_refused(tmp_path):
     tiny_dit().save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(MissingWeightsError, match="no safetensors.*save_pretrained"):
         load(tmp_path, prediction="dit")
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel"}))
-    with pytest.raises(UserError, match="QwenImageTransformer2DModel.*class labels or prompts"):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "CogView4Transformer2DModel"}))
+    with pytest.raises(UserError, match="CogView4Transformer2DModel.*class labels or prompts"):
         load(tmp_path, prediction="flow")
     with pytest.raises(UserError, match="holds no teacher"):
         load(tmp_path.parent)
