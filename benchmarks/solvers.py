@@ -19,7 +19,8 @@ from dmd_dar.flow import SolverGrid
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import SampleRange, generate, ode_generator
 from dmd_dar.methods.solvers import EVALUATIONS, METHODS, Solver
-from dmd_dar.models.teachers import Teacher, TeacherConfig, guided_velocity, load_teacher
+from dmd_dar.models.guided import guided_velocity
+from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from eval.metrics.spectrum import as_floats, hf_gain_db, spectrum_of
 from eval.metrics.structure import flat_gain, flat_patch_energy, hf_kurtosis
 from eval.metrics.wavelet import fd_wavelet, wavelet_features

@@ -86,6 +86,7 @@ NAMES: dict[str, str] = {
     "dmd_dar.methods.rollout.solve_ode": "dmd_dar.methods.solvers.heun",
     "dmd_dar.models.families.packed": "dmd_dar.models.families.form.packed",
     "dmd_dar.models.families.unpacked": "dmd_dar.models.families.form.unpacked",
+    "dmd_dar.models.teachers.guided_velocity": "dmd_dar.models.guided.guided_velocity",
     "dmd_dar.models.text.sana_instruction": "dmd_dar.models.families.sana.instruction",
     "dmd_dar.pairs.shard_maker": "dmd_dar.pairs.batch_maker",
     "dmd_dar.pairs.told_by": "dmd_dar.pairs.wanted_by",

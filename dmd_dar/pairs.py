@@ -23,7 +23,8 @@ from dmd_dar.losses import LossWeight
 from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
-from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher, rule_of
+from dmd_dar.models.guided import guided_velocity, rule_of
+from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.train.processes.filling import Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories

@@ -19,7 +19,8 @@ from dmd_dar.guidance import GuidanceConfig
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import SampleRange, generate, ode_generator
 from dmd_dar.methods.solvers import Solver
-from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
+from dmd_dar.models.guided import guided_velocity
+from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.spectrum import BAND_EDGES, radial_psd
 
 EDGES = BAND_EDGES[:4]  # cycles per pixel or latent cell: the lower edges of B1 to B4

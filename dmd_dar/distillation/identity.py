@@ -10,8 +10,9 @@ from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.models.codecs import Codec
+from dmd_dar.models.guided import rule_of
 from dmd_dar.models.saved import ModelCard
-from dmd_dar.models.teachers import Teacher, open_teacher, origin_of, rule_of
+from dmd_dar.models.teachers import Teacher, open_teacher, origin_of
 from dmd_dar.pairs import Recipe, StoredTrajectories
 
 

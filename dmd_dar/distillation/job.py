@@ -20,7 +20,7 @@ from dmd_dar.methods.dmd import DMD
 from dmd_dar.methods.generate import Generator, decoded, few_step_generator, ode_generator
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.models.denoiser import velocity_of
-from dmd_dar.models.teachers import guided_velocity, rule_of
+from dmd_dar.models.guided import guided_velocity, rule_of
 from dmd_dar.train.disk.export import export
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.ema import Ema, Follower

@@ -18,8 +18,8 @@ from dmd_dar.methods.turns import Turns
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
 from dmd_dar.models.discriminator import Heads, chosen_layers, features_of, width_of
+from dmd_dar.models.guided import guided_velocity
 from dmd_dar.models.perceptual import lpips_loss
-from dmd_dar.models.teachers import guided_velocity
 from dmd_dar.pairs import Recipe, RegressionConfig, trajectories_for
 from dmd_dar.train.processes.runtime import Runtime
 from dmd_dar.train.watch.failure import Calls

@@ -19,7 +19,7 @@ ADVICE = ("sample_size", "force_upcast")  # in a VAE's config, but without effec
 
 
 @dataclass(frozen=True)
-class Form:
+class VaeForm:
     """How one class of VAEs is asked; raw latents are (B, C, h, w)."""
 
     channels: Callable[[Any], int]
@@ -101,7 +101,7 @@ def scale_and_shift(config: Any) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def _levels(vae: Any) -> int:
+def _factor(vae: Any) -> int:
     return 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
 
 
@@ -140,20 +140,22 @@ def _batch_norm(vae: Any) -> tuple[Tensor, Tensor]:
     return (vae.bn.running_var + vae.config.batch_norm_eps).rsqrt(), vae.bn.running_mean.clone()
 
 
-PLAIN = Form(lambda vae: vae.config.latent_channels, _levels, _encode, _decode, lambda vae: scale_and_shift(vae.config))
+PLAIN = VaeForm(
+    lambda vae: vae.config.latent_channels, _factor, _encode, _decode, lambda vae: scale_and_shift(vae.config)
+)
 FORMS = {
     "AutoencoderKL": PLAIN,
     "AutoencoderDC": PLAIN,
-    "AutoencoderKLQwenImage": Form(
+    "AutoencoderKLQwenImage": VaeForm(
         lambda vae: vae.config.z_dim,
         lambda vae: vae.spatial_compression_ratio,
         _encode_frame,
         _decode_frame,
         _channel_scale,
     ),
-    "AutoencoderKLFlux2": Form(
+    "AutoencoderKLFlux2": VaeForm(
         lambda vae: 4 * vae.config.latent_channels,
-        lambda vae: 2 * _levels(vae),
+        lambda vae: 2 * _factor(vae),
         _encode_patches,
         lambda vae, raw: _decode(vae, pixel_shuffle(raw, 2)),
         _batch_norm,

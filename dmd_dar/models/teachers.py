@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dmd_dar import moved
 from dmd_dar.data.config import DataConfig
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import Sampler
-from dmd_dar.guidance import Form, GuidanceConfig, Rule, Velocity, guided
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, load_codec, vae_of
-from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of, velocity_of
+from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
 from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import files_hash, read_json, resolve
@@ -82,49 +82,6 @@ class Teacher:
         if self.transformer is None:
             return self.digest
         return transformer_hash(self.transformer, self.prediction, prompts, self.network.fixed)  # type: ignore[union-attr]
-
-
-def guided_velocity(
-    network: Denoiser,
-    prediction: Prediction | Meaning,
-    guidance_scale: float,
-    guidance: GuidanceConfig | None = None,
-) -> Velocity:
-    """A teacher's guided velocity. Raises what `rule_of` does."""
-    rule = rule_of(network, guidance_scale, guidance)
-    return guided(velocity_of(network, prediction), guidance_scale, network.num_conditions, rule)
-
-
-def rule_of(network: Denoiser, guidance_scale: float, guidance: GuidanceConfig | None = None) -> Rule:
-    """How the network is guided; None as its own pipeline guides it.
-
-    Raises UserError for guidance of a network of one class, which is unconditional, and for a form that it cannot have.
-    """
-    if guidance_scale != 1 and network.num_conditions == 1 and network.prompts is None:
-        raise UserError(
-            f"guidance_scale = {guidance_scale:g}: the teacher knows one class, so there is nothing to guide towards;"
-            " set guidance_scale=1"
-        )
-    guidance, (own, cells, told) = guidance or GuidanceConfig(), _own_guidance(network)
-    if guidance.form == "embedded" and not told:
-        raise UserError("guidance.form = embedded: the teacher takes no guidance as an input; set guidance.form=auto")
-    if guidance.form == "embedded" and guidance_scale != 1:
-        raise UserError(
-            f"guidance_scale = {guidance_scale:g}: guidance.form embedded takes teacher.embedded_guidance;"
-            " set guidance_scale=1, or guidance.form=plain for guidance on top"
-        )
-    if guidance_scale == 1:
-        return Rule()
-    form = own if guidance.form == "auto" else guidance.form
-    return Rule("rescaled", cells, guidance.interval) if form == "rescaled" else Rule(interval=guidance.interval)
-
-
-def _own_guidance(network: Denoiser) -> tuple[Form, int, bool]:
-    """The form of its own pipeline, latent cells on a side of its tokens, whether a strength is one of its inputs."""
-    if isinstance(network, SiT):
-        return "plain", network.config.patch, False
-    family, fixed = network.family, network.fixed
-    return family.guidance, family.cells(network.transformer.config), fixed.embedded_guidance > 0
 
 
 def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", saved: Saved | None = None) -> Teacher:
@@ -410,3 +367,6 @@ def public_shape(weights: dict[str, Tensor], heads: int, file: Path) -> SiTConfi
         num_classes=classes,
         learn_sigma=out_channels == 2 * channels,
     )
+
+
+moved.keep_names(__name__)

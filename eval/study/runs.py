@@ -18,6 +18,7 @@ from dmd_dar.methods.rollout import Sampler
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.models import teachers
 from dmd_dar.models.codecs import Codec
+from dmd_dar.models.guided import guided_velocity, rule_of
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import ModelCard, Saved, holds_network, read_card
 from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher, open_teacher
@@ -191,7 +192,7 @@ class GuidedTeacher:
         teacher, codec = open_teacher(run.cfg.teacher, run.cfg.data, device)
         require_teacher([run], teacher.digest)
         scale = run.cfg.guidance_scale if guidance_scale is None else guidance_scale
-        velocity = teachers.guided_velocity(teacher.network, teacher.prediction, scale, run.cfg.guidance)
+        velocity = guided_velocity(teacher.network, teacher.prediction, scale, run.cfg.guidance)
         return GuidedTeacher(teacher.network, velocity, teacher.digest, scale, teacher, codec, run.cfg.guidance)
 
     def sample_set(self, bench: Bench, solver: Solver) -> ImageSet:
@@ -224,11 +225,11 @@ class GuidedTeacher:
 
     def _guided(self, guidance_scale: float) -> dict[str, Any]:
         """What decides the guidance, for a hash that names no plain rule."""
-        rule = teachers.rule_of(self.network, guidance_scale, self.guidance).facts()
+        rule = rule_of(self.network, guidance_scale, self.guidance).facts()
         return {"guidance": guidance_scale, **({"rule": rule} if rule else {})}
 
     def _undistilled(self, bench: Bench, few: FewSteps, sampler: Sampler, name: str, facts: SetFacts) -> ImageSet:
-        velocity = teachers.guided_velocity(self.network, self.loaded.prediction, few.guidance_scale, self.guidance)
+        velocity = guided_velocity(self.network, self.loaded.prediction, few.guidance_scale, self.guidance)
         generator = few_step_generator(velocity, few.rungs, sampler)
         guided = self._guided(few.guidance_scale)
         identity = {"teacher": self.weights, **guided, "rungs": few.rungs, "sampler": sampler}

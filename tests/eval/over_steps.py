@@ -9,9 +9,10 @@ from dmd_dar import config
 from dmd_dar.data.photos import NAMES
 from dmd_dar.distillation.config import DistillConfig, StudentRouting
 from dmd_dar.guidance import Velocity
+from dmd_dar.models.guided import guided_velocity
 from dmd_dar.models.saved import ModelCard, network_hash, save_network
 from dmd_dar.models.sit import SiT, with_routing
-from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher
+from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from tests.tiny import tiny_sit
 
 RUNGS = {1: (1.0,), 2: (1.0, 0.75), 4: (1.0, 0.9, 0.75, 0.5)}

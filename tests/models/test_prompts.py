@@ -22,8 +22,9 @@ from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models import prompts as prompts_module
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
+from dmd_dar.models.guided import guided_velocity
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.teachers import Teacher, TeacherConfig, guided_velocity, load_teacher
+from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from dmd_dar.models.text import load_text_encoder
 from dmd_dar.pairs import PairsConfig, make_pairs
 from dmd_dar.sample import SampleConfig, sample

@@ -17,10 +17,11 @@ from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.codecs import load_codec
 from dmd_dar.models.denoiser import MEANINGS, velocity_of
 from dmd_dar.models.diffusers_denoiser import routed_copy
+from dmd_dar.models.guided import guided_velocity
 from dmd_dar.models.hub import resolve
 from dmd_dar.models.saved import ModelCard, save_network
 from dmd_dar.models.sit import SiT, build_sit
-from dmd_dar.models.teachers import TeacherConfig, guided_velocity, load_teacher, public_shape
+from dmd_dar.models.teachers import TeacherConfig, load_teacher, public_shape
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import LATENT, public_file, tiny_dit, tiny_pipeline
 from tests.tiny import tiny_sit

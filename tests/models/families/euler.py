@@ -14,7 +14,8 @@ from dmd_dar import config, load_pipeline
 from dmd_dar.distillation import job as distill
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.encode import EncodeConfig, encode
-from dmd_dar.models.teachers import Teacher, TeacherConfig, guided_velocity, load_teacher
+from dmd_dar.models.guided import guided_velocity
+from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from dmd_dar.plan import plan_of
 
 ROOT = Path(__file__).parents[3]

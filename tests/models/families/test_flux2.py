@@ -12,7 +12,7 @@ from torch import Tensor
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import GuidanceConfig
 from dmd_dar.models.codecs import load_codec
-from dmd_dar.models.teachers import guided_velocity
+from dmd_dar.models.guided import guided_velocity
 from tests.models.families.euler import (
     TEXTS,
     distance,
