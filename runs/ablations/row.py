@@ -65,7 +65,7 @@ def extract(report: dict[str, Any]) -> dict[str, Any]:
     names = ("verdict", "colour", "hf_kurtosis_ratio", "flat_noise_db")
     return {
         **{name: against[name] for name in names},
-        "gain_db": {band: against["gain_db"][band] for band in ("B2", "B3", "B4", "HF")},
+        "gain_db": {band: against["gain_db"][band] for band in ("B1", "B2", "B3", "B4", "HF")},
         "hf_gain_by_class": against["hf_gain_by_class"],
         "chroma_hf_db": {plane: gains["HF"] for plane, gains in against["chroma"].items()},
         "fd_wavelet_excess": against["fd_wavelet"]["excess"],

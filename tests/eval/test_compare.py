@@ -384,18 +384,6 @@ def test_an_undefined_metric_is_skipped_and_the_rest_kept():
     assert _log_distance(0.5) == pytest.approx(_log_distance(2.0)) and _log_distance(-1.0) > 1e9
 
 
-def test_the_studys_arms_differ_in_routing_and_rates_only(monkeypatch):
-    monkeypatch.chdir(RECIPES.parents[1])
-    dar, residual, static = (
-        config.load(distill.DistillConfig, [f"config={RECIPES}/study_{name}.yaml"])
-        for name in ("dar", "residual", "static")
-    )
-    own = {"out_dir", "student.routing.query", "student.lr", "student.routing.lr"}
-    for other in (residual, static):
-        assert {key for key, _, _ in config.differences(dar, other)} <= own
-    assert (dar.steps, dar.student.decay_steps, dar.checkpoint.students[-1]) == (400, 0, 200)
-
-
 def test_arms_may_differ_in_keys_that_are_named(runs):
     names = {arm: [arms.read_run(str(runs / f"{arm}_{seed}")) for seed in (0, 1)] for arm in ("residual", "dar")}
     for run in names["dar"]:
@@ -404,14 +392,3 @@ def test_arms_may_differ_in_keys_that_are_named(runs):
     with pytest.raises(config.ConfigError, match="student.lr"):
         pairing._require_alike(names)
     pairing._require_alike(names, ("student.lr",))
-
-
-def test_the_pilots_arms_differ_in_their_routing_only(monkeypatch):
-    monkeypatch.chdir(RECIPES.parents[1])
-    dar, residual, frozen = (
-        config.load(distill.DistillConfig, [f"config={RECIPES}/pilot_{name}.yaml"])
-        for name in ("dar", "residual", "frozen")
-    )
-    assert {key for key, _, _ in config.differences(dar, residual)} == {"out_dir", "student.routing.query"}
-    assert {key for key, _, _ in config.differences(dar, frozen)} == {"out_dir", "student.routing.query"}
-    assert dar.regression.weight > 0 and len(dar.rungs) == 4 and dar.student.routing.chunk_size == 4
