@@ -74,6 +74,12 @@ class MatchingConfig:
     """Distribution matching."""
 
     weight: float = key(1.0, "weight of the loss; 0 leaves it and the fake score out", least=0)
+    start: int = key(
+        0,
+        "student updates before the first with it, which the other losses make alone; nor is the fake score trained",
+        unit="steps",
+        least=0,
+    )
     dm_form: Literal["standard", "decoupled"] = key(
         "standard", "decoupled: the teacher's guidance acts at a t of its own law, guidance_time"
     )
@@ -82,6 +88,10 @@ class MatchingConfig:
     )
     time: flow.TimeLaw = key(factory=inner_times)
     guidance_time: flow.TimeLaw = key(factory=inner_times)
+
+    def at(self, step: int) -> float:
+        """The weight at student update `step` (from 0)."""
+        return self.weight if step >= self.start else 0.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class DistillConfig:
     BEFORE: ClassVar[dict[str, Any]] = {
         "rollouts": "fresh",
         "regression": {"solver": "heun", "solver_grid": "even", "by_rung": ()},
-        "matching": {"above_next_rung": False},
+        "matching": {"above_next_rung": False, "start": 0},
         "fake_score": {"follow": 0.0},
         "guidance": {"form": "auto", "interval": (0.0, 1.0)},
     }
@@ -156,12 +166,19 @@ class DistillConfig:
         flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
         if not (self.matching.weight or self.regression.used or self.gan.used):
             raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
-        turns = (0, self.steps - 1, *(weight.ramp_start + weight.ramp_steps for weight in (self.regression, self.gan)))
+        if self.matching.start >= self.steps:
+            raise ValueError(
+                f"matching.start is {self.matching.start} of {self.steps} steps: no update would match distributions;"
+                " lower it, or set matching.weight to 0"
+            )
+        ramped = (self.regression, self.gan)
+        turns = (0, self.matching.start - 1, self.steps - 1, *(one.ramp_start + one.ramp_steps for one in ramped))
         for step in sorted(turns):  # weights are straight lines: where both are 0 anywhere, they are so at one of these
-            if not (self.matching.weight or self.regression.at(step) or self.gan.at(step)) and step < self.steps:
+            if not (self.matching.at(step) or any(one.at(step) for one in ramped)) and 0 <= step < self.steps:
+                matching = "weight is 0" if not self.matching.weight else f"start is {self.matching.start}"
                 raise ValueError(
-                    f"matching.weight is 0, and regression.weight and gan.weight are both 0 at student update {step}:"
-                    " nothing would train the student there; let their ramps overlap"
+                    f"matching.{matching}, and regression.weight and gan.weight are both 0 at student update {step}:"
+                    " nothing would train the student there; let them overlap"
                 )
         if self.regression.by_rung:
             self._check_regression_by_rung()
@@ -185,11 +202,11 @@ class DistillConfig:
         factors = list(self.regression.by_rung)
         if len(factors) != len(self.rungs):
             raise ValueError(f"regression.by_rung has {len(factors)} factors for {len(self.rungs)} rungs: {factors}")
-        others = self.matching.weight or (self.gan.weight and self.gan.end_weight != 0)  # at every update
+        others = self.matching.at(0) or (self.gan.weight and self.gan.end_weight != 0)  # at every update
         if not others and 0 in factors:
             raise ValueError(
-                f"regression.by_rung is {factors}, and where matching.weight and gan.weight are 0 nothing would train"
-                " the student at a rung of factor 0; set it above 0"
+                f"regression.by_rung is {factors}, and where matching (before matching.start, too) and gan.weight are 0"
+                " nothing would train the student at a rung of factor 0; set it above 0"
             )
 
     def _check_intervals(self) -> None:
@@ -213,6 +230,11 @@ class DistillConfig:
     @property
     def trains_fake_score(self) -> bool:
         return self.matching.weight > 0 or (self.gan.used and self.gan.features == "fake_score")
+
+    @property
+    def fake_score_start(self) -> int:
+        """Student updates before the fake score's first: until matching or a GAN that trains it asks for it."""
+        return self.matching.start if self.matching.weight and not self.gan.feature_weight else 0
 
     @property
     def updates(self) -> dict[str, int]:

@@ -94,7 +94,7 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
         (fake_score.router_parameters(), router_lr),
         (fake_score.rung_parameters(), cfg.fake_score.rung_lr),
     )
-    fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss)
+    fake_phase = Phase("fake_score", fake_score, optimiser, method.fake_score_loss, start=cfg.fake_score_start)
     cycle = [fake_phase] * cfg.updates["fake_score"]
     if method.gan is not None:
         heads = cast(nn.Module, method.gan.heads)  # which the method only calls
@@ -117,7 +117,8 @@ def fullest_turn(cfg: DistillConfig) -> int:
     """A turn in which as many of the student's losses have a weight above 0 as in any."""
     ramped = (cfg.regression, cfg.gan)
     ends = (turn for weight in ramped for turn in (weight.ramp_start, weight.ramp_start + weight.ramp_steps))
-    turns = {0} | {near for end in ends for near in (end - 1, end, end + 1) if 0 <= near < cfg.steps}
+    first = cfg.fake_score_start  # from here on, all networks are trained
+    turns = {first} | {near for end in ends for near in (end - 1, end, end + 1) if first <= near < cfg.steps}
     return max(sorted(turns), key=lambda turn: sum(weight.at(turn) > 0 for weight in ramped))
 
 

@@ -42,7 +42,8 @@ def build_method(
     fake_score = calls.watch("fake_score", velocity_of(networks.fake_score, prediction))
     turns = None
     if cfg.rollouts == "shared" and cfg.student_input == "simulate":
-        turns = Turns(cfg.updates, student, cfg.rungs, recipe.num_classes, recipe.shape, cfg.sampler)
+        starts = {"fake_score": cfg.fake_score_start}
+        turns = Turns(cfg.updates, student, cfg.rungs, recipe.num_classes, recipe.shape, cfg.sampler, starts)
     return DMD(
         student=student,
         teacher=runtime.without_gradients(calls.watch("teacher", guided), "score"),
@@ -54,6 +55,7 @@ def build_method(
         sampler=cfg.sampler,
         data=real if cfg.student_input == "data" else None,
         matching_weight=cfg.matching.weight,
+        matching_start=cfg.matching.start,
         x0_space=cfg.fake_score.space == "x0",
         guidance=guidance,
         regression=build_regression(cfg.regression, recipe, guided, runtime, inputs.codec),

@@ -89,6 +89,7 @@ class DMD:
     sampler: rollout.Sampler = "stochastic"
     data: Batch | None = None  # if given, the student's input is noised data, not its own rollout
     matching_weight: float = 1.0
+    matching_start: int = 0  # student updates before the first with that weight
     x0_space: bool = False  # of the fake score's loss
     guidance: Guidance | None = None
     regression: Regression | None = None
@@ -115,12 +116,13 @@ class DMD:
         """Distribution matching + regression + GAN, jointly, at one rung (arXiv:2311.18828 Eq. 9)."""
         rung = self.rung_of(draws)
         gan_weight = self.gan.weight.at(draws.step) if self.gan is not None else 0.0
+        matching_weight = self.matching_weight if draws.step >= self.matching_start else 0.0
         terms, metrics = [], {}
-        if self.matching_weight or gan_weight:
+        if matching_weight or gan_weight:
             x0_student, cond = self.generate(rung, draws)  # (B, C, S, S), gradient through the last call only
-            if self.matching_weight:
+            if matching_weight:
                 loss, metrics = self.matching(x0_student, cond, rung, draws)
-                terms.append(Term("dm", self.matching_weight, x0_student, loss))
+                terms.append(Term("dm", matching_weight, x0_student, loss))
             if self.gan is not None and gan_weight:
                 terms.append(Term("gan", gan_weight, x0_student, self.gan.student_term(cond, rung, draws)))
         if self.regression is not None and (weight := self.regression.weight_at(draws.step, rung)):

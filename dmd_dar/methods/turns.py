@@ -42,6 +42,7 @@ class Turns:
     num_classes: int
     shape: tuple[int, ...]  # (C, S, S)
     sampler: Sampler = "stochastic"
+    starts: dict[str, int] = field(default_factory=dict)  # turns before a phase's first update; 0 where it is not named
     under_way: int = field(default=-1, init=False)  # the roll-out that is asked for; none before it will be again
     rollouts: dict[int, Rollout] = field(default_factory=dict, init=False)  # its own, by micro-batch
     habits: Habits = field(default_factory=Habits, init=False)
@@ -49,6 +50,7 @@ class Turns:
     def place(self, draws: Draws) -> Place:
         """The roll-out and the rung of a step's update."""
         turn, slot = divmod(draws.step, self.updates[draws.phase])
+        turn += self.starts.get(draws.phase, 0)
         for phase, count in self.updates.items():
             if phase == draws.phase:
                 break

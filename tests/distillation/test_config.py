@@ -63,6 +63,9 @@ def test_decoupled_matching_needs_guidance_and_uses_it(teacher, tmp_path):
         ("regression.by_rung=[1,1]", "2 factors for"),
         ("regression.by_rung=[0,1,1,1] matching.weight=0", "rung of factor 0"),
         ("rungs=[1,0.99] matching.above_next_rung=true", "matching.time.high = 0.98"),
+        ("matching.start=4", "matching.start is 4 of 4 steps"),
+        ("regression.weight=0 matching.start=2", "both 0 at student update 0: nothing"),
+        ("regression.by_rung=[0,1,1,1] matching.start=1", "rung of factor 0"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, said, capsys, monkeypatch):

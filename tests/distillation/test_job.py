@@ -26,7 +26,7 @@ from dmd_dar.models.sit import with_routing
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.pairs import Recipe, make_trajectories, trajectories
 from dmd_dar.routing.layout import RoutingConfig
-from dmd_dar.train.disk import log
+from dmd_dar.train.disk import checkpoint, log
 from dmd_dar.train.processes.runtime import LaunchConfig, Runtime
 from tests.tiny import ON_CPU, TINY, tiny_sit, tiny_teacher
 
@@ -214,7 +214,10 @@ def test_a_run_of_before_there_were_these_keys_goes_on_as_it_was(teacher, tmp_pa
     run(teacher, tmp_path / "run", "steps=1", *before)
     config_file = tmp_path / "run" / "config.yaml"
     saved = OmegaConf.load(config_file)
-    for name, keys in {"regression": ("solver", "solver_grid", "by_rung"), "matching": ("above_next_rung",)}.items():
+    for name, keys in {
+        "regression": ("solver", "solver_grid", "by_rung"),
+        "matching": ("above_next_rung", "start"),
+    }.items():
         for one in keys:
             del saved[name][one]
     del saved["rollouts"], saved["guidance"], saved["fake_score"]["follow"], saved["checkpoint"]["students"]
@@ -324,6 +327,23 @@ def test_regression_alone_trains_without_a_fake_score(teacher, tmp_path):
     run(teacher, tmp_path / "run", "matching.weight=0")
     last = log.read(tmp_path / "run" / "log.jsonl")[-1]
     assert "student/regression" in last and not any(key.startswith("fake_score") for key in last)
+
+
+def test_matching_may_start_late_and_the_fake_score_with_it(teacher, tmp_path):
+    """Until then the run is one of regression alone, bit for bit; a run stopped in between goes on as the whole one."""
+    late = ("matching.start=2", "checkpoint.every=2", "checkpoint.students=[2]")
+    whole = run(teacher, tmp_path / "whole", *late)
+    run(teacher, tmp_path / "parts", *late[:2], "steps=3")
+    parts = run(teacher, tmp_path / "parts", *late[:2])
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    alone = run(teacher, tmp_path / "alone", "matching.weight=0", "steps=2")
+    kept = load_file(tmp_path / "whole" / "student_step_00000002" / "transformer" / "model.safetensors")
+    assert all(torch.equal(kept[name], alone[name]) for name in alone)
+    records = log.read(tmp_path / "whole" / "log.jsonl")
+    assert ["student/dm" in record for record in records] == [False, False, True, True]
+    assert ["fake_score/loss" in record for record in records] == [False, False, True, True]
+    state = checkpoint.load(tmp_path / "whole" / "checkpoints", 4, mapped=False)
+    assert state["student"]["steps"] == 4 and state["fake_score"]["steps"] == 2 * 2
 
 
 @pytest.mark.parametrize("sabotage", ["preflight", "data"])

@@ -1,6 +1,7 @@
 """Roll-outs that a turn's updates share: who gets what, how often the student is called; nothing else moves."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,16 @@ def test_every_sample_is_of_one_roll_out_and_none_serves_two_updates_before_the_
         assert [place.rollout for place in places] == [2 * turn] * 4 + [2 * turn + 1] * 3
         seen += [(place.rollout, place.rung) for place in places[:-1]]
     assert len(set(seen)) == len(seen) == 6 * 6
+
+
+def test_a_phase_that_starts_late_shares_the_roll_outs_of_the_students_turn():
+    turns = turns_of(Student())
+    late = replace(turns, starts={"fake_score": 3})
+    for turn in range(3, 6):
+        for i in range(UPDATES["fake_score"]):
+            step = turn * UPDATES["fake_score"] + i
+            assert late.place(draws_of("fake_score", step - 15)) == turns.place(draws_of("fake_score", step))
+        assert late.place(draws_of("student", turn)) == turns.place(draws_of("student", turn))
 
 
 def test_the_students_rung_is_its_own_whatever_the_others_took():

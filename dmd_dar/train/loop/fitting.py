@@ -61,7 +61,7 @@ class Rehearsal:
         if parts > 1:
             for parameter in phase.optimiser.parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        step = self.turn * Counter(other.name for other in self.cycle)[phase.name]
+        step = (self.turn - phase.start) * Counter(other.name for other in self.cycle)[phase.name]
         with runtime.autocast():
             loss, _ = phase.loss(Draws(self.seed, phase.name, step, sample_range(0, size, runtime.device)))
         loss.backward()

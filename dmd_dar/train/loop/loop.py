@@ -39,6 +39,7 @@ class Phase:
     loss: Callable[[Draws], tuple[Tensor, Metrics]]
     ema: Ema | None = None
     follower: Follower | None = None  # of the network; its weights are saved by the phase that trains it
+    start: int = 0  # steps of the run before the first in which it is trained
     steps: int = field(default=0, init=False)  # optimiser steps made
     habits: Habits = field(default_factory=Habits, init=False, repr=False)
 
@@ -133,6 +134,7 @@ class Watch:
 @dataclass
 class Loop:
     """Trains `cycle`: each phase makes one optimiser step in order, the main one last; that is one step of the run.
+    Before its `start` a phase is left out.
 
     `sample` is called as sample(step) every `course.samples_every` steps and at the end, `keep` as keep(step) after
     those of `course.checkpoints.students`. Whoever runs the loop enters `stop` before.
@@ -260,7 +262,8 @@ class Loop:
                 metrics: dict[str, Tensor] = {}
                 with self.watch.turns.timed() if self.watch.turns is not None else nullcontext():
                     for phase in self.cycle:
-                        metrics.update(self.update(phase))
+                        if step > phase.start:
+                            metrics.update(self.update(phase))
                 last = step == self.course.steps
                 progress.advance(step)
                 regular = last or step % self.course.checkpoints.every == 0
