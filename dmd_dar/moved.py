@@ -102,6 +102,7 @@ NAMES: dict[str, str] = {
     "dmd_dar.train.runtime.load_network": "dmd_dar.train.processes.parts.load_network",
     "dmd_dar.train.runtime.load_optimiser": "dmd_dar.train.processes.parts.load_optimiser",
     "dmd_dar.train.runtime.local": "dmd_dar.train.processes.parts.local",
+    "dmd_dar.train.processes.memory.free_memory": "dmd_dar.device.free_memory",
     "eval.arms.Arm": "eval.study.runs.Run",
     "eval.arms.ROUTER_USED_DB": "eval.study.students.ROUTER_USED_DB",
     "eval.arms.Teacher": "eval.study.runs.GuidedTeacher",

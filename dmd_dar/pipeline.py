@@ -16,10 +16,14 @@ from dmd_dar.errors import UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.methods.generate import SampleRange, decoded, few_step_generator, generate
 from dmd_dar.models.adapters import CARD as ADAPTER
-from dmd_dar.models.adapters import base_config, load_adapter
+from dmd_dar.models.adapters import adapter_origin, base_config, load_adapter
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.hub import resolve
+from dmd_dar.models.prompts import absent_prompts
+from dmd_dar.models.saved import holds_network, read_card
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
+from dmd_dar.models.words import Source, Words
 
 Output = Literal["float", "uint8", "pil"]
 Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
@@ -27,11 +31,15 @@ Labels = int | str | Sequence[int | str] | Tensor | np.ndarray
 
 @dataclass(frozen=True)
 class StudentPipeline:
-    """A few-step student and the codec of its latents (None for pixels), both on `device`."""
+    """A few-step student and the codec of its latents (None for pixels), both on `device`.
+
+    `words` encodes prompts for one that reads prompts; None for classes.
+    """
 
     student: Teacher
     codec: Codec | None
     device: torch.device
+    words: Words | None = None
 
     @property
     def rungs(self) -> tuple[float, ...]:
@@ -58,7 +66,7 @@ class StudentPipeline:
         labels: Labels | None = None,
         *,
         n: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         sampler: Sampler | None = None,
         batch_size: int = 64,
@@ -71,7 +79,7 @@ class StudentPipeline:
         labels: Labels | None = None,
         *,
         n: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         sampler: Sampler | None = None,
         batch_size: int = 64,
@@ -83,7 +91,7 @@ class StudentPipeline:
         labels: Labels | None = None,
         *,
         n: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         sampler: Sampler | None = None,
         batch_size: int = 64,
@@ -91,25 +99,29 @@ class StudentPipeline:
     ) -> Tensor | list[Image.Image]:
         """Images: float32 (N, 3, H, W) about [-1, 1], not clamped; or uint8 (N, 3, H, W); or a list of PIL images.
 
-        labels: class index or name of all `n` (default 1) images, or one for each image; None: the classes in turn.
-        seed: the noise of image i depends on `seed` and i alone. noise (N, C, S, S), standard normal, takes the place
+        labels: class index or name of all `n` (default 1) images, or one for each image; None: the classes in turn. Of
+        a student that reads prompts, a text is a prompt, which is encoded, and an index one of its own prompts.
+        seed: the noise of image i depends on `seed` and i alone; of a list, one seed for each image, it is that of the
+        first image of its own seed. noise (N, C, S, S), standard normal, takes the place
         of the initial noise. sampler: "stochastic" re-noises between calls, "deterministic" follows the ODE; None: the
         one that the student was trained for. batch_size changes no image beyond rounding.
 
-        Raises UserError for labels that the student does not know, and for numbers of images that contradict.
+        Raises UserError for labels that the student does not know, for numbers of images that contradict, and where
+        there are words and the text encoder is not there.
         """
-        labels = _plain(labels)
-        count = _count(labels, n, noise)
+        labels, own_seeds = _plain(labels), None if isinstance(seed, int) else [*seed]
+        count = _count(labels, n, noise, own_seeds)
         if noise is not None and tuple(noise.shape) != (count, *self.shape):
             raise UserError(f"noise of shape {tuple(noise.shape)}: must be {(count, *self.shape)}")
         if output not in ("float", "uint8", "pil"):
             raise UserError(f"output = {output!r}: must be float, uint8 or pil")
-        velocity = velocity_of(self.student.network, self.student.prediction)
-        generator = few_step_generator(velocity, self.rungs, sampler or self.student.sampler)
-        indices = None if labels is None else self._indices(labels, count)
+        network, indices = self._conditioned(labels, count)
+        generator = few_step_generator(
+            velocity_of(network, self.student.prediction), self.rungs, sampler or self.student.sampler
+        )
         x0, _ = generate(
             decoded(generator, self.codec and self.codec.decode),
-            SampleRange(count, seed, labels=indices, noise=noise),
+            SampleRange(count, 0 if own_seeds else seed, labels=indices, noise=noise, own_seeds=own_seeds),
             shape=self.shape,
             num_classes=self.num_classes,
             batch_size=batch_size,
@@ -120,10 +132,25 @@ class StudentPipeline:
         pixels = to_pixels(x0)
         return pixels if output == "uint8" else [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in pixels]
 
-    def _indices(self, labels: Any, count: int) -> Tensor:
-        """(count,) int64."""
+    def _conditioned(self, labels: Any, count: int) -> tuple[Any, Tensor | None]:
+        """The network, its prompts those that were given in words if any were, and the conditions (count,) int64."""
         each = labels if isinstance(labels, list) else [labels] * count
-        return torch.tensor([self._index(label) for label in each], dtype=torch.int64)
+        network = self.student.network
+        if self.words is not None and any(isinstance(label, str) for label in each):
+            if wrong := [label for label in each if not isinstance(label, str)]:
+                raise UserError(f"label {wrong[0]!r} among prompts in words: give words, or indices, for all images")
+            if "" in each:
+                raise UserError("one of the prompts is empty: write what the image shows")
+            table = self.words.table(each, [network] if self.codec is None else [network, self.codec])
+            order = {text: index for index, text in enumerate(table.texts())}
+            return network.with_prompts(table), torch.tensor([order[text] for text in each])  # type: ignore[union-attr]
+        if self.words is not None and not self.num_classes:
+            raise UserError(
+                f"the student's own prompts are not at {network.prompts and network.prompts.folder}: give prompts in"
+                " words, or encoded ones, prompts=FOLDER"
+            )
+        indices = None if labels is None else torch.tensor([self._index(label) for label in each], dtype=torch.int64)
+        return network, indices
 
     def _index(self, label: Any) -> int:
         if isinstance(label, str):
@@ -146,10 +173,10 @@ def _plain(labels: Any) -> Any:
     return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
 
 
-def _count(labels: Any, n: int | None, noise: Tensor | None) -> int:
+def _count(labels: Any, n: int | None, noise: Tensor | None, seeds: list[int] | None) -> int:
     """How many images were asked for; UserError where the arguments contradict, or none says it."""
-    each = len(labels) if isinstance(labels, list) else None
-    by_argument = {"labels": each, "n": n, "noise": None if noise is None else len(noise)}
+    by_argument = {"labels": labels if isinstance(labels, list) else None, "noise": noise, "seed": seeds}
+    by_argument = {"n": n, **{name: None if value is None else len(value) for name, value in by_argument.items()}}
     counts = {value for value in by_argument.values() if value is not None}
     if labels is not None and not counts:
         return 1
@@ -162,25 +189,46 @@ def _count(labels: Any, n: int | None, noise: Tensor | None) -> int:
 
 
 def load_pipeline(
-    path: str, device: torch.device | str = "cpu", *, revision: str = "", prompts: str = "", base: str = ""
+    path: str,
+    device: torch.device | str = "cpu",
+    *,
+    revision: str = "",
+    prompts: str = "",
+    base: str = "",
+    text_encoder: str = "",
+    keep_text_encoder: bool = False,
 ) -> StudentPipeline:
     """The student of `path`, a folder RUN/student or a hub id ("OWNER/NAME", at `revision`), ready to sample.
 
     prompts: a folder of encoded prompts for a student that reads prompts; empty: those that it was trained on.
     base: the teacher's path, where `path` is the adapter of a LoRA student, RUN/student/adapter.
+    text_encoder: path or hub id of the pipeline whose text encoder reads prompts that are given as words; empty: the
+    base's, or the one that the card names. It is loaded for new prompts alone, unless keep_text_encoder leaves it.
 
     Raises UserError or a kind of it, naming the file and the remedy, where there is none, it is damaged, or it is a
     many-step network.
     """
-    is_adapter = (Path(path) / ADAPTER).is_file()
+    path, is_adapter = str(path), (Path(path) / ADAPTER).is_file()
     if is_adapter != bool(base):
         fault = "an adapter; name the teacher that it belongs to, base=PATH"
         raise UserError(f"{path}: {fault if is_adapter else 'no adapter; leave base out'}")
+    place = Path(path)
     if is_adapter:
-        teacher = load_teacher(base_config(Path(path), base, revision, prompts), device)
-        student = load_adapter(Path(path), teacher)
+        table = None if prompts else absent_prompts(adapter_origin(place))
+        teacher = load_teacher(base_config(place, base, revision, prompts, table), device, table=table)
+        student = load_adapter(place, teacher)
     else:
-        student = load_teacher(TeacherConfig(str(path), revision, prompts=prompts), device)
+        place = resolve(path, revision)
+        saved = read_card(place) if place.is_dir() and holds_network(place) else None
+        table = None if prompts or saved is None else absent_prompts(saved.card.origin)
+        student = load_teacher(TeacherConfig(path, revision, prompts=prompts), device, saved, table)
     if not student.rungs:
         raise UserError(f"{path}: a many-step network, no few-step student; distil it")
-    return StudentPipeline(student, codec_of(student, device), torch.device(device))
+    words = None
+    if student.network.prompts is not None:
+        card = (student.text_encoder, student.text_encoder_revision)
+        places = ((text_encoder, ""),) if text_encoder else ((base, revision), (str(place), ""), card)
+        words = Words(Source.of(student.origin), places, torch.device(device), keep_text_encoder)
+    elif text_encoder:
+        raise UserError(f"{path} reads class labels: leave text_encoder out")
+    return StudentPipeline(student, codec_of(student, device), torch.device(device), words)

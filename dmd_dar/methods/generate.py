@@ -37,6 +37,19 @@ def balanced_labels(samples: Tensor, num_classes: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class OwnSeeds(Draws):
+    """Draws of samples that have a seed each: those of one sample, for each of them."""
+
+    each: tuple[Draws, ...] = ()
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        return torch.cat([one.uniform(name, *shape) for one in self.each])
+
+    def normal(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.cat([one.normal(name, *shape, dtype=dtype) for one in self.each])
+
+
+@dataclass(frozen=True)
 class SampleRange:
     """The `count` samples from the `first` on that are drawn by (seed, phase).
 
@@ -50,9 +63,14 @@ class SampleRange:
     first: int = 0
     labels: Tensor | None = None
     noise: Tensor | None = None
+    own_seeds: list[int] | None = None  # one for each sample, whose draws are those of the first sample of that seed
 
     def draws(self, start: int, stop: int, device: torch.device | str) -> Draws:
         """Those of samples `start` to `stop`, counted from the first."""
+        if self.own_seeds is not None:
+            first = sample_range(0, 1, device)
+            each = tuple(Draws(seed, self.phase, 0, first) for seed in self.own_seeds[start:stop])
+            return OwnSeeds(0, self.phase, 0, sample_range(start, stop, device), each=each)
         return Draws(self.seed, self.phase, 0, sample_range(self.first + start, self.first + stop, device))
 
 

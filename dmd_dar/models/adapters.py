@@ -22,6 +22,7 @@ from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.models.denoiser import Meaning
 from dmd_dar.models.diffusers_denoiser import routed_copy
 from dmd_dar.models.hub import files_hash, read_json, resolve
+from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import ModelCard, card_from_dict
 from dmd_dar.models.shared_lora import Lora, LoraConfig, LoraDenoiser, merged
 from dmd_dar.models.sit import SiT, with_routing
@@ -59,9 +60,18 @@ def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: 
     write_atomic(folder / CARD, json.dumps(described, indent=1))
 
 
-def base_config(folder: Path, path: str, revision: str = "", prompts: str = "") -> TeacherConfig:
+def adapter_origin(folder: Path) -> dict[str, Any]:
+    """What the adapter's card says of where it comes from, {} for none; `base_config` says what is wrong with it."""
+    card = read_json(folder / CARD).get("card")
+    return dict(card.get("origin") or {}) if isinstance(card, dict) else {}
+
+
+def base_config(
+    folder: Path, path: str, revision: str = "", prompts: str = "", table: Prompts | None = None
+) -> TeacherConfig:
     """How the base at `path` is loaded: with what the adapter's own card says that its files may leave open.
 
+    table: stands for prompts whose folder is not here.
     Raises MissingWeightsError or DamagedFileError naming the file, UserError where the prompts that it was trained on
     have changed, or `prompts` were encoded by another encoder.
     """
@@ -72,7 +82,7 @@ def base_config(folder: Path, path: str, revision: str = "", prompts: str = "") 
         size, guidance = int(origin.get("input_size", 0)), float(origin.get("embedded_guidance", 0))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
-    table = prompts_of(TeacherConfig(path, prompts=prompts), origin)
+    table = None if table is not None else prompts_of(TeacherConfig(path, prompts=prompts), origin)
     bare = (resolve(path, revision) / "config.json").is_file()
     if bare and prediction == Meaning("flow", time_scale=1000.0):
         prediction = "flow"  # as a bare transformer that reads prompts takes it

@@ -78,6 +78,12 @@ class DiffusersDenoiser(nn.Module):
     def routing(self) -> RoutingConfig:
         return self.config.routing
 
+    def with_prompts(self, prompts: Prompts) -> "DiffusersDenoiser":
+        """The same network, of the same weights, whose conditions are the rows of another table."""
+        twin = copy.copy(self)
+        twin.prompts = prompts
+        return twin
+
     def block_readers(self) -> list[nn.Module]:
         """For each block what reads its output: the next block's first norm, or the head's."""
         return [self.transformer.get_submodule(path) for path in output_readers(self.transformer)]
@@ -228,6 +234,8 @@ def _check_prompts(folder: Path, transformer: Any, prompts: Prompts) -> None:
     family = family_of(transformer)
     if not family.width:
         raise UserError(f"{folder} reads class labels: leave prompts out")
+    if not prompts.count:
+        return  # they are encoded when they are asked for
     width, names = transformer.config[family.width], tuple(filter(None, ("embedding", family.beside)))
     if {*prompts.names} != {*names} or width != prompts.width or prompts.pipeline not in family.pipelines:
         raise UserError(

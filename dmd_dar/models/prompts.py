@@ -16,6 +16,7 @@ from torch import Tensor
 from dmd_dar.data.prompt_files import LOSSLESS, PLAIN, read_prompts
 from dmd_dar.data.shards import DTYPES, MANIFEST, Form, Layout, Shards
 from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.models.hub import files_hash
 
 KIND = "prompts"
 IN_MEMORY = 2e9  # bytes of a table that is kept on the device; of a larger one the rows are read as they are asked for
@@ -52,6 +53,7 @@ class Prompts:
             raise DamagedFileError(f"{Path(folder) / MANIFEST} describes no prompts; make them anew")
         self.encoder: str = content["encoder"]
         self.pipeline = str(content.get("pipeline", ""))  # class of the pipeline whose text encoders made them
+        self.tokens, self.dtype = int(content.get("tokens", 0)), str(content.get("dtype", "float32"))
         self.texts_hash, self.count = content.get("prompts"), len(self.shards) - 1
         self.names = tuple(layout.tensors)
         self.width = layout.tensors["embedding"].shape[-1]
@@ -94,3 +96,33 @@ class Prompts:
             every = torch.arange(self.count + 1)
             self.held[cond.device] = {name: self.shards.rows(name, every).to(cond.device) for name in self.names}
         return {name: table[cond] for name, table in self.held[cond.device].items()}
+
+
+class Written(Prompts):
+    """Prompts that were encoded just now, in the place of a folder of them; without any, one that is not here."""
+
+    def __init__(self, rows: dict[str, dict[str, Tensor]], encoder: str = "", pipeline: str = "", folder: str = ""):
+        """rows: of each prompt, without a batch axis. folder: the one that is not here."""
+        self.encoder, self.pipeline, self.folder = encoder, pipeline, folder
+        self.written, self.count = [*rows.values()], len(rows)
+        self.own_texts = tuple(rows)
+        self.texts_hash = texts_hash([*rows])
+        self.hash = files_hash([], encoder, self.texts_hash) if rows else ""
+        self.names = tuple(self.written[0]) if rows else ()
+        self.width = self.written[0]["embedding"].shape[-1] if rows else 0
+
+    def texts(self) -> tuple[str, ...]:
+        return self.own_texts
+
+    def rows(self, cond: Tensor) -> dict[str, Tensor]:
+        """As of a folder, but for the one behind the last, which is not here: nothing is guided by these."""
+        found = [self.written[index] for index in cond.tolist()]
+        return {name: torch.stack([row[name] for row in found]).to(cond.device) for name in self.names}
+
+
+def absent_prompts(origin: dict[str, Any]) -> Written | None:
+    """What stands for the prompts of a student's card where their folder is not on this machine; None where it is."""
+    folder = str(origin.get("prompts") or "")
+    if not folder or (Path(folder) / MANIFEST).is_file():
+        return None
+    return Written({}, str(origin.get("prompts_encoder", "")), folder=folder)

@@ -71,6 +71,8 @@ class Teacher:
     sampler: Sampler = "stochastic"  # that a few-step student was trained with
     prompts_are_classes: bool = False  # as TeacherConfig's
     transformer: Path | None = None  # the folder of a network that reads prompts
+    text_encoder: str = ""  # path or hub id of the pipeline whose text encoder reads them; empty: not known
+    text_encoder_revision: str = ""
 
     def knows(self, label_names: tuple[str, ...]) -> bool:
         """Whether data of those classes has its conditions: labels always, prompts if they are the classes' names."""
@@ -84,10 +86,16 @@ class Teacher:
         return transformer_hash(self.transformer, self.prediction, prompts, self.network.fixed)  # type: ignore[union-attr]
 
 
-def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", saved: Saved | None = None) -> Teacher:
+def load_teacher(
+    config: TeacherConfig,
+    device: torch.device | str = "cpu",
+    saved: Saved | None = None,
+    table: Prompts | None = None,
+) -> Teacher:
     """The teacher at `config.path`, in evaluation mode, frozen, on `device`.
 
     saved: `read_card` of the folder, where it was read before, so that weights of gigabytes are not hashed again.
+    table: takes the place of the prompts that the configuration or the folder names.
     Raises UserError or a kind of it, naming the file and the remedy, where nothing is found, a file is damaged, needs
     unpickling or another kind of condition, or does not say what its output means.
     """
@@ -95,11 +103,11 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", save
     if place.is_file():
         teacher = _public(place, config)
     elif holds_network(place):
-        teacher = _saved(place, config, saved or read_card(place))
+        teacher = _saved(place, config, saved or read_card(place), table)
     elif (place / "transformer").is_dir():
-        teacher = _pipeline(place, config)
+        teacher = _pipeline(place, config, table)
     elif (place / "config.json").is_file():
-        teacher = _transformer(place, config)
+        teacher = _transformer(place, config, table)
     else:
         raise UserError(f"{place} holds no teacher: no {CARD}, no transformer folder, no config.json")
     prompted = teacher.network.prompts is not None
@@ -111,17 +119,18 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu", save
     return replace(teacher, prompts_are_classes=config.prompts_are_classes)
 
 
-def _saved(place: Path, config: TeacherConfig, saved: Saved) -> Teacher:
+def _saved(place: Path, config: TeacherConfig, saved: Saved, table: Prompts | None) -> Teacher:
     card, prediction = saved.card, _stated(config, saved.card.prediction, place)
-    network = read_network(place, prompts_of(config, card.origin), _fixed(config, card.origin))
+    network = read_network(place, table or prompts_of(config, card.origin), _fixed(config, card.origin))
     prompted = network.prompts is not None
     digest = _digest(place / "transformer", prediction, network) if prompted else saved.digest  # type: ignore[arg-type]
     facts = {**_codec(config, saved.codec), "origin": card.origin, "sampler": card.sampler}
     facts |= {"transformer": place / "transformer" if prompted else None}
+    facts |= {name: str(card.origin.get(name, "")) for name in ("text_encoder", "text_encoder_revision")}
     return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
 
 
-def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
+def _pipeline(place: Path, config: TeacherConfig, table: Prompts | None) -> Teacher:
     file = place / "scheduler" / "scheduler_config.json"
     meaning = None
     if file.is_file():
@@ -131,27 +140,29 @@ def _pipeline(place: Path, config: TeacherConfig) -> Teacher:
             raise DamagedFileError(f"{file}: {error}") from error
     prediction = _stated(config, meaning, file)
     folder, names = place / "transformer", {"codec": vae_of(place)}
-    network = load_transformer(folder, prompts_of(config), _fixed(config))
+    network = load_transformer(folder, table or prompts_of(config), _fixed(config))
     _check_encoder(place, network)
     facts = {**_codec(config, names), "transformer": folder if network.prompts is not None else None}
+    if network.prompts is not None:
+        facts |= {"text_encoder": config.path, "text_encoder_revision": config.revision}
     return Teacher(network, prediction, _digest(folder, prediction, network), _label_names(place, network), **facts)
 
 
 def _check_encoder(place: Path, network: DiffusersDenoiser) -> None:
     """Raises UserError where the prompts were encoded for a pipeline of the family with other text encoders."""
-    file, known = place / "model_index.json", network.family.pipelines
+    file, known, prompts = place / "model_index.json", network.family.pipelines, network.prompts
     own = str(read_json(file).get("_class_name")) if file.is_file() else ""
-    if network.prompts is None or own not in known or known[own].parts == known[network.prompts.pipeline].parts:
+    if prompts is None or not prompts.count or own not in known or known[own].parts == known[prompts.pipeline].parts:
         return
     raise UserError(
-        f"{network.prompts.folder} holds prompts encoded for {network.prompts.pipeline}, and {place} is a {own}, whose"
+        f"{prompts.folder} holds prompts encoded for {prompts.pipeline}, and {place} is a {own}, whose"
         " text encoder is another: encode them with its own"
     )
 
 
-def _transformer(place: Path, config: TeacherConfig) -> Teacher:
+def _transformer(place: Path, config: TeacherConfig, table: Prompts | None) -> Teacher:
     """Of a transformer's folder alone, whose chain is unknown; those that read prompts count flow's t to 1000."""
-    network = load_transformer(place, prompts_of(config), _fixed(config))
+    network = load_transformer(place, table or prompts_of(config), _fixed(config))
     prediction = _stated(config, None, place / "config.json")
     if prediction == "flow" and network.family.time_scale != 1:
         prediction = Meaning("flow", time_scale=network.family.time_scale)
@@ -226,6 +237,9 @@ def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:
         origin |= {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
     if (prompts := teacher.network.prompts) is not None:
         origin |= {"prompts": prompts.folder, "prompts_hash": prompts.hash, "prompts_encoder": prompts.encoder}
+        origin |= {"prompts_tokens": prompts.tokens, "prompts_dtype": prompts.dtype}
+        if teacher.text_encoder:
+            origin |= {"text_encoder": teacher.text_encoder, "text_encoder_revision": teacher.text_encoder_revision}
         origin |= {name: value for name, value in asdict(teacher.network.fixed).items() if value}  # type: ignore[union-attr]
     return origin
 

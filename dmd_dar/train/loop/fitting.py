@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmd_dar.device import free_memory
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.messages import LOGGER
 from dmd_dar.models.footprint import nbytes
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.loop import Phase
-from dmd_dar.train.processes.memory import free_memory, out_of_memory
+from dmd_dar.train.processes.memory import out_of_memory
 from dmd_dar.train.processes.runtime import Runtime
 
 SPARE = 0.05  # of a GPU's memory that a rehearsal leaves alone: gaps between tensors, the libraries' work space

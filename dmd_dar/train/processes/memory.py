@@ -1,8 +1,8 @@
-"""A device whose memory is full: how it is known, and how it is given back what nobody uses."""
-
-import gc
+"""A device whose memory is full: how it is known."""
 
 import torch
+
+from dmd_dar import moved
 
 # Said by libraries, whose errors are plain RuntimeErrors; torch's own allocators raise OutOfMemoryError.
 FULL = (
@@ -20,8 +20,4 @@ def out_of_memory(error: Exception) -> bool:
     return by_library or isinstance(error, torch.OutOfMemoryError)
 
 
-def free_memory() -> None:
-    """Give back what nothing refers to any more, to Python and to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+moved.keep_names(__name__)
