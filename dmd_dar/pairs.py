@@ -24,7 +24,8 @@ from dmd_dar.methods.generate import balanced_labels
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.methods.trajectories import Trajectories, solve_trajectories
 from dmd_dar.models.guided import guided_velocity, rule_of
-from dmd_dar.models.teachers import TeacherConfig, load_teacher
+from dmd_dar.models.sizes import shape_at
+from dmd_dar.models.teachers import TeacherConfig, codec_of, load_teacher
 from dmd_dar.train.processes.filling import Work, fill_folder
 
 TENSORS = ("states", "ends", "cond")  # of Trajectories
@@ -61,6 +62,8 @@ class PairsConfig(Solver):
     rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
     guidance: GuidanceConfig = key(factory=GuidanceConfig)
+    height: int = key(0, "of the images; 0: the teacher's own", unit="pixels", least=0)
+    width: int = key(0, "of the images; 0: the teacher's own", unit="pixels", least=0)
     shard_size: int = key(64, "pairs in a file, which is written whole or not at all", least=1)
     batch_size: int = key(BATCH, "pairs at a time; changes none of them beyond rounding", least=1)
     workers: int = key(0, "processes of this machine; 0: one for each GPU, one without", least=0)
@@ -195,7 +198,7 @@ def trajectories_for(
 def recipe_and_teacher(cfg: PairsConfig, device: torch.device) -> tuple[Recipe, Velocity]:
     """What the pairs are, and the guided teacher that makes them."""
     teacher = load_teacher(cfg.teacher, device)
-    form = teacher.network.config
+    codec = codec_of(teacher) if cfg.height or cfg.width else None  # its own size needs no look at the VAE
     recipe = Recipe(
         teacher=teacher.digest,
         guidance_scale=cfg.guidance_scale,
@@ -203,8 +206,8 @@ def recipe_and_teacher(cfg: PairsConfig, device: torch.device) -> tuple[Recipe, 
         solver=cfg.ode,
         seed=cfg.seed,
         count=cfg.n,
-        num_classes=form.num_classes,
-        shape=(form.in_channels, form.input_size, form.input_size),
+        num_classes=teacher.network.num_conditions,
+        shape=shape_at(teacher.network, 1 if codec is None else codec.factor, cfg.height, cfg.width),
         guidance=rule_of(teacher.network, cfg.guidance_scale, cfg.guidance).facts(),
     )
     return recipe, guided_velocity(teacher.network, teacher.prediction, cfg.guidance_scale, cfg.guidance)

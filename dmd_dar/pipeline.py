@@ -14,6 +14,7 @@ from torch import Tensor
 from dmd_dar.data.images import to_pixels
 from dmd_dar.errors import UserError
 from dmd_dar.flow import Sampler
+from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import SampleRange, decoded, few_step_generator, generate
 from dmd_dar.models.adapters import CARD as ADAPTER
 from dmd_dar.models.adapters import adapter_origin, base_config, load_adapter
@@ -22,6 +23,7 @@ from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.hub import resolve
 from dmd_dar.models.prompts import absent_prompts
 from dmd_dar.models.saved import holds_network, read_card
+from dmd_dar.models.sizes import Pixels, pixels_of, shape_at
 from dmd_dar.models.teachers import Teacher, TeacherConfig, codec_of, load_teacher
 from dmd_dar.models.words import Source, Words
 
@@ -57,8 +59,27 @@ class StudentPipeline:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of the noise."""
-        return self.student.network.shape
+        """(C, H, W) of the noise where no other size is asked for: the first that the student was trained at."""
+        return self.shape_at()
+
+    @property
+    def trained_at(self) -> tuple[Pixels, ...]:
+        """(height, width) of the images that the student was trained at, in pixels."""
+        network, sizes = self.student.network, self.student.origin.get("sizes")
+        return tuple((int(h), int(w)) for h, w in sizes) if sizes else (pixels_of(network.shape, self.factor),)
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each cell of the noise along one side."""
+        return 1 if self.codec is None else self.codec.factor
+
+    def shape_at(self, height: int = 0, width: int = 0) -> tuple[int, int, int]:
+        """(C, H, W) of the noise of height x width pixels; 0: as the first size that the student was trained at.
+
+        Raises UserError for a size that the network or the VAE cannot make, naming the nearest that they can.
+        """
+        first = self.trained_at[0]
+        return shape_at(self.student.network, self.factor, height or first[0], width or first[1])
 
     @overload
     def __call__(
@@ -69,6 +90,8 @@ class StudentPipeline:
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         sampler: Sampler | None = None,
+        height: int = 0,
+        width: int = 0,
         batch_size: int = 64,
         output: Literal["float", "uint8"] = "float",
     ) -> Tensor: ...
@@ -82,6 +105,8 @@ class StudentPipeline:
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         sampler: Sampler | None = None,
+        height: int = 0,
+        width: int = 0,
         batch_size: int = 64,
         output: Literal["pil"],
     ) -> list[Image.Image]: ...
@@ -94,6 +119,8 @@ class StudentPipeline:
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         sampler: Sampler | None = None,
+        height: int = 0,
+        width: int = 0,
         batch_size: int = 64,
         output: Output = "float",
     ) -> Tensor | list[Image.Image]:
@@ -102,17 +129,20 @@ class StudentPipeline:
         labels: class index or name of all `n` (default 1) images, or one for each image; None: the classes in turn. Of
         a student that reads prompts, a text is a prompt, which is encoded, and an index one of its own prompts.
         seed: the noise of image i depends on `seed` and i alone; of a list, one seed for each image, it is that of the
-        first image of its own seed. noise (N, C, S, S), standard normal, takes the place
-        of the initial noise. sampler: "stochastic" re-noises between calls, "deterministic" follows the ODE; None: the
-        one that the student was trained for. batch_size changes no image beyond rounding.
+        first image of its own seed. noise (N, C, H, W), standard normal, takes the place of the initial noise.
+        sampler: "stochastic" re-noises between calls, "deterministic" follows the ODE; None: the one that the student
+        was trained for. height, width: of the images, in pixels; 0: those of the first size that it was trained at.
+        batch_size changes no image beyond rounding.
 
         Raises UserError for labels that the student does not know, for numbers of images that contradict, and where
         there are words and the text encoder is not there.
         """
         labels, own_seeds = _plain(labels), None if isinstance(seed, int) else [*seed]
         count = _count(labels, n, noise, own_seeds)
-        if noise is not None and tuple(noise.shape) != (count, *self.shape):
-            raise UserError(f"noise of shape {tuple(noise.shape)}: must be {(count, *self.shape)}")
+        shape = self.shape_at(height, width)
+        if noise is not None and tuple(noise.shape) != (count, *shape):
+            raise UserError(f"noise of shape {tuple(noise.shape)}: must be {(count, *shape)}")
+        self._warn_of(pixels_of(shape, self.factor))
         if output not in ("float", "uint8", "pil"):
             raise UserError(f"output = {output!r}: must be float, uint8 or pil")
         network, indices = self._conditioned(labels, count)
@@ -122,7 +152,7 @@ class StudentPipeline:
         x0, _ = generate(
             decoded(generator, self.codec and self.codec.decode),
             SampleRange(count, 0 if own_seeds else seed, labels=indices, noise=noise, own_seeds=own_seeds),
-            shape=self.shape,
+            shape=shape,
             num_classes=self.num_classes,
             batch_size=batch_size,
             device=self.device,
@@ -131,6 +161,11 @@ class StudentPipeline:
             return x0
         pixels = to_pixels(x0)
         return pixels if output == "uint8" else [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in pixels]
+
+    def _warn_of(self, size: Pixels) -> None:
+        if size not in self.trained_at:
+            known = ", ".join(f"{height} x {width}" for height, width in self.trained_at)
+            LOGGER.warning(f"{size[0]} x {size[1]} pixels: the student was trained at {known}; look at what it makes")
 
     def _conditioned(self, labels: Any, count: int) -> tuple[Any, Tensor | None]:
         """The network, its prompts those that were given in words if any were, and the conditions (count,) int64."""

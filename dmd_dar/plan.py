@@ -5,6 +5,7 @@ launch.cpu is set.
 """
 
 import copy
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -18,10 +19,12 @@ from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.distillation.networks import Networks, networks_of
 from dmd_dar.errors import UserError
+from dmd_dar.models.codecs import load_codec, vae_of
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
 from dmd_dar.models.frozen import block_layers
 from dmd_dar.models.shared_lora import LoraDenoiser, Plain
 from dmd_dar.models.sit import build_sit
+from dmd_dar.models.sizes import shape_at
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 
 CARDS = (24, 40, 80, 141)  # GB of memory
@@ -63,13 +66,24 @@ def plan_of(cfg: DistillConfig) -> Plan:
     batch = launch.samples_at_a_time(cfg.batch_size, processes)
     parts = (launch.shard_among or processes) if launch.sharding == "fsdp2" else 1
     bf16 = launch.precision == "bf16" or (launch.precision == "auto" and not launch.cpu)
-    networks = networks_of(cfg, outline(cfg.teacher))
+    teacher = outline(cfg.teacher)
+    shape = largest_of(cfg, teacher)
+    networks = networks_of(cfg, teacher)
     averages = [copy.deepcopy(networks.student).requires_grad_(False) for _ in cfg.student.decays]
     with without_data():
         traced = [networks.student, networks.fake_score]
         emptied(networks.teacher, *traced, *averages)
-        student, fake = (footprint(network, batch, bf16) for network in traced)
+        student, fake = (footprint(network, batch, bf16, shape) for network in traced)
     return _added_up(cfg, networks, averages, (student, fake), batch, parts)
+
+
+def largest_of(cfg: DistillConfig, teacher: Plain) -> tuple[int, ...]:
+    """(C, H, W) of the run's largest images. Raises UserError for a size that cannot be, as the run does."""
+    if not cfg.sized:
+        return teacher.shape
+    place = cfg.teacher.codec or vae_of(Path(cfg.teacher.path))
+    factor = load_codec(place, cfg.teacher.codec_revision).factor if place else 1
+    return max((shape_at(teacher, factor, *size) for size in cfg.pixels), key=math.prod)
 
 
 def _added_up(
@@ -117,22 +131,23 @@ def _added_up(
     )
 
 
-def footprint(network: Plain | LoraDenoiser, batch: int, bf16: bool) -> Footprint:
-    """Of one call of the network with gradient, on `batch` samples.
+def footprint(network: Plain | LoraDenoiser, batch: int, bf16: bool, shape: tuple[int, ...] | None = None) -> Footprint:
+    """Of one call of the network with gradient, on `batch` samples of `shape` (C, H, W), None for its own.
 
     More than FEW are not traced, since the routing works through a large batch in many pieces.
     """
+    shape = shape or network.shape
     if batch <= FEW:
-        return _traced(network, batch, bf16)
+        return _traced(network, batch, bf16, shape)
     few, more = TRACED
-    low, high = (_traced(network, samples, bf16) for samples in TRACED)
+    low, high = (_traced(network, samples, bf16, shape) for samples in TRACED)
     further = (batch - more) / (more - few)
     kept, peak = (round(b + further * (b - a)) for a, b in ((low.kept, high.kept), (low.peak, high.peak)))
     return Footprint(kept, peak)
 
 
-def _traced(network: Plain | LoraDenoiser, batch: int, bf16: bool) -> Footprint:
-    x = torch.zeros(batch, *network.shape)
+def _traced(network: Plain | LoraDenoiser, batch: int, bf16: bool, shape: tuple[int, ...]) -> Footprint:
+    x = torch.zeros(batch, *shape)
     t, cond = torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
 
     def call() -> Tensor:

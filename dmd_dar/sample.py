@@ -19,13 +19,14 @@ from dmd_dar.data.prompt_files import Entry, read_entries
 from dmd_dar.device import chosen_device
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels
+from dmd_dar.models.sizes import pixels_of
 from dmd_dar.pipeline import StudentPipeline, load_pipeline
 
 GRID_LIMIT = 64  # images shown in grid.png
 DEFAULT = 64  # images where neither their number nor prompts are named
 ENLARGED = 256  # pixels of a side up to which the grid shows each pixel as four
 SAME = ("n", "seed", "label", "rungs", "sampler", "network")  # of a request that `out` already holds images of
-ALSO = ("captions", "seeds")  # the same, which requests of before lack
+ALSO = ("captions", "seeds", "height", "width")  # the same, which requests of before lack
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class SampleConfig:
     )
     steps: int = key(0, "network calls; 0 takes the student's own", least=0)
     rungs: tuple[float, ...] = key((), "times of the calls; empty takes the student's own", above=0, most=1)
+    height: int = key(0, "of the images; 0: the first size that it was trained at", unit="pixels", least=0)
+    width: int = key(0, "of the images; 0: the first size that it was trained at", unit="pixels", least=0)
     sampler: Literal["auto", "stochastic", "deterministic"] = key(
         "auto", "between calls: re-noise, or follow the ODE; auto: as the student was trained"
     )
@@ -169,6 +172,9 @@ def sample(cfg: SampleConfig) -> None:
     sampler = pipe.student.sampler if cfg.sampler == "auto" else cfg.sampler
     out = make_folder(cfg.out)
     described = {**config.to_dict(cfg), "n": len(asked.labels), "rungs": list(pipe.rungs), "sampler": sampler}
+    described |= dict(
+        zip(("height", "width"), pixels_of(pipe.shape_at(cfg.height, cfg.width), pipe.factor), strict=True)
+    )
     described |= {"network": pipe.student.digest, **asked.described()}
     refuse_other_images(out, described)
     text = json.dumps(described, indent=1)
@@ -177,6 +183,8 @@ def sample(cfg: SampleConfig) -> None:
         list(asked.words) or asked.labels,
         seed=list(asked.seeds) or cfg.seed,
         sampler=sampler,
+        height=cfg.height,
+        width=cfg.width,
         batch_size=cfg.batch_size,
         output="uint8",
     )

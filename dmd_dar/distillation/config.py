@@ -124,6 +124,7 @@ class DistillConfig:
         "matching": {"above_next_rung": False, "start": 0},
         "fake_score": {"follow": 0.0},
         "guidance": {"form": "auto", "interval": (0.0, 1.0)},
+        **{"height": 0, "width": 0, "sizes": ()},
     }
 
     out_dir: str = key("", "run folder")
@@ -133,6 +134,11 @@ class DistillConfig:
     rungs: tuple[float, ...] = key(flow.default_rungs(4), "the student's times, from 1 (noise) down", above=0, most=1)
     guidance_scale: float = key(1.0, "of the teacher: uncond + g (cond - uncond); 1 is none", least=0)
     guidance: GuidanceConfig = key(factory=GuidanceConfig)
+    height: int = key(0, "of the student's images; 0: the teacher's own", unit="pixels", least=0)
+    width: int = key(0, "of the student's images; 0: the teacher's own", unit="pixels", least=0)
+    sizes: tuple[tuple[int, int], ...] = key(
+        (), "several [height, width] in their place, of which each step draws one", unit="pixels", least=1
+    )
     sampler: flow.Sampler = key("stochastic", "between calls, in training and sampling: re-noise, or follow the ODE")
     student_input: Literal["simulate", "data"] = key(
         "simulate", "in training: its own rollout from noise to the rung, or noised data"
@@ -163,6 +169,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         self.checkpoint.require_within(self.steps)
+        self._check_sizes()
         flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
         if not (self.matching.weight or self.regression.used or self.gan.used):
             raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
@@ -198,6 +205,24 @@ class DistillConfig:
                 " ones whole in every process: set it to none, or leave these out"
             )
 
+    def _check_sizes(self) -> None:
+        if self.sizes and (self.height or self.width):
+            raise ValueError("sizes and height or width both say how large images are: leave sizes or the others out")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"sizes must name each size once, got {[list(size) for size in self.sizes]}")
+        if len(self.sizes) < 2:
+            return
+        if self.needs_data:
+            purpose = "student_input = data" if self.student_input == "data" else f"gan.weight = {self.gan.weight:g}"
+            raise ValueError(
+                f"sizes are {len(self.sizes)}, but {purpose} needs real data, which have one size: name one"
+            )
+        if self.regression.used and self.regression.pairs:
+            raise ValueError(
+                f"regression.pairs = {self.regression.pairs}: a folder of pairs is of one size, and sizes are"
+                f" {len(self.sizes)}; leave it out, trajectories of each size are then made for this run"
+            )
+
     def _check_regression_by_rung(self) -> None:
         factors = list(self.regression.by_rung)
         if len(factors) != len(self.rungs):
@@ -226,6 +251,16 @@ class DistillConfig:
                 f"matching.above_next_rung leaves the first rung t from {self.rungs[1]:g} to matching.time.high ="
                 f" {self.matching.time.high:g}, which is nothing: lower rungs, or raise matching.time.high"
             )
+
+    @property
+    def pixels(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the student's images, 0 for the teacher's own; each step draws one of them."""
+        return self.sizes or ((self.height, self.width),)
+
+    @property
+    def sized(self) -> bool:
+        """Whether any size is named."""
+        return any(side for size in self.pixels for side in size)
 
     @property
     def trains_fake_score(self) -> bool:

@@ -12,6 +12,7 @@ from dmd_dar.methods.dmd import DMD
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.guided import rule_of
 from dmd_dar.models.saved import ModelCard
+from dmd_dar.models.sizes import pixels_of, shape_at
 from dmd_dar.models.teachers import Teacher, open_teacher, origin_of
 from dmd_dar.pairs import Recipe, StoredTrajectories
 
@@ -27,7 +28,8 @@ class Inputs:
 
 def open_inputs(cfg: DistillConfig, device: torch.device) -> Inputs:
     """Teacher, codec and data; a UserError where they do not fit each other."""
-    teacher, codec = open_teacher(cfg.teacher, cfg.data, device)
+    teacher, codec = open_teacher(cfg.teacher, cfg.data, device, cfg.sized)
+    shapes_of(cfg, teacher, codec)
     return Inputs(teacher, codec, open_source(cfg, teacher, codec, device))
 
 
@@ -43,12 +45,23 @@ def open_source(cfg: DistillConfig, teacher: Teacher, codec: Codec | None, devic
             " each with teacher.prompts_are_classes=true; or set gan.weight=0 and student_input=simulate"
         )
     if isinstance(data, Latents):
-        data.require(codec.digest() if codec else "", network.shape)
+        data.require(codec.digest() if codec else "", shapes_of(cfg, teacher, codec)[0])
     return data
 
 
-def recipe_of(cfg: DistillConfig, teacher: Teacher) -> Recipe:
-    """The trajectories of the teacher that this run needs."""
+def shapes_of(cfg: DistillConfig, teacher: Teacher, codec: Codec | None) -> tuple[tuple[int, int, int], ...]:
+    """(C, H, W) of each size of the run. A UserError for one that teacher or VAE cannot make."""
+    factor, shapes = 1 if codec is None else codec.factor, []
+    for height, width in cfg.pixels:
+        try:
+            shapes.append(shape_at(teacher.network, factor, height, width))
+        except UserError as error:
+            raise UserError(f"sizes: {error}" if cfg.sizes else str(error)) from error
+    return tuple(shapes)
+
+
+def recipe_of(cfg: DistillConfig, teacher: Teacher, shape: tuple[int, ...]) -> Recipe:
+    """The trajectories of the teacher that this run needs, of that shape."""
     return Recipe(
         teacher=teacher.digest,
         guidance_scale=cfg.guidance_scale,
@@ -57,7 +70,7 @@ def recipe_of(cfg: DistillConfig, teacher: Teacher) -> Recipe:
         seed=cfg.regression.seed,
         count=cfg.regression.count,
         num_classes=teacher.network.num_conditions,
-        shape=teacher.network.shape,
+        shape=shape,
         guidance=rule_of(teacher.network, cfg.guidance_scale, cfg.guidance).facts(),
     )
 
@@ -81,4 +94,8 @@ def card_of(cfg: DistillConfig, inputs: Inputs, identity: dict[str, str]) -> Mod
     rule = rule_of(teacher.network, cfg.guidance_scale, cfg.guidance).facts()
     origin = {**identity, "guidance_scale": cfg.guidance_scale, **({"guidance": rule} if rule else {})}
     origin |= origin_of(teacher, inputs.codec)
+    if cfg.sized:
+        factor = 1 if inputs.codec is None else inputs.codec.factor
+        shapes = shapes_of(cfg, teacher, inputs.codec)
+        origin["sizes"] = [list(pixels_of(shape, factor)) for shape in shapes]  # the first is sampled by default
     return ModelCard(teacher.prediction, cfg.rungs, teacher.label_names, origin, cfg.sampler)

@@ -12,7 +12,7 @@ from torch import nn
 from dmd_dar import config, plan
 from dmd_dar.data.kept import Kept
 from dmd_dar.distillation.config import DistillConfig
-from dmd_dar.distillation.identity import Inputs, card_of, identity_of, open_inputs
+from dmd_dar.distillation.identity import Inputs, card_of, identity_of, open_inputs, shapes_of
 from dmd_dar.distillation.method import build_method
 from dmd_dar.distillation.networks import Networks, networks_of
 from dmd_dar.errors import UserError
@@ -67,7 +67,8 @@ def checked_inputs(cfg: DistillConfig, runtime: Runtime) -> Inputs:
     """Teacher, codec and data; a UserError where they do not fit, or where the teacher does not denoise the data."""
     inputs = open_inputs(cfg, runtime.device)
     if cfg.preflight and inputs.data is not None:
-        preflight(runtime, inputs.teacher, inputs.data, inputs.codec, cfg.seed)
+        shape = shapes_of(cfg, inputs.teacher, inputs.codec)[0]
+        preflight(runtime, inputs.teacher, inputs.data, inputs.codec, cfg.seed, shape)
     return inputs
 
 
@@ -105,12 +106,12 @@ def phases_of(cfg: DistillConfig, networks: Networks, method: DMD, averages: Ema
 
 def rehearsal_of(assembled: Assembled) -> Rehearsal:
     """What `fit_run` measures a micro-batch by."""
-    cfg, turns = assembled.cfg, assembled.method.turns
+    cfg, turns, sizes = assembled.cfg, assembled.method.turns, assembled.method.sizes
     if turns is None:
-        return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg))
-    latents = 2 * len(cfg.rungs) * math.prod(assembled.method.shape)
+        return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), sizes=sizes)
+    latents = 2 * len(cfg.rungs) * math.prod(assembled.method.shape if sizes is None else sizes.largest)
     kept = latents * (4 + 4)  # float32, and about as many bytes of random bits that a roll-out has not drawn yet
-    return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), turns.forget, kept)
+    return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), turns.forget, kept, sizes)
 
 
 def fullest_turn(cfg: DistillConfig) -> int:

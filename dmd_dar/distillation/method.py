@@ -8,12 +8,13 @@ from torch import Tensor
 from dmd_dar import losses
 from dmd_dar.data.sources import Source, open_data
 from dmd_dar.distillation.config import DistillConfig
-from dmd_dar.distillation.identity import Inputs, recipe_of
+from dmd_dar.distillation.identity import Inputs, recipe_of, shapes_of
 from dmd_dar.distillation.networks import Networks
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.dmd import DMD, Guidance, Regression
 from dmd_dar.methods.gan import GAN, Batch
+from dmd_dar.methods.sizes import Sizes
 from dmd_dar.methods.turns import Turns
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import Meaning, Prediction, velocity_of
@@ -29,7 +30,10 @@ def build_method(
     cfg: DistillConfig, inputs: Inputs, networks: Networks, runtime: Runtime, calls: Calls | None = None
 ) -> DMD:
     """The method over the three networks' velocities; `calls` remembers their last calls, for where one fails."""
-    calls, prediction, recipe = calls or Calls(), inputs.teacher.prediction, recipe_of(cfg, inputs.teacher)
+    calls, prediction = calls or Calls(), inputs.teacher.prediction
+    shapes = shapes_of(cfg, inputs.teacher, inputs.codec)
+    recipes = [recipe_of(cfg, inputs.teacher, shape) for shape in shapes]
+    recipe, sizes = recipes[0], Sizes(shapes)
     guided = guided_velocity(networks.teacher, prediction, cfg.guidance_scale, cfg.guidance)
     real = real_batches(cfg, recipe, inputs.data or open_data(cfg.data, runtime.device)) if cfg.needs_data else None
     guidance = gan = None
@@ -43,7 +47,7 @@ def build_method(
     turns = None
     if cfg.rollouts == "shared" and cfg.student_input == "simulate":
         starts = {"fake_score": cfg.fake_score_start}
-        turns = Turns(cfg.updates, student, cfg.rungs, recipe.num_classes, recipe.shape, cfg.sampler, starts)
+        turns = Turns(cfg.updates, student, cfg.rungs, recipe.num_classes, recipe.shape, cfg.sampler, starts, sizes)
     return DMD(
         student=student,
         teacher=runtime.without_gradients(calls.watch("teacher", guided), "score"),
@@ -58,10 +62,11 @@ def build_method(
         matching_start=cfg.matching.start,
         x0_space=cfg.fake_score.space == "x0",
         guidance=guidance,
-        regression=build_regression(cfg.regression, recipe, guided, runtime, inputs.codec),
+        regression=build_regression(cfg.regression, recipes, guided, runtime, inputs.codec, sizes),
         gan=gan,
         turns=turns,
         above_next_rung=cfg.matching.above_next_rung,
+        sizes=sizes,
     )
 
 
@@ -101,14 +106,19 @@ def build_gan(
 
 
 def build_regression(
-    cfg: RegressionConfig, recipe: Recipe, teacher: Velocity, runtime: Runtime, codec: Codec | None
+    cfg: RegressionConfig,
+    recipes: list[Recipe],
+    teacher: Velocity,
+    runtime: Runtime,
+    codec: Codec | None,
+    sizes: Sizes | None = None,
 ) -> Regression | None:
-    """The term with its trajectories, which the main process makes if nobody has; None where it is off."""
+    """The term with its trajectories of each size, which the main process makes if nobody has; None where it is off."""
     if not cfg.used:
         return None
     with runtime.main_first():
-        trajectories = trajectories_for(cfg, recipe, teacher, runtime.device)
-    return Regression(trajectories, cfg, distance_of(cfg, runtime.device, codec), cfg.by_rung)
+        first, *others = (trajectories_for(cfg, recipe, teacher, runtime.device) for recipe in recipes)
+    return Regression(first, cfg, distance_of(cfg, runtime.device, codec), cfg.by_rung, tuple(others), sizes)
 
 
 def distance_of(cfg: RegressionConfig, device: torch.device, codec: Codec | None) -> Callable[[Tensor, Tensor], Tensor]:

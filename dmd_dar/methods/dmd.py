@@ -1,6 +1,6 @@
 """Distribution matching distillation of a few-step student, as functions of one optimiser step's draws.
 
-Shapes: images (B, C, S, S); cond (B,) labels; t (B,); rung the index of the step's, one for the whole batch.
+Shapes: images (B, C, H, W); cond (B,) labels; t (B,); rung the index of the step's, one for the whole batch.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from dmd_dar.guidance import Velocity
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods import rollout
 from dmd_dar.methods.gan import GAN, Batch
+from dmd_dar.methods.sizes import Sizes
 from dmd_dar.methods.trajectories import Pairs
 from dmd_dar.methods.turns import Turns
 
@@ -50,6 +51,8 @@ class Regression:
     weight: LossWeight
     distance: Callable[[Tensor, Tensor], Tensor] = losses.regression_loss
     by_rung: tuple[float, ...] = ()  # factor of the weight at each rung; empty: 1 at all
+    others: tuple[Pairs, ...] = ()  # trajectories of the further sizes of a run
+    sizes: Sizes | None = None  # of which each step draws one, in that order
 
     def weight_at(self, step: int, rung: int) -> float:
         """The weight at student update `step` (from 0), at the rung of that index."""
@@ -57,7 +60,8 @@ class Regression:
 
     def loss(self, student: Velocity, rungs: tuple[float, ...], rung: int, draws: Draws) -> tuple[Tensor, Loss]:
         """(x0_student from the stored states, its distance from their ends as a function of it)."""
-        states, ends, cond = self.trajectories.at(rung, draws.integers("pair", self.trajectories.count))
+        pairs = self.trajectories if self.sizes is None else (self.trajectories, *self.others)[self.sizes.index(draws)]
+        states, ends, cond = pairs.at(rung, draws.integers("pair", pairs.count))
         return rollout.predict_x0(student, states, rungs[rung], cond), lambda x: self.distance(x, ends)
 
 
@@ -85,7 +89,7 @@ class DMD:
     rungs: tuple[float, ...]
     renoise: flow.TimeLaw  # of the t at which student and teacher are compared; see `time_of`
     num_classes: int
-    shape: tuple[int, ...]  # (C, S, S)
+    shape: tuple[int, ...]  # (C, H, W)
     sampler: rollout.Sampler = "stochastic"
     data: Batch | None = None  # if given, the student's input is noised data, not its own rollout
     matching_weight: float = 1.0
@@ -96,6 +100,7 @@ class DMD:
     gan: GAN | None = None
     turns: Turns | None = None  # if given, the student's samples are of roll-outs that a turn's updates share
     above_next_rung: bool = False
+    sizes: Sizes | None = None  # of which each of its own roll-outs has one; None: `shape`
 
     def rung_of(self, draws: Draws) -> int:
         """The index of the rung of a training step, one for the whole batch."""
@@ -119,7 +124,7 @@ class DMD:
         matching_weight = self.matching_weight if draws.step >= self.matching_start else 0.0
         terms, metrics = [], {}
         if matching_weight or gan_weight:
-            x0_student, cond = self.generate(rung, draws)  # (B, C, S, S), gradient through the last call only
+            x0_student, cond = self.generate(rung, draws)  # (B, C, H, W), gradient through the last call only
             if matching_weight:
                 loss, metrics = self.matching(x0_student, cond, rung, draws)
                 terms.append(Term("dm", matching_weight, x0_student, loss))
@@ -162,7 +167,8 @@ class DMD:
         """(x_t, cond): the student's own way from pure noise to the rung (arXiv:2405.14867 4.5)."""
         if self.turns is not None:
             return self.turns.state(rung, draws)
-        cond, noise = draws.integers("label", self.num_classes), draws.normal("noise", *self.shape)
+        shape = self.shape if self.sizes is None else self.sizes.shape(draws)
+        cond, noise = draws.integers("label", self.num_classes), draws.normal("noise", *shape)
         return rollout.Rollout(self.student, cond, self.rungs, draws, noise, self.sampler).state(rung), cond
 
     def fake_score_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
@@ -187,7 +193,7 @@ class DMD:
 
 @torch.no_grad()
 def x0_of(velocity: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
-    """The estimate of x0 (B, C, S, S) from x_t by one call of a velocity, without gradient."""
+    """The estimate of x0 (B, C, H, W) from x_t by one call of a velocity, without gradient."""
     return flow.velocity_to_x0(velocity(x_t, t, cond, *rung), x_t, t)
 
 

@@ -1,7 +1,7 @@
 """The GAN term of distribution matching distillation (DMD2, arXiv:2405.14867 4.3): heads on a score network's features.
 
 Who gets gradients: the student through `student_term`, the heads through `heads_loss`, the network whose features they
-read through `feature_loss`; in each, the others none. Shapes: x0 and x_t (B, C, S, S); cond (B,); t (B,); rung the
+read through `feature_loss`; in each, the others none. Shapes: x0 and x_t (B, C, H, W); cond (B,); t (B,); rung the
 index of the step's; features one (B, T, d) for each layer; logits (B, n).
 """
 
@@ -16,7 +16,7 @@ from dmd_dar.draws import Draws
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.rollout import renoise
 
-Batch = Callable[[Draws], tuple[Tensor, Tensor]]  # draws -> real x0 (B, C, S, S) in the teacher's space, cond (B,)
+Batch = Callable[[Draws], tuple[Tensor, Tensor]]  # draws -> real x0 (B, C, H, W) in the teacher's space, cond (B,)
 Features = Callable[[Tensor, Tensor, Tensor, int], list[Tensor]]  # (x_t, t, cond, rung) -> the chosen layers' states
 Heads = Callable[[list[Tensor]], Tensor]
 Metrics = dict[str, Tensor]

@@ -11,7 +11,7 @@ from dmd_dar.guidance import Velocity
 from dmd_dar.methods import rollout
 from dmd_dar.methods.solvers import Solver
 
-Generator = Callable[[Tensor, Draws, Tensor], Tensor]  # (cond (B,), draws, noise (B, C, S, S)) -> x0 (B, C, S, S)
+Generator = Callable[[Tensor, Draws, Tensor], Tensor]  # (cond (B,), draws, noise (B, C, H, W)) -> x0 (B, C, H, W)
 
 
 def ode_generator(velocity: Velocity, solver: Solver) -> Generator:
@@ -53,7 +53,7 @@ class OwnSeeds(Draws):
 class SampleRange:
     """The `count` samples from the `first` on that are drawn by (seed, phase).
 
-    labels (count,): None for the classes in turn. noise (count, C, S, S): takes the place of the initial noise, None
+    labels (count,): None for the classes in turn. noise (count, C, H, W): takes the place of the initial noise, None
     for that of `seed`; what is added between calls is drawn by `seed` in either case.
     """
 

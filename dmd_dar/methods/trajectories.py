@@ -27,7 +27,7 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True)
 class Trajectories:
-    """states (N, k, C, S, S) at the k rungs, ends (N, C, S, S), cond (N,); all on one device."""
+    """states (N, k, C, H, W) at the k rungs, ends (N, C, H, W), cond (N,); all on one device."""
 
     states: Tensor
     ends: Tensor
@@ -46,6 +46,6 @@ class Trajectories:
 def solve_trajectories(
     teacher: Velocity, cond: Tensor, rungs: tuple[float, ...], solver: Solver, noise: Tensor
 ) -> Trajectories:
-    """From `noise` (B, C, S, S), through every rung, to t = 0."""
+    """From `noise` (B, C, H, W), through every rung, to t = 0."""
     path, positions = solver.path(teacher, cond, noise, rungs)
     return Trajectories(torch.stack([path[i] for i in positions], dim=1), path[-1], cond)

@@ -18,6 +18,7 @@ from dmd_dar.draws import Draws, Habits
 from dmd_dar.flow import Sampler
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods.rollout import Rollout, rung_of
+from dmd_dar.methods.sizes import Sizes
 
 PHASE = "rollout"
 
@@ -40,9 +41,10 @@ class Turns:
     student: Velocity
     rungs: tuple[float, ...]
     num_classes: int
-    shape: tuple[int, ...]  # (C, S, S)
+    shape: tuple[int, ...]  # (C, H, W)
     sampler: Sampler = "stochastic"
     starts: dict[str, int] = field(default_factory=dict)  # turns before a phase's first update; 0 where it is not named
+    sizes: Sizes | None = None  # of which each roll-out has one; None: `shape`
     under_way: int = field(default=-1, init=False)  # the roll-out that is asked for; none before it will be again
     rollouts: dict[int, Rollout] = field(default_factory=dict, init=False)  # its own, by micro-batch
     habits: Habits = field(default_factory=Habits, init=False)
@@ -95,6 +97,7 @@ class Turns:
             self.under_way, self.rollouts = number, {}
         if draws.part not in self.rollouts:
             there = replace(draws, phase=PHASE, step=number, habits=self.habits)
-            cond, noise = there.integers("label", self.num_classes), there.normal("noise", *self.shape)
+            shape = self.shape if self.sizes is None else self.sizes.shape(there)
+            cond, noise = there.integers("label", self.num_classes), there.normal("noise", *shape)
             self.rollouts[draws.part] = Rollout(self.student, cond, self.rungs, there, noise, self.sampler)
         return self.rollouts[draws.part]

@@ -23,13 +23,13 @@ EDGE = 1e-3  # how near to an end of t an x0, eps or v network on the linear flo
 class ConditionalNetwork(Protocol):
     """What a network says of itself: SiT, DiffusersDenoiser and LoraDenoiser answer it, whatever they are made of.
 
-    Call it as (x (B, C, S, S), its own time (B,), cond (B,), rung) -> (B, C or 2 C, S, S); `rung` only matters to one
+    Call it as (x (B, C, H, W), its own time (B,), cond (B,), rung) -> (B, C or 2 C, H, W); `rung` only matters to one
     that tells rungs apart. cond is in 0 .. num_conditions, where the last is the unconditional one.
     """
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of its input."""
+        """(C, H, W) of its input where no other size is asked for."""
         ...
 
     @property

@@ -16,6 +16,7 @@ from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import DIFFUSERS, local_safetensors, read_json
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.rungs import HookedRungs, Rung
+from dmd_dar.models.sizes import Limits
 from dmd_dar.routing.attach import attach, load_routed
 from dmd_dar.routing.consumers import blocks_of, output_readers
 from dmd_dar.routing.folder import FORM
@@ -65,9 +66,14 @@ class DiffusersDenoiser(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of its input."""
+        """(C, S, S) of its input where no other size is asked for."""
         channels, size = self.family.latent_shape(self.transformer.config, self.fixed)
         return channels, size, size
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes that it takes."""
+        return self.family.limits(self.transformer.config)
 
     @property
     def num_conditions(self) -> int:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmd_dar.keys import key
 from dmd_dar.models.rungs import Rung, Rungs
+from dmd_dar.models.sizes import Limits
 from dmd_dar.routing.history import History, Observer
 from dmd_dar.routing.layout import FormOptions, Query, RoutingConfig, routing_form
 from dmd_dar.routing.router import RouterBank
@@ -50,14 +51,17 @@ class SiTConfig:
             raise ValueError(f"routing.chunk_size {chunk_size} exceeds the {2 * self.depth} sublayers")
 
 
-def sin_cos_positions(width: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine position table, (1, side^2, width): half the channels for columns, half for rows."""
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, width / 4)
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
-    columns = line[None].expand(side, -1, -1)
-    rows = line[:, None].expand(-1, side, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width).float()
+def sin_cos_positions(width: int, rows: int, columns: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """Fixed 2-D sine-cosine position table of rows x columns tokens, (1, rows columns, width): half the channels for
+    columns, half for rows. `columns` 0 is as many as rows.
+    """
+    columns = columns or rows
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4))
+    places = torch.arange(max(rows, columns), dtype=torch.float64, device=device)
+    angles = places[:, None] * omega  # (longer side, width / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (longer side, width / 2)
+    along, down = line[None, :columns].expand(rows, -1, -1), line[:rows, None].expand(-1, columns, -1)
+    return torch.cat([along, down], dim=-1).reshape(1, rows * columns, width).float()
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -193,7 +197,8 @@ class SiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor, rung: Rung | None = None, observe: Observer | None = None
     ) -> Tensor:
-        v_0 = self.x_embedder(x) + self.pos_embed  # (B, T, d)
+        rows, columns = (side // self.config.patch for side in x.shape[-2:])
+        v_0 = self.x_embedder(x) + self._positions(rows, columns)  # (B, T, d)
         t_embedding = self.t_embedder(t)
         if self.rungs is not None:
             t_embedding = self.rungs.tables[0](t_embedding, rung)
@@ -202,12 +207,24 @@ class SiT(nn.Module):
             h = self._residual(v_0, c)
         else:
             h = self._routed(History(self.dar, v_0, t_embedding, observe), c)
-        return self._unpatchify(self.final_layer(h, c))
+        return self._unpatchify(self.final_layer(h, c), rows, columns)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The table of its own size, or that of another one, made anew each time."""
+        own = self.config.input_size // self.config.patch
+        if (rows, columns) == (own, own):
+            return self.pos_embed
+        return sin_cos_positions(self.config.width, rows, columns, self.pos_embed.device).to(self.pos_embed.dtype)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of its input."""
+        """(C, S, S) of its input where no other size is asked for."""
         return self.config.in_channels, self.config.input_size, self.config.input_size
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes that it takes."""
+        return Limits(self.config.patch)
 
     @property
     def num_conditions(self) -> int:
@@ -272,11 +289,11 @@ class SiT(nn.Module):
             return part(*inputs)
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
+    def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """(B, T, p p C) -> (B, C, H, W)."""
-        p, side = self.config.patch, self.config.input_size // self.config.patch
+        p = self.config.patch
         return (
-            tokens.unflatten(1, (side, side))
+            tokens.unflatten(1, (rows, columns))
             .unflatten(-1, (p, p, -1))
             .permute(0, 5, 1, 3, 2, 4)
             .flatten(4)

@@ -207,12 +207,13 @@ def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | No
 
 
 def open_teacher(
-    config: TeacherConfig, data: DataConfig, device: torch.device | str = "cpu"
+    config: TeacherConfig, data: DataConfig, device: torch.device | str = "cpu", sized: bool = False
 ) -> tuple[Teacher, Codec | None]:
     """The frozen teacher and the codec of its latents, None for pixels.
 
     Raises UserError naming the key where it cannot be loaded, where the codec does not fit it, or where it makes images
-    of another size than those of `data`. Its classes may be others than theirs: `data` stays closed.
+    of another size than those of `data`, unless it is `sized` otherwise. Its classes may be others than theirs: `data`
+    stays closed.
     """
     try:
         teacher = load_teacher(config, device)
@@ -223,7 +224,7 @@ def open_teacher(
     made = f"teacher.path = {config.path}: it makes {channels} channels of {size} x {size}"
     if codec is None and channels != 3:
         raise UserError(f"{made}, not RGB: set teacher.codec to the VAE of its latents, a folder or a hub id")
-    if codec is None and data.name != "latents" and size != data.size:
+    if codec is None and not sized and data.name != "latents" and size != data.size:
         raise UserError(f"{made}, not data.size {data.size}; set data.size, or name another teacher")
     if codec is not None and channels != codec.channels:
         raise UserError(f"{made}, but latents of teacher.codec {teacher.codec} have {codec.channels} channels")

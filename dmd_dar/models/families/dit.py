@@ -11,4 +11,4 @@ def ask(transformer: Any, x: Tensor, time: Tensor, rows: Rows, fixed: FixedInput
     return transformer(x, timestep=time, class_labels=rows["labels"], return_dict=False)[0]
 
 
-DIT = Family("DiTTransformer2DModel", ask, time_scale=1.0)
+DIT = Family("DiTTransformer2DModel", ask, square=True, time_scale=1.0)

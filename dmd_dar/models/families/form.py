@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dmd_dar.guidance import Form
+from dmd_dar.models.sizes import Limits
 
 THOUSAND = 1000  # timesteps of the chains of flow matching, by which diffusers' pipelines divide
 
@@ -45,6 +46,10 @@ class Prompting:
     asks_transformer: bool = False  # zeros stand for a text encoder that is left out, as wide as the transformer says
 
 
+def _any_number(config: Any) -> int:
+    return 0
+
+
 def _accepted(config: Any) -> str:
     return ""
 
@@ -62,6 +67,8 @@ class Family:
     beside: str = ""  # the tensor beside the embedding: mask, pooled or none
     side: int = 0  # latent cells on a side of its pipeline's images; 0: its config's sample_size
     patch: int = 0  # latent cells on a side of a token; 0: its config's patch_size
+    square: bool = False  # whether it knows square images alone
+    most: Callable[[Any], int] = _any_number  # (config) -> latent cells on a side at most; 0 where there is no bound
     packed: bool = False  # whether its config's in_channels are those of a token, not of a cell
     time_scale: float = float(THOUSAND)  # of its flow, where a transformer's folder alone leaves the chain open
     time_embedder: str = "timestep_embedder"  # the last part of its modules' names
@@ -77,6 +84,10 @@ class Family:
     def cells(self, config: Any) -> int:
         """Latent cells on a side of a token: what H and W must be multiples of."""
         return self.patch or config["patch_size"]
+
+    def limits(self, config: Any) -> Limits:
+        """The sizes that it takes."""
+        return Limits(self.cells(config), self.square, self.most(config))
 
     def latent_shape(self, config: Any, fixed: FixedInputs) -> tuple[int, int]:
         """(C, S) of its square latents."""

@@ -27,5 +27,6 @@ SD3 = Family(
     ask,
     width="joint_attention_dim",
     beside="pooled",
+    most=lambda config: config["patch_size"] * (config.get("pos_embed_max_size") or 0),
     pipelines={"StableDiffusion3Pipeline": Prompting(256, PARTS, encode, asks_transformer=True)},
 )

@@ -40,6 +40,7 @@ Z_IMAGE = Family(
     beside="mask",
     side=128,
     patch=2,
+    most=lambda config: 2 * min(config["axes_lens"][1:]),
     time_embedder="t_embedder",
     pipelines={"ZImagePipeline": Prompting(512, PARTS, encode)},
 )

@@ -4,7 +4,7 @@ The averaged student draws the same few samples each time (`Samples`: noise and 
 teacher's, from the same noise by its ODE, are what they are held against. `signals` turns two sets of samples into
 numbers, `Health` adds those of the steps since the last record, warns, and scores checkpoints.
 
-Legend: x0 (N, C, S, S) samples in the networks' space, cond (N,) their labels; images (N, 3, H, W) in [-1, 1], the
+Legend: x0 (N, C, H, W) samples in the networks' space, cond (N,) their labels; images (N, 3, H, W) in [-1, 1], the
 decoded samples, which are x0 itself for pixels.
 """
 

@@ -5,7 +5,7 @@ a constant for each channel, and the best affine function a + b x_t of each valu
 calibrated or worse than these, other meanings of the output and other scales of the data are tried, and the one that
 fits is named.
 
-Legend: x0 (B, C, S, S) in the teacher's space; errors and slopes are lists over TIMES.
+Legend: x0 (B, C, H, W) in the teacher's space; errors and slopes are lists over TIMES.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ class Fit:
 
 
 def check_data(x0: Tensor) -> None:
-    """Raises PreflightError where samples (B, C, S, S) of the data are all alike or not finite."""
+    """Raises PreflightError where samples (B, C, H, W) of the data are all alike or not finite."""
     if not torch.isfinite(x0).all():
         raise PreflightError(f"data: {len(x0)} samples hold numbers that are not finite; make the data anew")
     if x0.std(correction=0) == 0:
@@ -73,17 +73,32 @@ def first_batch(data: Source, seed: int) -> tuple[Tensor, Tensor]:
     return data.batch(Draws(seed, "preflight", 0, sample_range(0, SAMPLES, data.device)))
 
 
-def preflight(runtime: Runtime, teacher: Teacher, data: Source, codec: Codec | None, seed: int) -> None:
+def preflight(
+    runtime: Runtime,
+    teacher: Teacher,
+    data: Source,
+    codec: Codec | None,
+    seed: int,
+    shape: tuple[int, ...] | None = None,
+) -> None:
     """Says on the screen how well the teacher denoises; raises PreflightError where it does not, see check_teacher."""
     with runtime.autocast():
-        message = check_teacher(teacher, data, codec, seed)
+        message = check_teacher(teacher, data, codec, seed, shape)
     if runtime.is_main:
         LOGGER.info(message)
 
 
 @torch.no_grad()
-def check_teacher(teacher: Teacher, data: Source, codec: Codec | None = None, seed: int = 0) -> str:
+def check_teacher(
+    teacher: Teacher,
+    data: Source,
+    codec: Codec | None = None,
+    seed: int = 0,
+    shape: tuple[int, ...] | None = None,
+) -> str:
     """One line that says how well the teacher denoises, or why that was not looked at; deterministic.
+
+    shape: (C, H, W) of what the run makes, None for the teacher's own.
 
     Raises PreflightError where it is worse than a constant at any t, or another meaning of its output, or another
     scale of the data, has a far smaller error at every t.
@@ -91,8 +106,9 @@ def check_teacher(teacher: Teacher, data: Source, codec: Codec | None = None, se
     network, meaning = teacher.network, meaning_of(teacher.prediction)
     x0, labels = first_batch(data, seed)
     check_data(x0)
-    shape = network.shape
-    if codec is not None and x0.shape[1] == 3 and x0.shape[-1] == shape[-1] * codec.factor:
+    shape = shape or network.shape
+    pixels = None if codec is None else (3, shape[1] * codec.factor, shape[2] * codec.factor)
+    if codec is not None and tuple(x0.shape[1:]) == pixels:
         x0, _ = codec.encode(x0)
     if tuple(x0.shape[1:]) != shape:
         return f"preflight left out: data is {tuple(x0.shape[1:])}, and the teacher makes {shape}"
