@@ -151,7 +151,7 @@ class StudentPipeline:
         )
         x0, _ = generate(
             decoded(generator, self.codec and self.codec.decode),
-            SampleRange(count, 0 if own_seeds else seed, labels=indices, noise=noise, own_seeds=own_seeds),
+            SampleRange(count, seed if isinstance(seed, int) else 0, labels=indices, noise=noise, own_seeds=own_seeds),
             shape=shape,
             num_classes=self.num_classes,
             batch_size=batch_size,

@@ -27,7 +27,7 @@ def captioned(pictures: Tensor, captions: list[str]) -> Tensor:
     if width < NARROWEST:
         return pictures
     texts = [wrapped(caption, width - 2 * MARGIN) for caption in captions]
-    line = sum(font().getbbox("Ag")[1::2])
+    line = int(sum(font().getbbox("Ag")[1::2]))
     height = max(text.count("\n") + 1 for text in texts) * line + 2 * MARGIN
     below = torch.stack([_written(text, height, width) for text in texts])
     return torch.cat([pictures, below.to(pictures.device)], dim=-2)
