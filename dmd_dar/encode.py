@@ -19,7 +19,9 @@ from dmd_dar.data.batches import Batches, Make
 from dmd_dar.data.config import DataConfig
 from dmd_dar.data.fixed import MiddleCrops, RandomCrops
 from dmd_dar.data.images import to_model_range
+from dmd_dar.data.manifest import LENGTH
 from dmd_dar.data.prompt_files import copy_of, negative_of, read_entries
+from dmd_dar.device import named_device
 from dmd_dar.errors import DivergedError
 from dmd_dar.keys import key
 from dmd_dar.models import prompts
@@ -57,7 +59,8 @@ class EncodeConfig:
         " all, else the pipeline's own, empty or, of Qwen-Image, a blank",
     )
     tokens: int = key(0, "length of a prompt; 0: the pipeline's own", unit="tokens", least=0)
-    dtype: Literal["float32", "bfloat16"] = key("float32", "of the text encoder and of what is stored")
+    dtype: Literal["float32", "bfloat16"] = key("bfloat16", "of the text encoder and of what is stored")
+    device: str = key("", "of one process, such as cuda:1; empty: a GPU where there is one")
     shard_size: int = key(0, f"samples in a file; 0: {IMAGES_PER_SHARD} images or {PROMPTS_PER_SHARD} prompts", least=0)
     batch_size: int = key(32, "samples at a time; changes none of them beyond rounding", least=1)
     workers: int = key(0, "processes of this machine; 0: one for each GPU, one without", least=0)
@@ -68,6 +71,8 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("out is empty: name the folder to write to, out=FOLDER")
+        if self.device and (self.workers > 1 or self.cpu):
+            raise ValueError(f"device = {self.device} is of one process: leave workers and cpu out, or device")
         if self.prompts:
             if self.codec or not self.pipeline:
                 raise ValueError("prompts needs pipeline, whose text encoder reads them, and no codec")
@@ -86,6 +91,8 @@ class EncodeConfig:
 
 def prepare(cfg: EncodeConfig, device: torch.device) -> Work:
     """The latents or prompts of `cfg`, for `fill_folder`."""
+    if cfg.device:
+        device = named_device(cfg.device)
     return prepare_prompts(cfg, device) if cfg.prompts else prepare_latents(cfg, device)
 
 
@@ -134,14 +141,15 @@ def prepare_prompts(cfg: EncodeConfig, device: torch.device) -> Work:
     row = {name: value[0] for name, value in encoder.encode([negative], negatives=1).items()}
     content = {"prompts": prompts.texts_hash(texts), "pipeline": encoder.name, "encoder": encoder.digest}
     content |= {"tokens": encoder.tokens, "dtype": cfg.dtype} | ({"negative": negative} if negative else {})
-    layout = prompts.layout_of(content, len(texts), row, cfg.shard_size or PROMPTS_PER_SHARD)
+    filled = encoder.filled(texts, {name: value[None] for name, value in row.items()}, negative)
+    layout = prompts.layout_of(content, len(texts), row, cfg.shard_size or PROMPTS_PER_SHARD, filled)
 
     def make(first: int, stop: int) -> dict[str, Tensor]:
         encoded = encoder.encode([*texts, negative][first:stop], negatives=int(stop > len(texts)))
         made = {name: encoded[name] for name in row}
         if not all(value.isfinite().all() for value in made.values()):
             raise DivergedError(f"pipeline = {cfg.pipeline}: its prompts {first} to {stop - 1} are not all finite")
-        return made
+        return made | {LENGTH: prompts.lengths_of(made)}
 
     return Work(layout, Batches(make, cfg.batch_size), "prompts")
 

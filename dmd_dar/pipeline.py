@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,7 +18,7 @@ from dmd_dar.messages import LOGGER
 from dmd_dar.methods.generate import SampleRange, decoded, few_step_generator, generate
 from dmd_dar.models.adapters import CARD as ADAPTER
 from dmd_dar.models.adapters import adapter_origin, base_config, load_adapter
-from dmd_dar.models.codecs import Codec
+from dmd_dar.models.codecs import Codec, Decoding
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.hub import resolve
 from dmd_dar.models.prompts import absent_prompts
@@ -232,6 +232,7 @@ def load_pipeline(
     base: str = "",
     text_encoder: str = "",
     keep_text_encoder: bool = False,
+    decode: Decoding = "whole",
 ) -> StudentPipeline:
     """The student of `path`, a folder RUN/student or a hub id ("OWNER/NAME", at `revision`), ready to sample.
 
@@ -239,6 +240,8 @@ def load_pipeline(
     base: the teacher's path, where `path` is the adapter of a LoRA student, RUN/student/adapter.
     text_encoder: path or hub id of the pipeline whose text encoder reads prompts that are given as words; empty: the
     base's, or the one that the card names. It is loaded for new prompts alone, unless keep_text_encoder leaves it.
+    decode: latents of several images at a time ("whole"), of one ("slices"), or of one in tiles ("tiles"), which takes
+    the least memory and differs a little where tiles meet.
 
     Raises UserError or a kind of it, naming the file and the remedy, where there is none, it is damaged, or it is a
     many-step network.
@@ -266,4 +269,6 @@ def load_pipeline(
         words = Words(Source.of(student.origin), places, torch.device(device), keep_text_encoder)
     elif text_encoder:
         raise UserError(f"{path} reads class labels: leave text_encoder out")
-    return StudentPipeline(student, codec_of(student, device), torch.device(device), words)
+    return StudentPipeline(
+        student, codec_of(replace(student, codec_decode=decode), device), torch.device(device), words
+    )

@@ -19,6 +19,7 @@ from dmd_dar.data.prompt_files import Entry, read_entries
 from dmd_dar.device import chosen_device
 from dmd_dar.keys import key
 from dmd_dar.methods.generate import balanced_labels
+from dmd_dar.models.codecs import Decoding
 from dmd_dar.models.sizes import pixels_of
 from dmd_dar.pipeline import StudentPipeline, load_pipeline
 
@@ -58,6 +59,7 @@ class SampleConfig:
         "auto", "between calls: re-noise, or follow the ODE; auto: as the student was trained"
     )
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
+    decode: Decoding = key("whole", "of latents: several images at a time, one (slices), or one in tiles: least memory")
     cpu: bool = key(False, "compute on the CPU although a GPU is there")
 
     def __post_init__(self) -> None:
@@ -164,7 +166,9 @@ def sample(cfg: SampleConfig) -> None:
     device = chosen_device(cfg.cpu)
     in_words = asked_in_words(cfg) if cfg.prompt or cfg.prompts_file else None
     encoded = "" if in_words else cfg.prompts
-    pipe = load_pipeline(cfg.student, device, prompts=encoded, base=cfg.base, text_encoder=cfg.text_encoder)
+    pipe = load_pipeline(
+        cfg.student, device, prompts=encoded, base=cfg.base, text_encoder=cfg.text_encoder, decode=cfg.decode
+    )
     check_rungs(cfg, pipe.rungs)
     if in_words is not None and pipe.words is None:
         raise config.ConfigError(f"{cfg.student} reads class labels: leave prompt and prompts out")

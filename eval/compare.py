@@ -89,7 +89,7 @@ def compare(cfg: CompareConfig) -> None:
     make_folder(cfg.out)
     teacher = GuidedTeacher.of(runs[0], device, guidance_scale)
     require_teacher(runs, teacher.weights)
-    bench = Bench.of(cfg, teacher.network, device, teacher.codec, processes)
+    bench = teacher.bench(cfg, device, processes, runs[0])
     if processes.main:
         LOGGER.info(f"sampling {cfg.n} images of the teacher and of {len(runs)} runs")
     reference = teacher.sample_set(bench, cfg.ode)

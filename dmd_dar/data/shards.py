@@ -12,12 +12,12 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,124 +28,20 @@ from torch import Tensor
 
 from dmd_dar.atomic import make_folder, sweep, write_atomic
 from dmd_dar.data.batches import Batches
+from dmd_dar.data.manifest import (
+    DTYPES,
+    FORMAT,
+    LENGTH,
+    MANIFEST,
+    Form,
+    Layout,
+    Shard,
+    read_manifest,
+    shard_name,
+)
 from dmd_dar.errors import DamagedFileError, UserError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-OVERHEAD = 4096  # bytes of a shard's header and its lines in the manifest, generously
 WAIT = 0.2  # seconds between looks at the shards that other processes make
-
-
-@dataclass(frozen=True)
-class Form:
-    """One tensor of a sample: its type in the words of safetensors (see DTYPES) and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a folder holds: `n` samples, `shard_size` to a file; `content` is all that decides their values (JSON)."""
-
-    content: dict[str, Any]
-    n: int
-    shard_size: int
-    tensors: dict[str, Form]
-
-    @property
-    def shards(self) -> int:
-        return -(-self.n // self.shard_size)
-
-    def span(self, index: int) -> tuple[int, int]:
-        """First global sample of shard `index` and the one after its last."""
-        return index * self.shard_size, min((index + 1) * self.shard_size, self.n)
-
-    def bytes(self, index: int) -> int:
-        """Upper bound of shard `index` on the disk."""
-        start, stop = self.span(index)
-        sample = sum(DTYPES[form.dtype].itemsize * torch.Size(form.shape).numel() for form in self.tensors.values())
-        return (stop - start) * sample + OVERHEAD
-
-    def all_bytes(self) -> int:
-        """Upper bound of all shards on the disk."""
-        return sum(map(self.bytes, range(self.shards)))
-
-    def described(self) -> dict[str, Any]:
-        """In JSON's own types, as the manifest has it."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One complete shard as the manifest lists it: samples first .. stop - 1."""
-
-    file: str
-    first: int
-    stop: int
-    bytes: int
-    sha256: str
-
-
-def shard_name(index: int) -> str:
-    return f"shard_{index:06d}.safetensors"
-
-
-def read_manifest(folder: Path) -> tuple[Layout, dict[int, Shard]]:
-    """The layout and the shards listed so far, by index.
-
-    Raises UserError where there is no manifest, DamagedFileError where it is none of this format, contradicts itself
-    or names any file but the folder's own shards.
-    """
-    path = folder / MANIFEST
-    try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}, not {FORMAT}")
-        layout = _layout(values)
-        listed = [_shard(layout, entry) for entry in values["shards"]]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a folder of complete shards") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise DamagedFileError(
-            f"{path} is not a manifest of shards ({reason}); restore it, or make the folder anew"
-        ) from error
-    shards = {shard.first // layout.shard_size: shard for shard in listed}
-    if len(shards) < len(listed):
-        raise DamagedFileError(f"{path} lists a shard twice; restore it, or make the folder anew")
-    return layout, shards
-
-
-def _layout(values: dict[str, Any]) -> Layout:
-    if not isinstance(values["content"], dict) or not isinstance(values["tensors"], dict) or not values["tensors"]:
-        raise ValueError("content and tensors must be sections")
-    tensors = {}
-    for name, form in values["tensors"].items():
-        if form["dtype"] not in DTYPES:
-            raise ValueError(f"{name} has the unknown dtype {form['dtype']!r}")
-        tensors[name] = Form(form["dtype"], tuple(_natural("shape", side, 1) for side in form["shape"]))
-    n, shard_size = (_natural(name, values[name], 1) for name in ("n", "shard_size"))
-    return Layout(values["content"], n, shard_size, tensors)
-
-
-def _shard(layout: Layout, entry: dict[str, Any]) -> Shard:
-    first, stop, size = (_natural(name, entry[name], 0) for name in ("first", "stop", "bytes"))
-    index = first // layout.shard_size
-    if index >= layout.shards or (first, stop) != layout.span(index):
-        raise ValueError(f"samples {first} to {stop} are no shard of {layout.shard_size} among {layout.n}")
-    if entry["file"] != shard_name(index):  # so no path leads anywhere else
-        raise ValueError(f"it names {entry['file']!r} where {shard_name(index)!r} in its own folder must stand")
-    if not isinstance(entry["sha256"], str):
-        raise ValueError(f"the sha256 of {shard_name(index)} is not a text")
-    return Shard(shard_name(index), first, stop, size, entry["sha256"])
-
-
-def _natural(name: str, value: Any, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {value!r}, not an integer from {least}")
-    return value
 
 
 class ShardFolder:
@@ -196,7 +92,8 @@ class ShardFolder:
             yield [index for index in indices if mine and not self._stands(listed.get(index))]
 
     def write(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Shard `index` from tensors (B, *shape) of its samples; inside its `claim`.
+        """Shard `index` from tensors (B, *shape) of its samples; inside its `claim`. Of ragged ones, what lies beyond
+        each sample's length is left out.
 
         Raises ValueError where they are not of the layout, UserError where the disk is full; whole shards survive.
         """
@@ -207,7 +104,7 @@ class ShardFolder:
                 raise ValueError(
                     f"{name} of shard {index} is {held.dtype} {tuple(held.shape)}, not {form.dtype} {wanted}"
                 )
-        file = save({name: tensors[name].contiguous().cpu() for name in self.layout.tensors})
+        file = save(packed(self.layout, tensors))
         shard = Shard(shard_name(index), start, stop, len(file), hashlib.sha256(file).hexdigest())
         with self._faults(f"writing {shard.file}"):
             write_atomic(self.folder / shard.file, file)
@@ -254,6 +151,18 @@ class ShardFolder:
                 f"{'free some space' if full else 'mend that'}, and the same command continues from the whole shards"
             )
             raise UserError(f"'{self.folder}': {error.strerror or error} while {doing}; {remedy}") from error
+
+
+def packed(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The samples' tensors as a shard holds them. ValueError for a length that is none."""
+    made = {name: tensors[name].contiguous().cpu() for name in layout.tensors}
+    for name, form in layout.tensors.items():
+        if form.ragged:
+            lengths = made[LENGTH].tolist()
+            if not all(1 <= length <= form.shape[0] for length in lengths):
+                raise ValueError(f"lengths of {name} are {lengths}, not from 1 to {form.shape[0]}")
+            made[name] = torch.cat([row[:length] for row, length in zip(made[name], lengths, strict=True)])
+    return made
 
 
 def holds_shards(folder: Path, wanted: dict[str, Any], *, partly: bool = False) -> bool:
@@ -342,6 +251,7 @@ class Shards:
         self.layout, self.shards = read_manifest(self.folder)
         self.hash = hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()  # of all that the folder holds
         self.opened: dict[int, Any] = {}
+        self.starts: dict[int, list[int]] = {}  # of each sample's entries in the ragged tensors of opened shards
         if len(self.shards) < self.layout.shards:
             done = f"{len(self.shards)} of {self.layout.shards} shards"
             raise UserError(f"'{self.folder}' is not complete ({done}): let the command that makes it finish")
@@ -350,6 +260,11 @@ class Shards:
 
     def __len__(self) -> int:
         return self.layout.n
+
+    @property
+    def ragged(self) -> bool:
+        """Whether samples differ in length."""
+        return any(form.ragged for form in self.layout.tensors.values())
 
     def rows(self, name: str, index: Tensor, *at: int) -> Tensor:
         """Tensor `name` of the samples `index` (B,), each at position `at` of its leading axes: (B, ...), on the CPU.
@@ -363,6 +278,15 @@ class Shards:
             shard, row = divmod(sample, self.layout.shard_size)
             rows.append(self._open(shard).get_slice(name)[(row, *at)])
         return torch.stack(rows)
+
+    def row(self, name: str, sample: int) -> Tensor:
+        """Tensor `name` of one sample, of its own length where it is ragged, on the CPU; raises as `rows` does."""
+        if not self.layout.tensors[name].ragged:
+            return self.rows(name, torch.tensor([sample]))[0]
+        length = int(self.rows(LENGTH, torch.tensor([sample])))
+        shard, row = divmod(sample, self.layout.shard_size)
+        start = self.starts[shard][row]
+        return self._open(shard).get_slice(name)[start : start + length]
 
     def _check_file(self, shard: Shard) -> None:
         path = self.folder / shard.file
@@ -387,8 +311,11 @@ class Shards:
             except (OSError, SafetensorError) as error:
                 raise DamagedFileError(f"{path} cannot be read ({error}): {remedy}") from error
             forms = {name: Form(part.get_dtype(), tuple(part.get_shape())) for name, part in held.items()}
-            size = shard.stop - shard.first
-            if forms != {name: Form(f.dtype, (size, *f.shape)) for name, f in self.layout.tensors.items()}:
+            lengths = opened.get_tensor(LENGTH).tolist() if LENGTH in held and self.ragged else []
+            size, entries = shard.stop - shard.first, sum(lengths)
+            wanted = {name: Form(f.dtype, f.in_shard(size, entries)) for name, f in self.layout.tensors.items()}
+            if forms != wanted or min(lengths, default=1) < 1:
                 raise DamagedFileError(f"{path} does not hold the tensors that {MANIFEST} describes: {remedy}")
-            self.opened[index] = opened
+            self.starts[index] = [0, *itertools.accumulate(lengths)]
+            self.opened[index] = opened  # last: another thread may look for it
         return self.opened[index]

@@ -124,6 +124,7 @@ class DistillConfig:
         "matching": {"above_next_rung": False, "start": 0},
         "fake_score": {"follow": 0.0},
         "guidance": {"form": "auto", "interval": (0.0, 1.0)},
+        "teacher": {"codec_decode": "whole"},
         **{"height": 0, "width": 0, "sizes": ()},
     }
 

@@ -1,9 +1,10 @@
 """Distil a few-step student from a teacher: python distill.py config=FILE.yaml [key=value ...]"""
 
-import functools
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,10 +109,22 @@ def rehearsal_of(assembled: Assembled) -> Rehearsal:
     """What `fit_run` measures a micro-batch by."""
     cfg, turns, sizes = assembled.cfg, assembled.method.turns, assembled.method.sizes
     if turns is None:
-        return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), sizes=sizes)
+        return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), at_most=partial(at_most, assembled))
     latents = 2 * len(cfg.rungs) * math.prod(assembled.method.shape if sizes is None else sizes.largest)
     kept = latents * (4 + 4)  # float32, and about as many bytes of random bits that a roll-out has not drawn yet
-    return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), turns.forget, kept, sizes)
+    return Rehearsal(assembled.cycle, cfg.seed, fullest_turn(cfg), turns.forget, kept, partial(at_most, assembled))
+
+
+@contextlib.contextmanager
+def at_most(assembled: Assembled) -> Iterator[None]:
+    """Within it every step computes at the run's largest size, with prompts as long as they may be."""
+    sizes, prompts = assembled.method.sizes, assembled.inputs.teacher.network.prompts
+    with contextlib.ExitStack() as stack:
+        if sizes is not None:
+            stack.enter_context(sizes.at_largest())
+        if prompts is not None:
+            stack.enter_context(prompts.padded_whole())
+        yield
 
 
 def fullest_turn(cfg: DistillConfig) -> int:
@@ -184,6 +197,7 @@ def kept_reference(assembled: Assembled) -> Kept:
         "precision": runtime.precision,
         "frozen_dtype": cfg.frozen_dtype,
     }
+    facts |= {"decode": cfg.teacher.codec_decode} if cfg.teacher.codec_decode == "tiles" else {}
     rule = rule_of(inputs.teacher.network, cfg.guidance_scale, cfg.guidance).facts()
     facts |= {"rule": rule} if rule else {}
     return Kept.of(cfg.regression.cache, runtime.device, facts)
@@ -200,7 +214,7 @@ def planned(cfg: DistillConfig) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     config.run_job(
         DistillConfig,
-        functools.partial(launch.run, distill),
+        partial(launch.run, distill),
         argv,
         description=__doc__ or "",
         plan=planned,

@@ -48,6 +48,8 @@ def build_method(
     if cfg.rollouts == "shared" and cfg.student_input == "simulate":
         starts = {"fake_score": cfg.fake_score_start}
         turns = Turns(cfg.updates, student, cfg.rungs, recipe.num_classes, recipe.shape, cfg.sampler, starts, sizes)
+        prompts = inputs.teacher.network.prompts
+        turns.ahead = None if prompts is None or prompts.small else prompts.ahead
     return DMD(
         student=student,
         teacher=runtime.without_gradients(calls.watch("teacher", guided), "score"),

@@ -9,6 +9,7 @@ every update: the other updates draw rungs without replacement, samples at diffe
 labels, and the student's may be one that an update before it saw.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,6 +46,7 @@ class Turns:
     sampler: Sampler = "stochastic"
     starts: dict[str, int] = field(default_factory=dict)  # turns before a phase's first update; 0 where it is not named
     sizes: Sizes | None = None  # of which each roll-out has one; None: `shape`
+    ahead: Callable[[Tensor], None] | None = None  # hears of the labels of the roll-out after the one at hand
     under_way: int = field(default=-1, init=False)  # the roll-out that is asked for; none before it will be again
     rollouts: dict[int, Rollout] = field(default_factory=dict, init=False)  # its own, by micro-batch
     habits: Habits = field(default_factory=Habits, init=False)
@@ -100,4 +102,6 @@ class Turns:
             shape = self.shape if self.sizes is None else self.sizes.shape(there)
             cond, noise = there.integers("label", self.num_classes), there.normal("noise", *shape)
             self.rollouts[draws.part] = Rollout(self.student, cond, self.rungs, there, noise, self.sampler)
+            if self.ahead is not None:
+                self.ahead(Draws(draws.seed, PHASE, number + 1, draws.samples).integers("label", self.num_classes))
         return self.rollouts[draws.part]

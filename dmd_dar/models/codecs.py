@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, local_safetensors, read_json, resolve
 
+Decoding = Literal["whole", "slices", "tiles"]
 CHUNK = 8  # images at a time through the VAE, whose activations are large; 32 of 128 pixels at a time were slower
 ADVICE = ("sample_size", "force_upcast")  # in a VAE's config, but without effect on what it computes here
 
@@ -44,6 +45,7 @@ class Codec(nn.Module):
         super().__init__()
         self.vae = vae.float().eval().requires_grad_(False)
         self.form = FORMS[type(vae).__name__]
+        self.chunk = CHUNK
         scale, shift = self.form.scale(vae)
         self.register_buffer("scale", scale.reshape(-1, 1, 1))
         self.register_buffer("shift", shift.reshape(-1, 1, 1))
@@ -57,6 +59,15 @@ class Codec(nn.Module):
     def factor(self) -> int:
         """Pixels for each latent cell, along one side."""
         return self.form.factor(self.vae)
+
+    def decode_in(self, decoding: Decoding) -> None:
+        """From now on decode several images at a time, one (slices), or one in overlapping tiles where it is large.
+
+        Tiles need the least memory; where they meet they are blended, which is not quite the whole image.
+        """
+        self.chunk = CHUNK if decoding == "whole" else 1
+        if decoding == "tiles":
+            self.vae.enable_tiling()
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that decides its values: weights, scale, shift and form, but no file's name."""
@@ -80,7 +91,7 @@ class Codec(nn.Module):
         """Images (B, 3, H, W), about [-1, 1], not clamped."""
         with torch.autocast(latents.device.type, enabled=False):
             raw = latents.float() / self.scale + self.shift
-            return torch.cat([self.form.decode(self.vae, part) for part in raw.split(CHUNK)])
+            return torch.cat([self.form.decode(self.vae, part) for part in raw.split(self.chunk)])
 
 
 def sample_latents(mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
@@ -124,6 +135,8 @@ def _encode_frame(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decode_frame(vae: Any, raw: Tensor) -> Tensor:
     """Past the VAE's own decode, which clamps, so that a loss on images would have no gradient beyond [-1, 1]."""
+    if vae.use_tiling:
+        return vae.tiled_decode(raw[:, :, None], return_dict=False)[0][:, :, 0]
     return vae.decoder(vae.post_quant_conv(raw[:, :, None]))[:, :, 0]
 
 

@@ -21,6 +21,8 @@ def compile_network(network: Plain | LoraDenoiser, backend: str = "inductor") ->
     alone, not on those before it, and so do its bits.
     """
     plain = network.network if isinstance(network, LoraDenoiser) else network
+    if plain.prompts is not None:
+        plain.prompts.whole = True  # a graph for each length of prompts would soon be too many
     called = plain.transformer if isinstance(plain, DiffusersDenoiser) else plain
     called.compile(backend=backend, dynamic=False, **OWN_COUNT)
 

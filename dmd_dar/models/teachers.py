@@ -20,7 +20,7 @@ from dmd_dar.data.config import DataConfig
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.keys import key
-from dmd_dar.models.codecs import Codec, load_codec, vae_of
+from dmd_dar.models.codecs import Codec, Decoding, load_codec, vae_of
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
 from dmd_dar.models.families.form import FixedInputs
@@ -49,6 +49,9 @@ class TeacherConfig:
     heads: int = key(0, "attention heads of a .pt; 0: those of the public size of its width", least=0)
     codec: str = key("", "VAE of a latent teacher, folder or hub id; empty: the pipeline's own, or pixels")
     codec_revision: str = key("", "as revision, of the codec")
+    codec_decode: Decoding = key(
+        "whole", "images: several at a time, one (slices), or one in tiles, which takes the least memory"
+    )
     prompts: str = key("", "folder of encoded prompts, for a teacher that reads prompts; see dmd_dar.encode", path=True)
     prompts_are_classes: bool = key(False, "prompt i describes class i of data; no need to say so if it is its name")
     input_size: int = key(0, "latent cells on a side, of a FLUX, which knows no size; 0: 128, 1024 pixels", least=0)
@@ -66,6 +69,7 @@ class Teacher:
     rungs: tuple[float, ...] = ()  # of a few-step student; empty for a teacher
     codec: str = ""  # path or hub id for codecs.load_codec; empty for pixels
     codec_revision: str = ""
+    codec_decode: Decoding = "whole"
     codec_digest: str = ""  # of the codec that it was trained with, where its folder says so
     origin: dict[str, Any] = field(default_factory=dict)  # what a run of this project says of where it comes from
     sampler: Sampler = "stochastic"  # that a few-step student was trained with
@@ -184,7 +188,8 @@ def _fixed(config: TeacherConfig, recorded: dict[str, Any] | None = None) -> Fix
 def _codec(config: TeacherConfig, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
     """Teacher's codec fields: what the configuration names, else what the folder says."""
     names, recorded = ("codec", "codec_revision", "codec_digest"), recorded or {}
-    fields = {name: str(recorded.get(name, "")) for name in names}
+    fields: dict[str, Any] = {name: str(recorded.get(name, "")) for name in names}
+    fields |= {"codec_decode": config.codec_decode}
     if config.codec:
         fields |= {"codec": config.codec, "codec_revision": config.codec_revision}
     return fields
@@ -203,6 +208,7 @@ def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | No
             f"codec {teacher.codec} is another VAE than the one that the network was trained with"
             f" ({teacher.codec_digest[:12]}): restore it, or name the right one"
         )
+    codec.decode_in(teacher.codec_decode)
     return codec.to(device)
 
 

@@ -17,9 +17,11 @@ from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import PIPELINES
 from dmd_dar.models.families.form import Prompting
 from dmd_dar.models.hub import TEXT_FILES, TRANSFORMERS, files_hash, local_safetensors, read_json, resolve
+from dmd_dar.models.prompts import lengths_of
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PARTS = ("tokenizer", "tokenizer_2", "tokenizer_3", *ENCODERS)
+SPARE = 2  # tokens that a prompt may take more beside a template than alone
 LOADING = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError)  # what a faulty folder raises
 
 
@@ -41,6 +43,18 @@ class TextEncoder:
         many tokens is cut, and diffusers warns.
         """
         return self.prompting.encode(self.pipeline, prompts, self.tokens, negatives)
+
+    def filled(self, prompts: list[str], rows: dict[str, Tensor], text: str) -> float:
+        """About the share of tokens that are no padding, by the tokenizer alone; `rows` is the prompt `text`, encoded.
+
+        1 where there is no mask, and so no padding that could be left out.
+        """
+        if "mask" not in rows:
+            return 1.0
+        longest = rows["embedding"].shape[1]
+        around = int(lengths_of(rows)) - len(self.pipeline.tokenizer(text).input_ids)  # what the template adds
+        found = self.pipeline.tokenizer(prompts, truncation=True, max_length=self.tokens).input_ids
+        return sum(min(longest, max(1, len(one) + around + SPARE)) for one in found) / (longest * len(found))
 
 
 def load_text_encoder(

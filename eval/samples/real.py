@@ -48,19 +48,26 @@ def open_fitting(cfg: DataConfig, bench: Bench, teacher: Teacher) -> Source:
         raise UnfitError(f"{where}: {data.num_classes} classes, but the teacher knows {bench.num_classes}; {REMEDY}")
     if teacher.label_names and data.label_names and teacher.label_names != tuple(data.label_names):
         raise UnfitError(f"{where}: its classes are others than the teacher's, first {data.label_names[0]!r}; {REMEDY}")
-    if not isinstance(data, Latents) and data.size != bench.side:
-        raise UnfitError(f"{where}: data.size is {data.size}, but the teacher's images are of {bench.side} px")
+    if not isinstance(data, Latents) and (data.size, data.size) != bench.size:
+        raise UnfitError(f"{where}: data.size is {data.size}, but the teacher's images are of {_shown(bench)} px")
     if isinstance(data, Latents):
         data.require(bench.codec_digest, bench.shape)
     return data
 
 
+def _shown(bench: Bench) -> str:
+    height, width = bench.size
+    return str(height) if height == width else f"{height} x {width}"
+
+
 def named_real(path: str, bench: Bench) -> ImageSet:
     """The real images of a folder, in the place of crops; UnfitError where they are not of the samples' size."""
     one = replace(read_set(path, "real"), name=REAL_NAMES[0])
-    if one.stream.size != (bench.side, bench.side):
+    if one.stream.size != bench.size:
         size = " x ".join(map(str, one.stream.size))
-        raise UnfitError(f"real = {path}: images of {size} px, but the teacher's are of {bench.side}; give this size")
+        raise UnfitError(
+            f"real = {path}: images of {size} px, but the teacher's are of {_shown(bench)}; give this size"
+        )
     return one
 
 

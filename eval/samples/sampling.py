@@ -21,6 +21,7 @@ from dmd_dar.errors import UserError
 from dmd_dar.methods.generate import Generator, SampleRange, balanced_labels, generate
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.sit import SiT
+from dmd_dar.models.sizes import pixels_of
 
 from .cost import SamplingCost, flops, latencies, peak_memory
 from .images import UnfitError, share_of
@@ -65,23 +66,31 @@ class Bench:
 
     @staticmethod
     def of(
-        cfg: Any, network: Any, device: torch.device, codec: Codec | None = None, processes: Processes | None = None
+        cfg: Any,
+        network: Any,
+        device: torch.device,
+        codec: Codec | None = None,
+        processes: Processes | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> "Bench":
-        """From a command's n, seed, batch_size and cache, and what `network` makes; UserError if that is too small."""
-        shape = network.config
-        side = shape.input_size * (1 if codec is None else codec.factor)
-        if side < spectrum.MIN_SIZE:
+        """From a command's n, seed, batch_size and cache, and what `network` makes; UserError if that is too small.
+
+        shape: (C, h, w), where it is not the network's own.
+        """
+        made: tuple[int, ...] = shape or network.shape
+        height, width = pixels_of(made, 1 if codec is None else codec.factor)
+        if min(height, width) < spectrum.MIN_SIZE:
             raise UserError(
-                f"images of {side} x {side} pixels are too small: a spectrum needs {spectrum.MIN_SIZE} a side; evaluate"
-                " a network of larger images"
+                f"images of {height} x {width} pixels are too small: a spectrum needs {spectrum.MIN_SIZE} a side;"
+                " evaluate a network of larger images"
             )
         return Bench(
             count=cfg.n,
             seed=cfg.seed,
             batch_size=cfg.batch_size,
             device=device,
-            shape=(shape.in_channels, shape.input_size, shape.input_size),
-            num_classes=shape.num_classes,
+            shape=made,
+            num_classes=network.num_conditions,
             cache=Path(cfg.cache),
             codec=codec,
             codec_digest="" if codec is None else codec.digest(),
@@ -91,9 +100,9 @@ class Bench:
         )
 
     @property
-    def side(self) -> int:
-        """Of the images, in pixels."""
-        return self.shape[-1] * (1 if self.codec is None else self.codec.factor)
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return pixels_of(self.shape, 1 if self.codec is None else self.codec.factor)
 
     def decoded(self, x0: Tensor) -> Tensor:
         """What a network makes (B, C, S, S) as images (B, 3, H, W), about [-1, 1]."""

@@ -102,7 +102,7 @@ def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Pr
     runs = read_runs(keys.runs)
     teacher = GuidedTeacher.of(runs[0], device, reference_guidance(runs, keys.guidance_scale))
     require_teacher(runs, teacher.weights)
-    bench = Bench.of(keys, teacher.network, device, teacher.codec, processes)
+    bench = teacher.bench(keys, device, processes, runs[0])
     named = named_real(keys.real, bench) if keys.real else None
     data = None if named else data_of(runs[0].cfg, bench, teacher, ledger)
     if processes.main:

@@ -11,6 +11,7 @@ import torch
 
 from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
+from dmd_dar.distillation.identity import shapes_of
 from dmd_dar.errors import UserError
 from dmd_dar.guidance import GuidanceConfig, Velocity
 from dmd_dar.methods.generate import few_step_generator, ode_generator
@@ -25,6 +26,7 @@ from dmd_dar.models.teachers import Denoiser, TeacherConfig, load_teacher, open_
 from dmd_dar.train.disk import log
 
 from ..samples.facts import NetworkFacts, SetFacts
+from ..samples.parallel import Processes
 from ..samples.real import REAL_NAMES
 from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
@@ -189,11 +191,16 @@ class GuidedTeacher:
         """With that guidance, the run's where it is None. A ConfigError where it is not the one that the run was
         distilled from.
         """
-        teacher, codec = open_teacher(run.cfg.teacher, run.cfg.data, device)
+        teacher, codec = open_teacher(run.cfg.teacher, run.cfg.data, device, run.cfg.sized)
         require_teacher([run], teacher.digest)
         scale = run.cfg.guidance_scale if guidance_scale is None else guidance_scale
         velocity = guided_velocity(teacher.network, teacher.prediction, scale, run.cfg.guidance)
         return GuidedTeacher(teacher.network, velocity, teacher.digest, scale, teacher, codec, run.cfg.guidance)
+
+    def bench(self, keys: Any, device: torch.device, processes: Processes, run: Run) -> Bench:
+        """Where the run's networks are sampled: at its first size."""
+        shape = shapes_of(run.cfg, self.loaded, self.codec)[0]
+        return Bench.of(keys, self.network, device, self.codec, processes, shape)
 
     def sample_set(self, bench: Bench, solver: Solver) -> ImageSet:
         """The reference."""

@@ -43,7 +43,7 @@ def root(tmp_path_factory) -> Path:
     for name, make in MAKERS.items():
         make(root / name)
         given = [f"prompts={root / 'prompts.txt'}", f"pipeline={root / name}", f"out={root / name}_prompts"]
-        encode(config.load(EncodeConfig, [*given, "batch_size=3", "cpu=true"]))
+        encode(config.load(EncodeConfig, [*given, "batch_size=3", "cpu=true", "dtype=float32"]))
     return root
 
 

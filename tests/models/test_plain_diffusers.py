@@ -84,7 +84,7 @@ def root(tmp_path_factory) -> Path:
         family.make(root / name)
         if name != "dit":
             given = [f"prompts={root / 'prompts.txt'}", f"pipeline={root / name}", f"out={root / name}_prompts"]
-            encode(config.load(EncodeConfig, [*given, "cpu=true"]))
+            encode(config.load(EncodeConfig, [*given, "cpu=true", "dtype=float32"]))
         exported(root, name, "residual")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     made = {name: packed(noise) if name == "flux" else noise.clone() for name in FAMILIES}

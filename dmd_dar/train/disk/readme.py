@@ -136,6 +136,12 @@ def _guidance(origin: dict[str, Any]) -> str | None:
     return ", ".join([*filter(None, parts), "of the teacher; none at sampling"])
 
 
+def _sizes(sizes: list[list[int]] | None) -> str | None:
+    """Of the images that it was trained at, where the run names them."""
+    named = ", ".join(f"{height} x {width}" for height, width in sizes or ())
+    return f"{named} pixels (height x width)" if named else None
+
+
 def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard, digest: str) -> str:
     routing, steps = network.routing, len(card.rungs)
     kind = "plain residual additions" if routing.query == "residual" else f"routed, query {routing.query}"
@@ -149,6 +155,7 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
         if "teacher" in origin
         else None,
         "Network": f"{shape}, {sum(p.numel() for p in network.parameters())} parameters, {kind}; SHA-256 `{digest}`",
+        "Sizes": _sizes(origin.get("sizes")),
         "Rungs": ", ".join(f"{t:g}" for t in card.rungs) + f" (1 is noise), sampler {card.sampler}" if steps else None,
         "Guidance": _guidance(origin),
         "Steps of training": origin.get("steps"),

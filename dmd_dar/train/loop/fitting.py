@@ -13,7 +13,6 @@ from dmd_dar.device import free_memory
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.messages import LOGGER
-from dmd_dar.methods.sizes import Sizes
 from dmd_dar.models.footprint import nbytes
 from dmd_dar.train.disk.folder import RunFolder
 from dmd_dar.train.loop.loop import Phase
@@ -37,7 +36,7 @@ class Rehearsal:
     turn: int = 0  # which turn's updates are made: one in which all losses are on
     forget: Callable[[], None] = lambda: None
     kept: int = 0
-    sizes: Sizes | None = None  # of the run; it is rehearsed at the largest
+    at_most: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # steps take their most
 
     def fits(self, runtime: Runtime, size: int, parts: int) -> bool:
         """Whether `size` samples at a time, `parts` times a step, fit into this process's memory.
@@ -49,7 +48,7 @@ class Rehearsal:
             with torch.random.fork_rng([runtime.device] if runtime.device.type == "cuda" else []):
                 beside = self._beside(runtime) + self.kept * size * (parts - 1)
                 reserved = torch.empty(beside, dtype=torch.uint8, device=runtime.device)
-                with contextlib.nullcontext() if self.sizes is None else self.sizes.at_largest():
+                with self.at_most():
                     for phase in phases:
                         self._gradients(phase, runtime, size, parts)
                 del reserved

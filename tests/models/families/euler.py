@@ -26,7 +26,7 @@ def encoded(folder: Path, *more: str) -> Path:
     """The prompts of TEXTS, encoded for the pipeline in `folder`, beside it."""
     (folder.parent / "prompts.txt").write_text("\n".join(TEXTS) + "\n")
     given = [f"prompts={folder.parent / 'prompts.txt'}", f"pipeline={folder}", f"out={folder}_prompts"]
-    encode(config.load(EncodeConfig, [*given, "batch_size=2", "cpu=true", *more]))
+    encode(config.load(EncodeConfig, [*given, "batch_size=2", "cpu=true", "dtype=float32", *more]))
     return Path(f"{folder}_prompts")
 
 
