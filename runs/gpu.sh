@@ -22,7 +22,7 @@ stage() { # name command ...
 
 short() { # name key=value ...
   stage "$1" env ${BACKEND:+DMD_DAR_ROUTING_BACKEND=$BACKEND} python distill.py config=configs/photos32/demo_dar.yaml \
-    "out_dir=$out/$1" steps=8 student.warmup=2 student.decay_start=4 student.decay_steps=4 regression.count=32 log.every=2 \
+    "out_dir=$out/$1" steps=8 matching.start=2 student.warmup=2 student.decay_start=4 student.decay_steps=4 regression.count=32 log.every=2 \
     checkpoint.every=4 "${@:2}"
 }
 

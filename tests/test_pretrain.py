@@ -115,6 +115,7 @@ def test_two_commands_lead_from_a_folder_to_a_student(tmp_path):
         *ON_CPU,
         "preflight=false",
         "log.health_samples=4",
+        "matching.start=0",
     ]
     distill.main([*argv, "steps=1"])
     network, card = load_network(tmp_path / "dar" / "student")
