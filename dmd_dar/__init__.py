@@ -13,11 +13,25 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 moved.install()
 
+ASKED_BY_DIFFUSERS = ("ModelMixin", "SchedulerMixin", "StudentScheduler", "BasePart")
+
 
 def __getattr__(name: str):
-    """`load_pipeline`, fetched when it is asked for: the ground floor must not load all others."""
-    if name != "load_pipeline":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dmd_dar.pipeline import load_pipeline
+    """What is fetched when it is asked for, as the ground floor must not load all others.
 
-    return load_pipeline
+    `load_pipeline` and `load_student`; and for diffusers, which looks the parts of a student's pipeline up here: the
+    scheduler, the routed transformers, by the names of their classes there, and the classes that these are of.
+    """
+    if name == "load_pipeline":
+        from dmd_dar.pipeline import load_pipeline
+
+        return load_pipeline
+    if name == "load_student":
+        from dmd_dar.models.into_pipeline import load_student
+
+        return load_student
+    if name in ASKED_BY_DIFFUSERS or name.endswith("Transformer2DModel"):
+        from dmd_dar.models.pipeline_classes import class_named
+
+        return class_named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -91,7 +91,8 @@ def replaced_folder(target: str | os.PathLike[str], own: tuple[str, ...] = ()) -
         make_folder(new)
         yield new
         for path in (*new.rglob("*"), new):
-            sync_folder(path)
+            if not path.is_symlink():  # what it leads to is another's
+                sync_folder(path)
         if not _filled(target):
             os.replace(new, target)
         else:

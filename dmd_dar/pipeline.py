@@ -20,6 +20,8 @@ from dmd_dar.models.adapters import CARD as ADAPTER
 from dmd_dar.models.adapters import adapter_origin, base_config, load_adapter
 from dmd_dar.models.codecs import Codec, Decoding
 from dmd_dar.models.denoiser import velocity_of
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
+from dmd_dar.models.families.form import CELLS, Latents
 from dmd_dar.models.hub import resolve
 from dmd_dar.models.prompts import absent_prompts
 from dmd_dar.models.saved import holds_network, read_card
@@ -129,7 +131,9 @@ class StudentPipeline:
         labels: class index or name of all `n` (default 1) images, or one for each image; None: the classes in turn. Of
         a student that reads prompts, a text is a prompt, which is encoded, and an index one of its own prompts.
         seed: the noise of image i depends on `seed` and i alone; of a list, one seed for each image, it is that of the
-        first image of its own seed. noise (N, C, H, W), standard normal, takes the place of the initial noise.
+        first image of its own seed. noise (N, C, H, W), standard normal, takes the place of the initial noise; what is
+        added between calls then depends on it alone, so that the base's pipeline of diffusers makes the same images of
+        the same latents.
         sampler: "stochastic" re-noises between calls, "deterministic" follows the ODE; None: the one that the student
         was trained for. height, width: of the images, in pixels; 0: those of the first size that it was trained at.
         batch_size changes no image beyond rounding.
@@ -151,7 +155,14 @@ class StudentPipeline:
         )
         x0, _ = generate(
             decoded(generator, self.codec and self.codec.decode),
-            SampleRange(count, seed if isinstance(seed, int) else 0, labels=indices, noise=noise, own_seeds=own_seeds),
+            SampleRange(
+                count,
+                seed if isinstance(seed, int) else 0,
+                labels=indices,
+                noise=noise,
+                own_seeds=own_seeds,
+                latents=self._latents,
+            ),
             shape=shape,
             num_classes=self.num_classes,
             batch_size=batch_size,
@@ -161,6 +172,11 @@ class StudentPipeline:
             return x0
         pixels = to_pixels(x0)
         return pixels if output == "uint8" else [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in pixels]
+
+    @property
+    def _latents(self) -> Latents:
+        network = self.student.network
+        return network.family.latents if isinstance(network, DiffusersDenoiser) else CELLS
 
     def _warn_of(self, size: Pixels) -> None:
         if size not in self.trained_at:

@@ -9,9 +9,11 @@ from torch import Tensor
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.guidance import Velocity
 from dmd_dar.methods import rollout
+from dmd_dar.methods.rollout import Normal
 from dmd_dar.methods.solvers import Solver
+from dmd_dar.models.families.form import CELLS, Latents
 
-Generator = Callable[[Tensor, Draws, Tensor], Tensor]  # (cond (B,), draws, noise (B, C, H, W)) -> x0 (B, C, H, W)
+Generator = Callable[[Tensor, Normal, Tensor], Tensor]  # (cond (B,), draws, noise (B, C, H, W)) -> x0 (B, C, H, W)
 
 
 def ode_generator(velocity: Velocity, solver: Solver) -> Generator:
@@ -50,11 +52,27 @@ class OwnSeeds(Draws):
 
 
 @dataclass(frozen=True)
+class DrawsOfNoise:
+    """What is drawn after an initial noise (B, C, H, W), keyed by it as `StudentScheduler` keys it in a pipeline."""
+
+    noise: Tensor
+    latents: Latents
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """(B, *shape) standard normal, float32; `shape` is that of the noise."""
+        from dmd_dar.models.student_scheduler import noise_after  # which imports diffusers
+
+        drawn = noise_after(self.latents.of_cells(self.noise), name)
+        return self.latents.to_cells(drawn, (shape[-2], shape[-1])).to(self.noise.device)
+
+
+@dataclass(frozen=True)
 class SampleRange:
     """The `count` samples from the `first` on that are drawn by (seed, phase).
 
-    labels (count,): None for the classes in turn. noise (count, C, H, W): takes the place of the initial noise, None
-    for that of `seed`; what is added between calls is drawn by `seed` in either case.
+    labels (count,): None for the classes in turn. noise (count, C, H, W): takes the place of the initial noise, and
+    what is added between calls then depends on it alone, not on `seed`; None for that of `seed`. `latents`: the form
+    in which the pipeline of diffusers draws.
     """
 
     count: int
@@ -64,9 +82,12 @@ class SampleRange:
     labels: Tensor | None = None
     noise: Tensor | None = None
     own_seeds: list[int] | None = None  # one for each sample, whose draws are those of the first sample of that seed
+    latents: Latents = CELLS
 
-    def draws(self, start: int, stop: int, device: torch.device | str) -> Draws:
+    def draws(self, start: int, stop: int, device: torch.device | str) -> Normal:
         """Those of samples `start` to `stop`, counted from the first."""
+        if self.noise is not None:
+            return DrawsOfNoise(self.noise[start:stop].to(device), self.latents)
         if self.own_seeds is not None:
             first = sample_range(0, 1, device)
             each = tuple(Draws(seed, self.phase, 0, first) for seed in self.own_seeds[start:stop])

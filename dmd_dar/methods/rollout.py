@@ -3,6 +3,8 @@
 Shapes: x_t (B, ...); cond (B,); rungs descend from 1 (pure noise), see flow.check_rungs.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,14 @@ def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | N
     return (1 - t_next) * x0 + t_next * eps
 
 
+class Normal(Protocol):
+    """What a rollout draws with: Draws, or what is keyed otherwise."""
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """(B, *shape) standard normal, float32; the same for the same name."""
+        ...
+
+
 class Rollout:
     """A student's way from pure noise down its rungs: its input and its output at each, computed when first asked for.
 
@@ -48,7 +58,7 @@ class Rollout:
         student: Velocity,
         cond: Tensor,
         rungs: tuple[float, ...],
-        draws: Draws,
+        draws: Normal,
         noise: Tensor,
         sampler: Sampler = "stochastic",
     ):

@@ -32,6 +32,7 @@ from dmd_dar.routing.layout import RoutingConfig
 FORMAT, CARD = 1, "adapter.json"
 CONFIG, WEIGHTS, ROUTERS = "adapter_config.json", "adapter_model.safetensors", "routers.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # which its loaders choose among the files of a folder
+METADATA = "lora_adapter_metadata"  # of that file, in diffusers' words
 PEFT = "base_model.model."  # before the names of the base's layers
 OURS = "transformer."  # before those of a diffusers transformer, in our wrapper and in diffusers' files
 LORA = "LORA"  # peft's type of an adapter
@@ -52,7 +53,9 @@ def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: 
     if hasattr(getattr(student.network, "transformer", None), "load_lora_adapter"):
         if routers:
             updates = {f"{BARRIER}.lora_{part}.weight": torch.zeros(1, 1) for part in "AB"}
-        write_atomic(folder / DIFFUSERS, _bytes({OURS + name: x for name, x in updates.items()}))
+        said = {"r": rank, "lora_alpha": rank, "target_modules": sorted(layers), "lora_dropout": 0.0, "bias": "none"}
+        about = {} if routers else {METADATA: json.dumps({OURS + name: value for name, value in said.items()})}
+        write_atomic(folder / DIFFUSERS, _bytes({OURS + name: x for name, x in updates.items()}, about))
     if routers:
         write_atomic(folder / ROUTERS, _bytes(routers))
     described = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
@@ -123,9 +126,9 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
     student = LoraDenoiser(routed(base.network, routing, True), lora)  # type: ignore[arg-type]
     layers, before = _layers(student).items(), _prefix(kind)
     own = {f"{before}{name}.lora_{part}.weight": getattr(x.lora, part) for name, x in layers for part in "AB"}
-    _fill(folder / WEIGHTS, own)
+    fill(folder / WEIGHTS, own)
     if routers := _routers(student):
-        _fill(folder / ROUTERS, routers)
+        fill(folder / ROUTERS, routers)
     facts = {"rungs": card.rungs, "label_names": card.label_names, "origin": card.origin, "sampler": card.sampler}
     facts |= _codec(card.origin, base)
     prompts = base.network.prompts
@@ -157,11 +160,25 @@ def _routers(student: LoraDenoiser) -> dict[str, nn.Parameter]:
     return {name: value for name, value in student.network.named_parameters() if id(value) in own}
 
 
-def _bytes(tensors: dict[str, Any]) -> bytes:
-    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"format": "pt"})
+def _bytes(tensors: dict[str, Any], about: dict[str, str] | None = None) -> bytes:
+    written = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return save(written, {"format": "pt", **(about or {})})
 
 
-def _fill(file: Path, own: dict[str, Any]) -> None:
+def updates_of(folder: Path) -> dict[str, Tensor]:
+    """The updates of an adapter, by their names in the base as its own library names them.
+
+    Raises MissingWeightsError or DamagedFileError naming the file.
+    """
+    kind = str(read_json(folder / CONFIG).get("peft_type"))
+    try:
+        saved: dict[str, Tensor] = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise DamagedFileError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    return {name.removeprefix(_prefix(kind)): value for name, value in saved.items()}
+
+
+def fill(file: Path, own: dict[str, Any]) -> None:
     """Copy a file's tensors into those of the same names; DamagedFileError where names or shapes differ."""
     try:
         saved: dict[str, Tensor] = load_file(file)

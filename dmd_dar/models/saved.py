@@ -3,8 +3,9 @@
     denoiser.json      the card (`ModelCard`) and the network's hash; written last
     transformer/       config.json and safetensors; a class of diffusers, or SiTTransformer, which is ours
     scheduler/         for diffusers' eyes: the chain and the rungs, see schedulers.py
-    vae/               the codec of a latent network
+    vae/               the codec of a latent network; a link to the base's own
     model_index.json   for diffusers' eyes: the classes of these parts and the names of the labels; not read here
+    text_encoder/ ...  of a student whose base is a pipeline, so that diffusers loads one; not read here
 
 Folders of before are read too: model.json and model.safetensors of a SiT, denoiser.json of format 1.
 """
@@ -29,8 +30,9 @@ from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_from_
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
 from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import files_hash, read_json
+from dmd_dar.models.pipeline_folder import Base, base_of, index_of, lay_parts
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.schedulers import faults_of, scheduler_config
+from dmd_dar.models.schedulers import faults_of, scheduler_config, student_config
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.layout import RoutingConfig
@@ -89,26 +91,39 @@ def write_network(folder: Path, network: Denoiser, card: ModelCard, codec: Codec
         _write_json(transformer / "config.json", {"_class_name": SIT_CLASS, **asdict(network.config)})
     else:
         network.transformer.save_pretrained(transformer)
-    if codec is not None:
+    base = base_of(card.origin) if card.rungs and isinstance(network, DiffusersDenoiser) else None
+    parts = {} if base is None else lay_parts(base, folder, card.origin.get("codec", "") if codec else "")
+    if codec is not None and "vae" not in parts:
         codec.vae.save_pretrained(folder / "vae")
-    scheduler = scheduler_config(meaning_of(card.prediction), card.rungs, card.sampler)
-    _write_json(make_folder(folder / "scheduler") / "scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", _index(network, card, scheduler["_class_name"], codec))
+        parts["vae"] = ["diffusers", type(codec.vae).__name__]
+    _write_json(make_folder(folder / "scheduler") / "scheduler_config.json", _scheduler(network, card, base))
+    _write_json(folder / "model_index.json", _index(network, card, base, parts))
     digest = _hash(folder, card)
     _write_json(folder / CARD, {"format": FORMAT, **asdict(card), "vae": codec is not None, "network": digest})
     return digest
 
 
-def _index(network: Denoiser, card: ModelCard, scheduler: str, codec: Codec | None) -> dict[str, Any]:
-    """model_index.json: DiTPipeline where that class can use all parts, else a class that diffusers does not have."""
-    ours, residual = isinstance(network, SiT), network.routing.query == "residual"
-    kind = ["dmd_dar", SIT_CLASS] if ours else ["diffusers", type(network.transformer).__name__]
+def _scheduler(network: Denoiser, card: ModelCard, base: Base | None) -> dict[str, Any]:
+    """Ours in a pipeline; one of diffusers' own, as far as one knows the rungs, beside a network alone."""
+    meaning = meaning_of(card.prediction)
+    if base is None or isinstance(network, SiT):
+        return scheduler_config(meaning, card.rungs, card.sampler)
+    unguided = network.family.unguided(network.transformer.config, network.fixed)
+    return student_config(meaning, card.rungs, card.sampler, unguided)
+
+
+def _index(network: Denoiser, card: ModelCard, base: Base | None, parts: dict[str, list[str]]) -> dict[str, Any]:
+    """model_index.json: the base's, or for a network alone a class that diffusers does not have."""
+    named = {"id2label": dict(enumerate(card.label_names))} if card.label_names else {}
+    routed = network.routing.query != "residual"
+    if base is not None and isinstance(network, DiffusersDenoiser):
+        return {**index_of(base, type(network.transformer).__name__, routed, parts), **named}
+    kind = ["dmd_dar", SIT_CLASS] if isinstance(network, SiT) else ["diffusers", type(network.transformer).__name__]
+    scheduler = scheduler_config(meaning_of(card.prediction), card.rungs, card.sampler)["_class_name"]
     chain = meaning_of(card.prediction).schedule is not None
-    theirs = kind[1] == "DiTTransformer2DModel" and residual and codec is not None and chain
-    index: dict[str, Any] = {"_class_name": "DiTPipeline" if theirs else "StudentPipeline"}
-    index |= {"transformer": kind, "scheduler": ["diffusers", scheduler]}
-    index |= {"vae": ["diffusers", type(codec.vae).__name__]} if codec is not None else {}
-    return {**index, "id2label": dict(enumerate(card.label_names))} if card.label_names else index
+    theirs = kind[1] == "DiTTransformer2DModel" and not routed and "vae" in parts and chain
+    index = {"_class_name": "DiTPipeline" if theirs else "StudentPipeline"}
+    return {**index, "transformer": kind, "scheduler": ["diffusers", scheduler], **parts, **named}
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

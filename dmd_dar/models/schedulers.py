@@ -4,6 +4,7 @@ No class of diffusers keeps a list of timesteps in its configuration. A flow stu
 of FlowMatchLCMScheduler which passes through them, where one does; those of a chain of whole timesteps have to be
 handed over. What diffusers would sample at other rungs, or by another sampler, it is made to refuse.
 The rungs also stand under names of their own: `scheduler.config.trained_at`; `.rungs` and `.rung_timesteps` of a chain.
+Beside the other parts of its base's pipeline a student has a scheduler of ours, `StudentScheduler`.
 """
 
 import inspect
@@ -11,9 +12,13 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dmd_dar import flow
 from dmd_dar.flow import Sampler, Schedule, shift_time
-from dmd_dar.models.denoiser import Meaning
+from dmd_dar.models.denoiser import Meaning, velocity_of
+from dmd_dar.models.families.form import Unguided
+from dmd_dar.models.pipeline_folder import SCHEDULER
 
 PREDICTED = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -24,6 +29,8 @@ CHAINS += ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSo
 CHAINS += ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler")
 CHAINS += ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "SASolverScheduler")
 CHAINS += ("TCDScheduler", "UniPCMultistepScheduler")
+# Where diffusers' own schedulers look, and which they then quote: they would sample elsewhere without a word.
+REFUSED_BY_OTHERS = "only dmd_dar.StudentScheduler samples at this student's rungs; this one"
 REFUSED = "no scheduler of diffusers samples at this student's rungs: use dmd_dar.load_pipeline; this one"
 CLOSE = 1e-5  # how far a curve may pass a rung by; a hundredth of one of a thousand timesteps
 
@@ -50,6 +57,45 @@ def scheduler_config(
     # own but for use_flow_sigmas.
     same_size = {"scale_factors": [1.0] * (len(rungs) - 1), "upscale_mode": "nearest", "use_flow_sigmas": True}
     return {**keys, "_class_name": "FlowMatchLCMScheduler", **same_size, **curve}
+
+
+def student_config(
+    meaning: Meaning, rungs: tuple[float, ...], sampler: Sampler, unguided: Unguided | None = None
+) -> dict[str, Any]:
+    """scheduler_config.json of a `StudentScheduler`: what velocity_of makes of the network's output, as numbers."""
+    each = [_at_rung(meaning, t) for t in rungs]
+    call = {} if unguided is None else {"call": {unguided.argument: unguided.value}, "embedded": unguided.embedded}
+    steps = 1000 if meaning.schedule is None else meaning.schedule.steps
+    return {
+        "_class_name": SCHEDULER,
+        "rungs": list(rungs),
+        "timesteps": [time for time, _, _ in each],
+        "x0_from": [x0_from for _, x0_from, _ in each],
+        "noised": [[(1 - t) / scale, t / scale] for t, (_, _, scale) in zip(rungs, each, strict=True)],
+        "sampler": sampler,
+        **call,
+        "num_train_timesteps": steps,
+        "beta_schedule": REFUSED_BY_OTHERS,
+        "time_shift_type": REFUSED_BY_OTHERS,
+    }
+
+
+def _at_rung(meaning: Meaning, t: float) -> tuple[float, list[float], float]:
+    """(the network's time, [a, b] of x0 = a x + b y, x_t / x) of the network's input x and its output y at t."""
+    time, asked = torch.full((1,), t), list[tuple[Tensor, Tensor]]()  # float32, as the rungs of a rollout are
+
+    def x0_at(x_t: float, y: float) -> float:
+        def network(x: Tensor, own_time: Tensor, cond: Tensor) -> Tensor:
+            asked.append((x, own_time))
+            return torch.full_like(x, y)
+
+        state = torch.full((1, 1), x_t, dtype=torch.float64)
+        v = velocity_of(network, meaning)(state, time, torch.zeros(1))
+        return flow.velocity_to_x0(v, state, time.double()).item()
+
+    a, b = x0_at(1.0, 0.0), x0_at(0.0, 1.0)
+    scale = 1 / asked[0][0].item()
+    return asked[0][1].item(), [a * scale, b], scale
 
 
 def _curve(rungs: tuple[float, ...], steps: int) -> dict[str, Any] | None:
@@ -101,6 +147,11 @@ def faults_of(
 
     What earlier versions wrote, which diffusers sampled at rungs of its choice, is the network's own too.
     """
+    if scheduler.get("_class_name") == SCHEDULER and rungs:
+        own = student_config(meaning, rungs, sampler)
+        return {
+            name: (scheduler.get(name), value) for name, value in own.items() if not _same(scheduler.get(name), value)
+        }
     today = scheduler_config(meaning, rungs, sampler)
     if meaning.schedule is None:
         before = {"_class_name": FLOWS[0], "num_train_timesteps": today["num_train_timesteps"], "shift": 1.0}
@@ -113,7 +164,9 @@ def faults_of(
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Up to the rounding of another machine, of a shift that was found there."""
+    """Up to the rounding of another machine, of what was computed there."""
+    if isinstance(value, list) and isinstance(expected, list):
+        return len(value) == len(expected) and all(map(_same, value, expected))
     numbers = isinstance(value, float) and isinstance(expected, float)
     return math.isclose(value, expected, rel_tol=1e-6) if numbers else value == expected
 

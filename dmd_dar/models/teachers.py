@@ -25,6 +25,7 @@ from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
 from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import files_hash, read_json, resolve
+from dmd_dar.models.pipeline_folder import Base, base_at, base_of
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.saved import CARD, Denoiser, Saved, holds_network, read_card, read_network, transformer_hash
 from dmd_dar.models.schedulers import meaning_of_scheduler
@@ -77,6 +78,7 @@ class Teacher:
     transformer: Path | None = None  # the folder of a network that reads prompts
     text_encoder: str = ""  # path or hub id of the pipeline whose text encoder reads them; empty: not known
     text_encoder_revision: str = ""
+    base: Base | None = None  # the pipeline that it is, or was distilled in
 
     def knows(self, label_names: tuple[str, ...]) -> bool:
         """Whether data of those classes has its conditions: labels always, prompts if they are the classes' names."""
@@ -129,7 +131,7 @@ def _saved(place: Path, config: TeacherConfig, saved: Saved, table: Prompts | No
     prompted = network.prompts is not None
     digest = _digest(place / "transformer", prediction, network) if prompted else saved.digest  # type: ignore[arg-type]
     facts = {**_codec(config, saved.codec), "origin": card.origin, "sampler": card.sampler}
-    facts |= {"transformer": place / "transformer" if prompted else None}
+    facts |= {"transformer": place / "transformer" if prompted else None, "base": base_of(card.origin)}
     facts |= {name: str(card.origin.get(name, "")) for name in ("text_encoder", "text_encoder_revision")}
     return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
 
@@ -149,6 +151,7 @@ def _pipeline(place: Path, config: TeacherConfig, table: Prompts | None) -> Teac
     facts = {**_codec(config, names), "transformer": folder if network.prompts is not None else None}
     if network.prompts is not None:
         facts |= {"text_encoder": config.path, "text_encoder_revision": config.revision}
+    facts |= {"base": base_at(place, config.path, config.revision)}
     return Teacher(network, prediction, _digest(folder, prediction, network), _label_names(place, network), **facts)
 
 
@@ -238,8 +241,8 @@ def open_teacher(
 
 
 def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:
-    """What a student's card says of its codec, prompts and fixed inputs, for `load_teacher` to find them again."""
-    origin: dict[str, Any] = {}
+    """What a student's card says of its codec, prompts, fixed inputs and base, for them to be found again."""
+    origin: dict[str, Any] = {} if teacher.base is None else {**teacher.base.origin}
     if codec is not None:
         origin |= {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
     if (prompts := teacher.network.prompts) is not None:

@@ -1,4 +1,5 @@
-"""What diffusers and peft make of a student's folder without us: the run's own images and numbers, or an error."""
+"""What diffusers and peft make, without us, of a student whose base is a transformer alone, and of adapters: the
+run's own images and numbers, or an error."""
 
 import copy
 import json
@@ -64,7 +65,8 @@ def exported(root: Path, name: str, query: str) -> LoraDenoiser:
         for p in student.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
     codec = codec_of(teacher)
-    card = ModelCard(teacher.prediction, given.rungs, (), {"teacher": teacher.digest, **origin_of(teacher, codec)})
+    origin = {"teacher": teacher.digest, **origin_of(replace(teacher, base=None), codec)}
+    card = ModelCard(teacher.prediction, given.rungs, (), origin)
     save_network(folder, merged(student.eval()), card, codec)
     write_adapter(folder / "adapter", student, card, network_hash(folder))
     return student
@@ -158,7 +160,7 @@ class Replayed:
 
 def ours(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What `load_pipeline` makes of the same noise, before it is decoded."""
-    monkeypatch.setattr(generate, "Draws", lambda *given: Replayed(name))
+    monkeypatch.setattr(generate, "DrawsOfNoise", lambda *given: Replayed(name))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     latents = replace(dmd_dar.load_pipeline(str(root / f"{name}_residual")), codec=None)(0, noise=noise)
     return packed(latents) if name == "flux" else latents

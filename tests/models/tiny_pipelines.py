@@ -103,9 +103,10 @@ def tiny_sd3(folder: Path, third: bool = True, **changes) -> Path:
     fields |= dict(sample_size=8, patch_size=2, joint_attention_dim=16, pooled_projection_dim=16)
     fields |= dict(caption_projection_dim=16, pos_embed_max_size=8)
     transformer = shaken(SD3Transformer2DModel(**{**fields, **changes}))
+    vae = tiny_vae(shift_factor=0.0609, scaling_factor=1.5305)
     (one, clip), (two, clip_2), (three, t5) = tiny_clip(), tiny_clip(1), tiny_t5() if third else (None, None)
     StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), clip, one, clip_2, two, t5, three
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clip, one, clip_2, two, t5, three
     ).save_pretrained(folder)
     return folder
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dmd_dar.models.families.form import THOUSAND, Family, FixedInputs, Prompting, Rows, packed, unpacked
+from dmd_dar.models.families.form import PACKED, THOUSAND, Family, FixedInputs, Prompting, Rows, packed, unpacked
 from dmd_dar.models.families.pixart import T5
 
 PARTS = ("CLIPTextModel", "CLIPTokenizer", *T5)
@@ -47,5 +47,6 @@ FLUX = Family(
     patch=2,
     packed=True,
     embedded=3.5,
+    latents=PACKED,
     pipelines={"FluxPipeline": Prompting(512, PARTS, encode)},
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd_dar.models.families.form import THOUSAND, Family, FixedInputs, Prompting, Rows
+from dmd_dar.models.families.form import THOUSAND, TOKENS, Family, FixedInputs, Prompting, Rows, as_cells, as_tokens
 
 DEV = ("Mistral3ForConditionalGeneration", "PixtralProcessor")
 KLEIN = ("Qwen3ForCausalLM", "Qwen2Tokenizer", "Qwen2TokenizerFast")
@@ -15,7 +15,7 @@ def ask(transformer: Any, x: Tensor, time: Tensor, rows: Rows, fixed: FixedInput
     """Padding of prompts is read like any token: the pipelines give no mask."""
     embedding, guided = rows["embedding"].to(x.dtype), transformer.config.guidance_embeds
     y = transformer(
-        x.flatten(2).mT,
+        as_tokens(x),
         timestep=time / THOUSAND,
         guidance=x.new_full((len(x),), fixed.embedded_guidance) if guided else None,
         encoder_hidden_states=embedding,
@@ -23,7 +23,7 @@ def ask(transformer: Any, x: Tensor, time: Tensor, rows: Rows, fixed: FixedInput
         txt_ids=_positions((1, 1, 1, embedding.shape[1]), x.device),
         return_dict=False,
     )[0]
-    return y.mT.reshape(x.shape)
+    return as_cells(y, (x.shape[-2], x.shape[-1]))
 
 
 def _positions(sizes: tuple[int, ...], device: torch.device) -> Tensor:
@@ -42,6 +42,7 @@ FLUX2 = Family(
     side=64,
     patch=1,
     embedded=4.0,
+    latents=TOKENS,
     pipelines={
         "Flux2Pipeline": Prompting(512, DEV, encode, lambda pipeline: (pipeline.system_message,)),
         "Flux2KleinPipeline": Prompting(512, KLEIN, encode),

@@ -55,6 +55,26 @@ def _accepted(config: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Unguided:
+    """How a pipeline is called that its guidance is off: the argument and its value."""
+
+    argument: str
+    value: float
+    embedded: bool = False  # the value is a strength that the network reads, and was trained at
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The form in which a pipeline keeps its latents between steps."""
+
+    of_cells: Callable[[Tensor], Tensor]  # (B, C, H, W) -> the pipeline's
+    to_cells: Callable[[Tensor, tuple[int, int]], Tensor]  # (the pipeline's, (H, W)) -> (B, C, H, W)
+
+
+CELLS = Latents(lambda x: x, lambda y, size: y)
+
+
+@dataclass(frozen=True)
 class Family:
     """One class of transformers: how it is asked, what its latents are, how its pipelines encode and guide.
 
@@ -73,9 +93,17 @@ class Family:
     time_scale: float = float(THOUSAND)  # of its flow, where a transformer's folder alone leaves the chain open
     time_embedder: str = "timestep_embedder"  # the last part of its modules' names
     guidance: Form = "plain"  # of its pipelines
+    off: tuple[str, float] = ("guidance_scale", 1.0)  # the argument of their call, and where it leaves guidance out
+    latents: Latents = CELLS  # of its pipelines
     embedded: float = 0.0  # the strength that its pipeline gives a network with guidance_embeds
     refused: Callable[[Any], str] = _accepted  # (config) -> why such a one is no teacher; empty where it is one
     pipelines: dict[str, Prompting] = field(default_factory=dict)  # by class
+
+    def unguided(self, config: Any, fixed: FixedInputs) -> Unguided:
+        """How its pipelines are called for a student that was trained with the `fixed` inputs."""
+        if config.get("guidance_embeds"):
+            return Unguided("guidance_scale", fixed.embedded_guidance, embedded=True)
+        return Unguided(*self.off)
 
     def channels(self, config: Any) -> int:
         """C of the latents."""
@@ -94,6 +122,16 @@ class Family:
         return self.channels(config), fixed.input_size or self.side or config["sample_size"]
 
 
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C)."""
+    return x.flatten(2).mT
+
+
+def as_cells(y: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `as_tokens`: (B, H W, C) -> (B, C, H, W)."""
+    return y.mT.reshape(len(y), -1, *size)
+
+
 def packed(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H/2 W/2, 4 C): a token for 2 x 2 cells, channel first."""
     b, c, h, w = x.shape
@@ -105,3 +143,7 @@ def unpacked(y: Tensor, rows: int, columns: int) -> Tensor:
     b, _, c = y.shape
     y = y.reshape(b, rows, columns, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return y.reshape(b, c // 4, 2 * rows, 2 * columns)
+
+
+PACKED = Latents(packed, lambda y, size: unpacked(y, size[0] // 2, size[1] // 2))
+TOKENS = Latents(as_tokens, as_cells)

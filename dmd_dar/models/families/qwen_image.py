@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmd_dar.models.families.form import THOUSAND, Family, FixedInputs, Prompting, Rows, packed, unpacked
+from dmd_dar.models.families.form import PACKED, THOUSAND, Family, FixedInputs, Prompting, Rows, packed, unpacked
 
 PARTS = ("Qwen2_5_VLForConditionalGeneration", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 
@@ -54,5 +54,7 @@ QWEN_IMAGE = Family(
     packed=True,
     guidance="rescaled",
     refused=refused,
+    off=("true_cfg_scale", 1.0),
+    latents=PACKED,
     pipelines={"QwenImagePipeline": Prompting(512, PARTS, encode, template, negative=" ")},
 )

@@ -42,5 +42,6 @@ Z_IMAGE = Family(
     patch=2,
     most=lambda config: 2 * min(config["axes_lens"][1:]),
     time_embedder="t_embedder",
+    off=("guidance_scale", 0.0),
     pipelines={"ZImagePipeline": Prompting(512, PARTS, encode)},
 )

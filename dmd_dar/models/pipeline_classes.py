@@ -1,0 +1,91 @@
+"""The classes that a student's model_index.json names, in diffusers' form; the package answers for them, dmd_dar.NAME.
+
+diffusers looks them up in the imported package and asks that for the classes they are of, `ModelMixin` and so on.
+"""
+
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from torch import nn
+
+from dmd_dar.errors import DamagedFileError, UserError
+from dmd_dar.models.hub import read_json, resolve
+from dmd_dar.models.pipeline_folder import NAMED, PACKAGE, PART, SCHEDULER
+from dmd_dar.models.student_scheduler import StudentScheduler
+from dmd_dar.routing.attach import load_routed
+from dmd_dar.routing.folder import class_of
+
+LIBRARIES = ("diffusers", "transformers")  # whose classes a named part may be of
+
+
+class BasePart(diffusers.ModelMixin):
+    """Stands in model_index.json for a part of a base on the hub: loading it gives that part, of its own class."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, torch_dtype: Any = None, **options: Any) -> Any:
+        """The base's own part, from the hub or its cache; of diffusers' options the dtype alone counts.
+
+        Raises MissingWeightsError, DamagedFileError or UserError naming the file that names it.
+        """
+        file = Path(pretrained_model_name_or_path) / NAMED
+        named = read_json(file)
+        try:
+            (library, name), base, part = named["class"], str(named["base"]), str(named["part"])
+            if library not in LIBRARIES:
+                raise ValueError(f"{library} is none of {', '.join(LIBRARIES)}")
+            kind = getattr(importlib.import_module(library), str(name))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedFileError(f"{file} names no part of a base: {error!r}") from error
+        dtype = {"torch_dtype" if library == "diffusers" else "dtype": torch_dtype}
+        given = dtype if torch_dtype is not None and issubclass(kind, nn.Module) else {}
+        try:
+            return kind.from_pretrained(base, subfolder=part, revision=named.get("revision") or None, **given)
+        except (OSError, ValueError) as error:
+            fault = f"{file}: {base} did not give its {part} ({' '.join(str(error).split())[:200]})"
+            raise UserError(f"{fault}; fetch it, or pass {part}=... to from_pretrained") from error
+
+
+@cache
+def routed_class(name: str) -> Any:
+    """A subclass of diffusers' class of that name, and called like it, whose from_pretrained loads a routed student.
+
+    Blocks, lists and configuration are the class's own. Raises AttributeError where diffusers has no such model.
+    """
+    root = class_of(name)
+    if root is None:
+        raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, subfolder: str = "", torch_dtype: Any = None, **options: Any
+    ) -> Any:
+        """The routed transformer of a student's folder or hub id, its routers in float32 whatever `torch_dtype` is.
+
+        Raises what `load_routed` does, and UserError for another class and for quantisation.
+        """
+        if options.get("quantization_config") is not None:
+            raise UserError("quantization_config: a routed transformer is not quantised as it is loaded; leave it out")
+        folder = resolve(str(pretrained_model_name_or_path), str(options.get("revision") or "")) / subfolder
+        model = load_routed(folder)
+        if type(model).__name__ != cls.__name__:
+            raise UserError(f"{folder} holds a {type(model).__name__}, no {cls.__name__}")
+        model.__class__ = cls
+        return model if torch_dtype is None else model.to(torch_dtype)
+
+    body = {"__module__": PACKAGE, "__doc__": f"diffusers' {name} with routers."}
+    return type(name, (root,), {**body, "from_pretrained": classmethod(from_pretrained)})
+
+
+def class_named(name: str) -> Any:
+    """What `dmd_dar.NAME` is, of all that diffusers asks for. Raises AttributeError for other names."""
+    if name in ("ModelMixin", "SchedulerMixin"):
+        return getattr(diffusers, name)
+    if name == PART:
+        return BasePart
+    return StudentScheduler if name == SCHEDULER else routed_class(name)
+
+
+for _own in (BasePart, StudentScheduler):
+    _own.__module__ = PACKAGE  # under which save_pretrained of a pipeline writes them down
