@@ -13,7 +13,9 @@ from huggingface_hub import ModelCardData, hf_hub_url, metadata_load, try_to_loa
 
 from dmd_dar.keys import key
 from dmd_dar.models.hub import HUB_ID
+from dmd_dar.models.pipeline_folder import base_of
 from dmd_dar.models.saved import Denoiser, ModelCard
+from dmd_dar.models.sit import SiT
 from dmd_dar.train.disk import log
 
 LEFT_OUT = ("log.", "launch.", "checkpoint.", "card.", "out_dir", "resume")  # how it was run, not what
@@ -32,7 +34,7 @@ import dmd_dar
 pipe = dmd_dar.load_pipeline("FOLDER")  # this folder, or the hub id that it was uploaded to
 images = pipe(n=8, seed=0, output="pil")
 ```
-
+{in_diffusers}
 {facts}
 
 ## Measured
@@ -42,6 +44,20 @@ images = pipe(n=8, seed=0, output="pil")
 ## Configuration
 
 {configuration}
+"""
+
+IN_DIFFUSERS = """
+In diffusers, as the pipeline of its base:
+
+```python
+import dmd_dar  # first: it knows the scheduler, and the routers if there are any
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("FOLDER")
+images = pipe({asked}, num_inference_steps={steps}, {off}).images
+```
+
+`{off}` leaves the pipeline's own guidance off: the student has learned its teacher's. Other numbers of steps are
+refused, and so is guidance. Of one repo on the hub diffusers wants `trust_remote_code=True` beside the id.
 """
 
 
@@ -165,10 +181,21 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
     return CHAPTERS.format(
         name=_plain(run.resolve().name),
         what=f"{what}, made by dmd_dar.",
+        in_diffusers=_in_diffusers(network, card),
         facts="\n".join(f"- **{name}**: {fact}" for name, fact in facts.items() if fact is not None),
         measured=_measured(run, digest, origin.get("steps")),
         configuration=_table(("key", "value"), _flat(config)) or "No configuration is recorded.",
     )
+
+
+def _in_diffusers(network: Denoiser, card: ModelCard) -> str:
+    """How the pipeline of its base is called; nothing of a student that has none."""
+    if not card.rungs or isinstance(network, SiT) or base_of(card.origin) is None:
+        return ""
+    unguided = network.family.unguided(network.transformer.config, network.fixed)
+    asked = "[0]" if network.prompts is None else '"a prompt"'
+    off = f"{unguided.argument}={unguided.value:g}"
+    return IN_DIFFUSERS.format(asked=asked, steps=len(card.rungs), off=off)
 
 
 def _plain(text: Any) -> str:
