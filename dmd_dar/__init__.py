@@ -1,8 +1,15 @@
 """Few-step diffusion transformers by distribution matching distillation, with diffusion-adaptive routing."""
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from dmd_dar import moved
+
+if TYPE_CHECKING:
+    from dmd_dar.models.into_pipeline import load_student
+    from dmd_dar.pipeline import load_pipeline
+
+__all__ = ["load_pipeline", "load_student"]
 
 __version__ = "0.1.0"
 
@@ -16,7 +23,7 @@ moved.install()
 ASKED_BY_DIFFUSERS = ("ModelMixin", "SchedulerMixin", "StudentScheduler", "BasePart")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """What is fetched when it is asked for, as the ground floor must not load all others.
 
     `load_pipeline` and `load_student`; and for diffusers, which looks the parts of a student's pipeline up here: the

@@ -186,7 +186,7 @@ def test_every_module_has_its_place() -> None:
     assert {file.name for file in ROOT.glob("*.py")} <= ROOT_JOBS
     package_file = ast.parse((ROOT / "dmd_dar" / "__init__.py").read_text())
     imported = [ast.unparse(node) for node in package_file.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert imported == ["import os", "from dmd_dar import moved"]
+    assert imported == ["import os", "from typing import TYPE_CHECKING, Any", "from dmd_dar import moved"]
 
 
 @pytest.mark.parametrize(

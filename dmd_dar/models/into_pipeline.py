@@ -44,7 +44,7 @@ def load_student(pipe: Any, path: str, revision: str = "") -> Any:
     return pipe
 
 
-def _scheduler(transformer: Any, card: ModelCard) -> StudentScheduler:
+def _scheduler(transformer: Any, card: ModelCard) -> Any:
     unguided = family_of(transformer).unguided(transformer.config, _fixed(card))
     config = student_config(meaning_of(card.prediction), card.rungs, card.sampler, unguided)
     return StudentScheduler.from_config(config)

@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.models.hub import read_json, resolve
-from dmd_dar.models.pipeline_folder import NAMED, PACKAGE, PART, SCHEDULER
+from dmd_dar.models.pipeline_folder import NAMED, PACKAGE
 from dmd_dar.models.student_scheduler import StudentScheduler
 from dmd_dar.routing.attach import load_routed
 from dmd_dar.routing.folder import class_of
@@ -21,7 +22,7 @@ from dmd_dar.routing.folder import class_of
 LIBRARIES = ("diffusers", "transformers")  # whose classes a named part may be of
 
 
-class BasePart(diffusers.ModelMixin):
+class BasePart(ModelMixin):
     """Stands in model_index.json for a part of a base on the hub: loading it gives that part, of its own class."""
 
     @classmethod
@@ -36,7 +37,7 @@ class BasePart(diffusers.ModelMixin):
             (library, name), base, part = named["class"], str(named["base"]), str(named["part"])
             if library not in LIBRARIES:
                 raise ValueError(f"{library} is none of {', '.join(LIBRARIES)}")
-            kind = getattr(importlib.import_module(library), str(name))
+            kind: Any = getattr(importlib.import_module(library), str(name))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFileError(f"{file} names no part of a base: {error!r}") from error
         dtype = {"torch_dtype" if library == "diffusers" else "dtype": torch_dtype}
@@ -80,11 +81,8 @@ def routed_class(name: str) -> Any:
 
 def class_named(name: str) -> Any:
     """What `dmd_dar.NAME` is, of all that diffusers asks for. Raises AttributeError for other names."""
-    if name in ("ModelMixin", "SchedulerMixin"):
-        return getattr(diffusers, name)
-    if name == PART:
-        return BasePart
-    return StudentScheduler if name == SCHEDULER else routed_class(name)
+    known = {kind.__name__: kind for kind in (ModelMixin, SchedulerMixin, BasePart, StudentScheduler)}
+    return known[name] if name in known else routed_class(name)
 
 
 for _own in (BasePart, StudentScheduler):

@@ -167,8 +167,9 @@ def _same(value: Any, expected: Any) -> bool:
     """Up to the rounding of another machine, of what was computed there."""
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(_same, value, expected))
-    numbers = isinstance(value, float) and isinstance(expected, float)
-    return math.isclose(value, expected, rel_tol=1e-6) if numbers else value == expected
+    if isinstance(value, float) and isinstance(expected, float):
+        return math.isclose(value, expected, rel_tol=1e-6)
+    return value == expected
 
 
 def meaning_of_scheduler(scheduler: dict[str, Any]) -> Meaning:

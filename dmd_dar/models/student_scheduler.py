@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 
 FRAMES = 4  # how far above set_timesteps a pipeline's own call may stand
 GUIDED = ("do_true_cfg", "do_classifier_free_guidance")  # names of diffusers' pipelines
@@ -66,6 +66,8 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "",
         time_shift_type: str = "",
     ):
+        self._rungs, self._x0_from, self._noised_as = tuple(rungs), tuple(x0_from), tuple(noised)
+        self._renoises, self._call, self._embedded = sampler == "stochastic", dict(call or {}), embedded
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32)
         self.num_inference_steps = len(rungs)
         self._begin(None)
@@ -91,7 +93,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         Raises ValueError for another number of steps than the student's, and for a pipeline whose guidance is on.
         """
         given = [len(each) for each in (timesteps, sigmas) if each is not None]
-        steps, rungs = num_inference_steps or next(iter(given), None), self.config.rungs
+        steps, rungs = num_inference_steps or next(iter(given), None), self._rungs
         if steps != len(rungs):
             told = ", ".join(f"{t:g}" for t in rungs)
             raise ValueError(
@@ -103,19 +105,19 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
 
     def _refuse_guidance(self) -> None:
         """A pipeline tells its scheduler nothing of guidance, so the variables of its call are looked at."""
-        found, call = self._pipeline(), self.config.call
+        found, call = self._pipeline(), self._call
         if found is None or not call:
             return
         (pipeline, variables), (name, off) = found, next(iter(call.items()))
         told = [variables[flag] for flag in GUIDED if flag in variables]
         told += [flag for flag in [getattr(pipeline, GUIDED[1], None)] if flag is not None]
         value, fault = variables.get(name, off), ""
-        if value is not None and value != off and (self.config.embedded or (not told and value > off)):
+        if value is not None and value != off and (self._embedded or (not told and value > off)):
             fault = f"{name} = {value:g}"
         elif any(told):
             fault = "guidance is on"
         if fault:
-            alone = " and no negative prompt" if self.config.embedded else ""
+            alone = " and no negative prompt" if self._embedded else ""
             raise ValueError(
                 f"{fault}: this student has learned its teacher's guidance; call the pipeline with"
                 f" {name}={off:g}{alone}"
@@ -144,13 +146,13 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
 
         Raises ValueError where `timestep` is not that of the rung whose turn it is.
         """
-        rung, last = self._rung, len(self.config.rungs) - 1
+        rung, last = self._rung, len(self._rungs) - 1
         if rung > last or float(timestep) != float(self.timesteps[rung]):
             raise ValueError(f"timestep {float(timestep):g} is not the next of {self.timesteps.tolist()}")
         if rung == 0:
             self._first = sample
         wide = torch.float32 if sample.device.type == "mps" else torch.float64
-        (a, b), x = self.config.x0_from[rung], sample.to(wide)
+        (a, b), x = self._x0_from[rung], sample.to(wide)
         x0 = a * x + b * model_output.to(wide)
         following = x0 if rung == last else self._noised(rung, x0, x)
         self._rung += 1
@@ -159,14 +161,11 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
 
     def _noised(self, rung: int, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The latents at the rung after `rung`."""
-        if self.config.sampler == "stochastic":
+        if self._renoises:
             assert self._first is not None
             eps = noise_after(self._first, f"renoise_{rung + 1}").to(x0)
         else:
-            c, d = self.config.noised[rung]
+            c, d = self._noised_as[rung]
             eps = (x - c * x0) / d
-        c, d = self.config.noised[rung + 1]
+        c, d = self._noised_as[rung + 1]
         return c * x0 + d * eps
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps

@@ -88,10 +88,11 @@ def loaded(root: Path, name: str) -> Teacher:
     return load_teacher(TeacherConfig(str(folder), prompts=prompts, **FORMS[name].opened))
 
 
-def student_of(root: Path, name: str, query: str, sampler: Any = "stochastic") -> Path:
+def student_of(root: Path, name: str, query: Any, sampler: Any = "stochastic") -> Path:
     """The folder of a student whose weights and routers have moved."""
     teacher, folder = loaded(root, name), root / f"{name}_{query}_{sampler}"
-    network = routed_copy(copy.deepcopy(teacher.network), RoutingConfig(query, 2))
+    own: Any = teacher.network
+    network = routed_copy(copy.deepcopy(own), RoutingConfig(query, 2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in network.parameters():
