@@ -17,11 +17,12 @@ from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # its client's own
 from huggingface_hub.utils import validate_repo_id
 
-from dmd_dar import config
+from dmd_dar import config, models
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.models import adapters
-from dmd_dar.models.hub import HUB_ID
+from dmd_dar.models.hub import HUB_ID, read_json
+from dmd_dar.models.pipeline_folder import INDEX, PACKAGE, SCHEDULER
 from dmd_dar.models.saved import CARD, holds_network, read_card
 from dmd_dar.train.disk.folder import FolderError, kept_still
 
@@ -74,7 +75,7 @@ def upload_of(cfg: PushConfig) -> Upload:
     folder = Path(cfg.student)
     _require_student(folder)
     card = read_card(folder).card  # all parts belong together
-    files = dict(sorted(_files(folder, "", (folder.resolve(),))))
+    files = dict(sorted([*_files(folder, "", (folder.resolve(),)), *_code(folder)]))
     steps = card.origin.get("steps")
     trained = f" after {steps} steps" if steps is not None else ""
     kind = "private" if cfg.private else "public"
@@ -119,6 +120,21 @@ def _files(folder: Path, prefix: str, above: tuple[Path, ...]) -> Iterator[tuple
             yield from _files(entry, f"{prefix}{entry.name}/", (*above, entry.resolve()))
         else:
             raise UserError(f"{entry} is no file and leads to none: put the file there, or remove it")
+
+
+def _code(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name in the repo, file) of the code with which diffusers loads parts of a pipeline that are none of its own.
+
+    Of a repo it runs nothing else, and this with trust_remote_code alone.
+    """
+    file = folder / INDEX
+    entries = read_json(file) if file.is_file() else {}
+    if entries.get("scheduler") != [PACKAGE, SCHEDULER]:
+        return
+    here = Path(models.__file__).parent
+    for name, entry in entries.items():
+        if isinstance(entry, list) and entry[:1] == [PACKAGE]:
+            yield f"{name}/{PACKAGE}.py", here / ("student_scheduler.py" if name == "scheduler" else "in_a_repo.py")
 
 
 def _linked(file: Path, name: str) -> str:

@@ -250,3 +250,12 @@ def test_a_card_that_does_not_know_says_how_it_can(student, capsys):
     assert "# base_model: unknown; card.base_model=OWNER/NAME" in out and "# license: unknown; card.license=ID" in out
     (student / "README.md").write_text("---\nlicense: [\n---\n")
     assert "its front matter is no YAML" in refused(capsys, f"student={student}", REPO, "--dry-run")
+
+
+def test_what_only_we_load_brings_its_code_to_a_repo(student, hub):
+    named = {"transformer": ["dmd_dar", "SD3Transformer2DModel"], "scheduler": ["dmd_dar", "StudentScheduler"]}
+    (student / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline", **named}))
+    push.main([f"student={student}", REPO])
+    assert b"class StudentScheduler" in hub.sent["scheduler/dmd_dar.py"]
+    assert b"from dmd_dar import __getattr__" in hub.sent["transformer/dmd_dar.py"]
+    assert not list(student.rglob("*.py"))
