@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,13 +36,13 @@ def network(x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sampler", ["stochastic", "deterministic"])
 @pytest.mark.parametrize("meaning", EVERY)
-def test_it_steps_as_a_rollout_does(meaning, sampler):
+def test_it_steps_as_a_rollout_does(meaning, sampler: Any):
     noise, cond = torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
     expected = Rollout(velocity_of(network, meaning), cond, RUNGS, DrawsOfNoise(noise, CELLS), noise, sampler).end()
     said = student_config(meaning, RUNGS, sampler)
     scheduler = StudentScheduler.from_config(said)
     assert isinstance(scheduler, StudentScheduler) and not faults_of(said, meaning, RUNGS, sampler)
-    other = "deterministic" if sampler == "stochastic" else "stochastic"
+    other: Any = "deterministic" if sampler == "stochastic" else "stochastic"
     for wrong in ((meaning, (*RUNGS[:3], 0.0005), sampler), (meaning, RUNGS, other)):
         assert faults_of(said, *wrong)
     for _ in range(2):  # anew at each call
@@ -52,7 +53,8 @@ def test_it_steps_as_a_rollout_does(meaning, sampler):
         assert (x - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item()) and expected.std() > 0.01
     with pytest.raises(ValueError, match="is not the next of"):
         scheduler.step(x, scheduler.timesteps[0], x)
-    for given in ({}, {"num_inference_steps": 3}, {"timesteps": [1, 2]}):
+    wrong_calls: list[dict[str, Any]] = [{}, {"num_inference_steps": 3}, {"timesteps": [1, 2]}]
+    for given in wrong_calls:
         with pytest.raises(ValueError, match="call the pipeline with num_inference_steps=4"):
             scheduler.set_timesteps(**given)
 
