@@ -156,7 +156,13 @@ def test_what_does_not_measure_works_without_extras(tmp_path):
     names = [name for name in commands.COMMANDS if name not in measuring]
     code = f"from dmd_dar import commands\nfor name in {names}:\n    commands.main([name, '--help'])"
     assert without(tuple(EXTRA_OF), tmp_path, "-c", code).returncode == 0
-    run = ["config=configs/photos32/demo_dar.yaml", f"out_dir={tmp_path / 'run'}", "steps=2", "matching.start=1", "batch_size=4"]
+    run = [
+        "config=configs/photos32/demo_dar.yaml",
+        f"out_dir={tmp_path / 'run'}",
+        "steps=2",
+        "matching.start=1",
+        "batch_size=4",
+    ]
     run += ["regression.count=4", "regression.solver_steps=4", f"regression.cache={tmp_path / 'pairs'}"]
     run += ["log.health_samples=4", "log.wandb=disabled", "preflight=false", "launch.cpu=true"]
     ended = without(tuple(EXTRA_OF), tmp_path, "distill.py", *run)
