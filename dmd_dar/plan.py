@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,17 @@ from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.distillation.networks import Networks, networks_of
 from dmd_dar.errors import UserError
 from dmd_dar.models.codecs import load_codec, vae_of
+from dmd_dar.models.diffusers_denoiser import planned_transformer
+from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
 from dmd_dar.models.frozen import block_layers
+from dmd_dar.models.hub import configurations, is_hub_id, read_json
+from dmd_dar.models.saved import holds_network
 from dmd_dar.models.shared_lora import LoraDenoiser, Plain
 from dmd_dar.models.sit import build_sit
 from dmd_dar.models.sizes import shape_at
-from dmd_dar.models.teachers import TeacherConfig, load_teacher
+from dmd_dar.models.teachers import TeacherConfig, load_teacher, prompts_of
+from dmd_dar.models.text import encoder_sizes
 
 CARDS = (24, 40, 80, 141)  # GB of memory
 FEW = 64  # samples up to which a call is followed; of more, on the line through two smaller numbers
@@ -49,10 +54,12 @@ class Plan:
     backward: int
     cpu: int
     parts: int  # processes among which weights, gradients and optimiser state are split
+    divided: int  # of the weights, how much is split among them
+    encoders: dict[str, int]  # parameters of the text encoders, which no run holds
 
     @property
     def weights(self) -> int:
-        return sum(self.stored.values()) // self.parts - self.cpu
+        return sum(self.stored.values()) - self.divided + self.divided // self.parts - self.cpu
 
     @property
     def total(self) -> int:
@@ -74,7 +81,7 @@ def plan_of(cfg: DistillConfig) -> Plan:
         traced = [networks.student, networks.fake_score]
         emptied(networks.teacher, *traced, *averages)
         student, fake = (footprint(network, batch, bf16, shape) for network in traced)
-    return _added_up(cfg, networks, averages, (student, fake), batch, parts)
+    return replace(_added_up(cfg, networks, averages, (student, fake), batch, parts), encoders=apart(cfg.teacher))
 
 
 def largest_of(cfg: DistillConfig, teacher: Plain) -> tuple[int, ...]:
@@ -116,18 +123,23 @@ def _added_up(
     routed_too = bool(networks.fake_score.router_parameters())
     history = None if routed_too else max(0, student.kept - fake.kept) * calls
     largest = max(nbytes(parameters) for parameters in grown.values())
+    shared = cfg.weights == "shared_lora"  # of which fsdp2 splits the base alone
+    divided = nbytes(offloaded) if shared else sum(stored.values())
+    each = 1 if shared else parts
     return Plan(
         batch=batch,
         parameters={name: sum(p.numel() for p in network.parameters()) for name, network in every.items()},
         trained={name: sum(p.numel() for p in parameters) for name, parameters in grown.items()},
         stored=stored,
-        gradients=largest // parts,
-        optimiser=2 * sum(nbytes(parameters) for parameters in grown.values()) // parts,
+        gradients=largest // each,
+        optimiser=2 * sum(nbytes(parameters) for parameters in grown.values()) // each,
         activations=max(of_student, of_fake if cfg.trains_fake_score else 0),
         history=history,
         backward=max(0, student.peak - student.kept - nbytes(grown["student"])),
-        cpu=nbytes(offloaded) if cfg.launch.offload else 0,
+        cpu=nbytes(offloaded) // (parts if shared else 1) if cfg.launch.offload else 0,
         parts=parts,
+        divided=divided,
+        encoders={},
     )
 
 
@@ -159,20 +171,38 @@ def _traced(network: Plain | LoraDenoiser, batch: int, bf16: bool, shape: tuple[
 def outline(teacher: TeacherConfig) -> Plain:
     """The teacher from its files or, where these are not here, by the name of a public one; on the meta device."""
     place = Path(teacher.path)
-    if place.exists():
-        network = load_teacher(teacher).network
-        if (prompts := network.prompts) is not None:
-            prompts.blank()
-        return network.to("meta")
-    named = PUBLIC.search(place.name)
+    named = None if place.exists() else PUBLIC.search(place.name)
+    if named is None and (place.exists() or is_hub_id(teacher.path)):
+        return _by_configuration(configurations(teacher.path, teacher.revision), teacher)
     if named is None:
         raise UserError(
-            f"teacher.path = {teacher.path}: no such file or folder, and no name of a public SiT or DiT, such as"
-            " SiT-XL-2-256x256.pt, that says what it is"
+            f"teacher.path = {teacher.path}: no such file or folder, no hub id, and no name of a public SiT or DiT,"
+            " such as SiT-XL-2-256x256.pt, that says what it is"
         )
     size, patch, pixels = named.groups()
     with torch.device("meta"):
         return build_sit(f"{size.upper()}/{patch}", input_size=int(pixels or 256) // 8).requires_grad_(False)
+
+
+def _by_configuration(place: Path, teacher: TeacherConfig) -> Plain:
+    """Of diffusers' own folders by config.json alone; of others, which are small, from their weights."""
+    folder = place / "transformer" if (place / "transformer").is_dir() else place
+    if holds_network(place) or not (folder / "config.json").is_file():
+        network = load_teacher(teacher).network
+        if (prompts := network.prompts) is not None:
+            prompts.blank()
+        return network.to("meta")
+    index = place / "model_index.json"
+    pipeline = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    fixed = FixedInputs(teacher.input_size, teacher.embedded_guidance)
+    return planned_transformer(folder, prompts_of(teacher), fixed, pipeline)
+
+
+def apart(teacher: TeacherConfig) -> dict[str, int]:
+    """Parameters of the text encoders of the teacher's pipeline: they lie in memory while prompts are encoded only."""
+    if not Path(teacher.path).is_dir() and (PUBLIC.search(teacher.path) or not is_hub_id(teacher.path)):
+        return {}
+    return encoder_sizes(configurations(teacher.path, teacher.revision))
 
 
 def table(plan: Plan) -> str:
@@ -193,6 +223,8 @@ def table(plan: Plan) -> str:
         "total": plan.total,
     }
     lines += [f"{name:22}{_mb(count):>14} MB" for name, count in parts.items() if count is not None]
+    for name, count in plan.encoders.items():
+        lines.append(f"apart, while prompts are encoded: {name}, {count:,} parameters, {_mb(2 * count)} MB in bfloat16")
     if plan.cpu:
         lines.append(f"{'in CPU memory':22}{_mb(plan.cpu):>14} MB")
     fits = [f"{card} GB {'yes' if plan.total <= USABLE * card * 1e9 else 'no'}" for card in CARDS]

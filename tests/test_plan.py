@@ -1,10 +1,12 @@
 """What `dmd_dar.plan` says, against what training holds."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dmd_dar import config, plan
 from dmd_dar.distillation import job as distill
@@ -12,13 +14,18 @@ from dmd_dar.distillation.identity import Inputs
 from dmd_dar.distillation.method import build_method
 from dmd_dar.distillation.networks import networks_of
 from dmd_dar.draws import Draws, sample_range
+from dmd_dar.models.diffusers_denoiser import load_transformer
+from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.footprint import nbytes, tensors
 from dmd_dar.models.sit import SiT
-from dmd_dar.models.teachers import TeacherConfig, load_teacher
+from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
+from dmd_dar.models.text import load_text_encoder
+from dmd_dar.models.unencoded import Unencoded
 from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes.runtime import Runtime
-from tests.models.tiny_pipelines import tiny_pipeline
+from tests.models.families.test_qwen_image import tiny_qwen_image
+from tests.models.tiny_pipelines import tiny_pipeline, tiny_sd3
 from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -43,24 +50,28 @@ def tiny(tmp_path_factory) -> list[str]:
 
 
 def saved_bytes(loss, weights: set[int]) -> int:
-    """Distinct storages that autograd keeps for the backward pass of `loss()`, and the backward pass."""
-    found: dict[int, int] = {}
+    """Distinct storages that autograd keeps for the backward pass of `loss()`, and the backward pass.
+
+    Not those of a branch that ended before the loss, such as the last block's text, which are gone with it.
+    """
+    found: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def keep(value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+            found[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         value = loss()
+    kept = sum(count for reference, count in found.values() if not reference.expired())
     value.backward()
-    return sum(found.values())
+    return kept
 
 
-def measured(cfg: distill.DistillConfig) -> int:
+def measured(cfg: distill.DistillConfig, teacher: Teacher | None = None) -> tuple[int, int]:
     """Bytes of parameters, gradients and optimiser state of all networks, and of the tensors saved in one step."""
-    teacher, runtime = load_teacher(cfg.teacher), Runtime(cfg.launch)
+    teacher, runtime = teacher or load_teacher(cfg.teacher), Runtime(cfg.launch)
     networks = networks_of(cfg, teacher.network)
     method = build_method(cfg, Inputs(teacher), networks, runtime)
     every = [networks.teacher, networks.student, networks.fake_score, Ema(networks.student, *cfg.student.decays).module]
@@ -80,7 +91,7 @@ def measured(cfg: distill.DistillConfig) -> int:
         entries = [entry for kept in optimiser.adamw.state.values() for entry in kept.values()]
         state += nbytes(entries)
         network.zero_grad()
-    return nbytes(held.values()) + max(gradients) + state + max(saved)
+    return nbytes(held.values()) + max(gradients) + state, max(saved)
 
 
 GAN = ("gan={weight: 0.01, feature_weight: 0.1, r1_weight: 0.1}",)
@@ -93,7 +104,7 @@ GAN = ("gan={weight: 0.01, feature_weight: 0.1, r1_weight: 0.1}",)
 )
 def test_the_plan_is_within_15_percent_of_what_a_step_holds(recipe, more, tmp_path):
     cfg = photos(recipe, tmp_path, *more)
-    assert measured(cfg) == pytest.approx(plan.plan_of(cfg).total, rel=0.15)
+    assert sum(measured(cfg)) == pytest.approx(plan.plan_of(cfg).total, rel=0.15)
 
 
 @pytest.mark.parametrize("recipe, more", [("residual", ()), ("dar", ()), ("dar", ("launch.checkpointing=true",))])
@@ -157,6 +168,61 @@ def test_a_diffusers_teacher_is_planned_without_computing(tmp_path):
     cfg = replace(cfg, batch_size=2)
     found = plan.plan_of(cfg)
     assert found.trained["student"] > found.trained["fake_score"] > 0 and found.activations > 0
+
+
+MAKERS = {"sd3": (tiny_sd3, ()), "qwen": (tiny_qwen_image, ("teacher.input_size=8",))}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_pipeline_is_planned_by_its_configurations_alone_as_a_step_of_it_holds(tmp_path, name):
+    make, more = MAKERS[name]
+    whole = make(tmp_path / "whole")
+    bare = tmp_path / "bare"
+    shutil.copytree(
+        whole, bare, ignore=lambda folder, names: [one for one in names if not one.endswith(".json") and "." in one]
+    )
+    assert not list(bare.rglob("*.safetensors"))
+    given = ["teacher.prediction=auto", "teacher.codec=", "student.routing.chunk_size=2", f"batch_size={BATCH}", *more]
+    given += ["matching.weight=1", "regression.weight=0", "regression.end_weight=0", "preflight=false"]
+    cfg = load("imagenet256/sit_xl", f"teacher.path={bare}", *given)
+    found = plan.plan_of(cfg)
+    prompts = plan.outline(cfg.teacher).prompts
+    assert isinstance(prompts, Unencoded)
+    fixed = FixedInputs(8 if name == "qwen" else 0)
+    network = load_transformer(whole / "transformer", prompts, fixed)
+    held, saved = measured(cfg, Teacher(network, "flow", "digest"))
+    assert saved == pytest.approx(found.activations, rel=0.15)
+    assert held == pytest.approx(found.total - found.activations - found.backward, rel=0.15)
+    assert found.encoders == encoders_of(whole)
+    assert f"{found.encoders['text_encoder']:,} parameters" in plan.table(found)
+
+
+def encoders_of(folder: Path) -> dict[str, int]:
+    parts = vars(load_text_encoder(str(folder)).pipeline)
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if name.startswith("text_")}
+
+
+def test_a_hub_id_is_planned_by_what_is_fetched_of_it_its_configurations(tmp_path, monkeypatch):
+    pipeline, asked = tiny_sd3(tmp_path / "pipeline"), []
+
+    def snapshot(name: str, **given) -> str:
+        asked.append((name, given["revision"], given["allow_patterns"]))
+        return str(pipeline)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    network = plan.outline(TeacherConfig("someone/a-pipeline", revision="v1"))
+    assert asked == [("someone/a-pipeline", "v1", ["*.json"])]
+    assert next(network.parameters()).is_meta and network.shape == (4, 8, 8)
+
+
+def test_of_a_shared_base_in_parts_nothing_else_is_divided(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "footprint", lambda *given: plan.Footprint(kept=0, peak=0))
+    shared = ("weights=shared_lora", "batch_size=16")
+    whole = plan.plan_of(photos("dar", tmp_path, *shared))
+    split = plan.plan_of(photos("dar", tmp_path, *shared, "launch.processes=4", "launch.sharding=fsdp2"))
+    assert (split.optimiser, split.gradients) == (whole.optimiser, whole.gradients)
+    assert whole.weights - split.weights == pytest.approx(0.75 * whole.divided, rel=1e-6)
+    assert 0.8 * whole.stored["teacher"] < whole.divided < whole.stored["teacher"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dmd_dar.models.teachers import TeacherConfig
 from dmd_dar.pairs import RegressionConfig
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.disk.checkpoint import CheckpointConfig
+from dmd_dar.train.disk.export import Export
 from dmd_dar.train.disk.log import LogConfig
 from dmd_dar.train.disk.readme import CardConfig
 from dmd_dar.train.loop.optimise import OptimiserConfig
@@ -124,7 +125,7 @@ class DistillConfig:
         "matching": {"above_next_rung": False, "start": 0},
         "fake_score": {"follow": 0.0},
         "guidance": {"form": "auto", "interval": (0.0, 1.0)},
-        "teacher": {"codec_decode": "whole"},
+        "teacher": {"codec_decode": "whole", "lora": ""},
         **{"height": 0, "width": 0, "sizes": ()},
     }
 
@@ -151,6 +152,7 @@ class DistillConfig:
         "full", "full: three networks; shared_lora: one frozen base, with adapters for student and fake score"
     )
     lora: LoraConfig = key(factory=LoraConfig)
+    export: Export = key("both", "what a shared_lora run hands out: the merged network, its adapter, or both")
     frozen_dtype: Literal["float32", "bfloat16"] = key(
         "float32", "type in which frozen linear weights are kept: the teacher's, which shared_lora shares"
     )
@@ -194,16 +196,22 @@ class DistillConfig:
             raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
         if self.matching.above_next_rung:
             self._check_intervals()
+        if self.export != "both" and self.weights == "full":
+            raise ValueError(
+                f"export = {self.export} is of a LoRA student, and weights are full: leave it out, or set weights to"
+                " shared_lora"
+            )
         if self.fake_score.follow and self.weights == "shared_lora":
             raise ValueError(
                 "fake_score.follow moves weights, but under weights shared_lora student and fake score have adapters,"
                 " whose product it would not move alike: set it to 0, or weights to full"
             )
-        frozen = self.weights == "shared_lora" or self.frozen_dtype != "float32" or self.launch.offload
-        if frozen and self.launch.sharding != "none":
+        frozen = self.frozen_dtype != "float32" or self.launch.offload
+        if frozen and self.weights == "full" and self.launch.sharding != "none":
             raise ValueError(
-                "launch.sharding splits weights, but shared_lora, frozen_dtype bfloat16 and launch.offload keep frozen"
-                " ones whole in every process: set it to none, or leave these out"
+                "launch.sharding splits weights that are trained in full, and frozen_dtype bfloat16 and launch.offload"
+                " keep frozen ones beside them whole in every process: set it to none, or weights to shared_lora, or"
+                " leave these out"
             )
 
     def _check_sizes(self) -> None:

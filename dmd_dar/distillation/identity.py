@@ -7,14 +7,17 @@ import torch
 from dmd_dar.data.latents import Latents
 from dmd_dar.data.sources import Source, data_hash, open_data
 from dmd_dar.distillation.config import DistillConfig
+from dmd_dar.distillation.networks import kept_at_once
 from dmd_dar.errors import UserError
 from dmd_dar.methods.dmd import DMD
 from dmd_dar.models.codecs import Codec
+from dmd_dar.models.diffusers_denoiser import Reading
 from dmd_dar.models.guided import rule_of
 from dmd_dar.models.saved import ModelCard
 from dmd_dar.models.sizes import pixels_of, shape_at
 from dmd_dar.models.teachers import Teacher, open_teacher, origin_of
 from dmd_dar.pairs import Recipe, StoredTrajectories
+from dmd_dar.routing.tensor_files import Reader, tensors_in
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Inputs:
     data: Source | None = None
 
 
-def open_inputs(cfg: DistillConfig, device: torch.device) -> Inputs:
-    """Teacher, codec and data; a UserError where they do not fit each other."""
-    teacher, codec = open_teacher(cfg.teacher, cfg.data, device, cfg.sized)
+def open_inputs(cfg: DistillConfig, device: torch.device, reader: Reader = tensors_in) -> Inputs:
+    """Teacher, codec and data; a UserError where they do not fit each other. `reader` reads the teacher's weights."""
+    teacher, codec = open_teacher(cfg.teacher, cfg.data, device, cfg.sized, Reading(kept_at_once(cfg), reader))
     shapes_of(cfg, teacher, codec)
     return Inputs(teacher, codec, open_source(cfg, teacher, codec, device))
 

@@ -66,7 +66,7 @@ def distill(cfg: DistillConfig) -> None:
 
 def checked_inputs(cfg: DistillConfig, runtime: Runtime) -> Inputs:
     """Teacher, codec and data; a UserError where they do not fit, or where the teacher does not denoise the data."""
-    inputs = open_inputs(cfg, runtime.device)
+    inputs = open_inputs(cfg, runtime.device, runtime.one_reads)
     if cfg.preflight and inputs.data is not None:
         shape = shapes_of(cfg, inputs.teacher, inputs.codec)[0]
         preflight(runtime, inputs.teacher, inputs.data, inputs.codec, cfg.seed, shape)
@@ -149,7 +149,7 @@ def train(
     student = few_step_generator(velocity, cfg.rungs, cfg.sampler)
 
     def save(place: Path, network: Any, step: int) -> None:
-        export(place, network, card.at(step), codec)
+        export(place, network, card.at(step), codec, cfg.export)
 
     others = {
         f"student_ema_{decay}": other for decay, other in averages.modules.items() if other is not averages.module

@@ -8,7 +8,7 @@ import torch
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import routed_copy
-from dmd_dar.models.frozen import store
+from dmd_dar.models.frozen import Kept, computes_on, store
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, Plain, Weights, shared_copy
 from dmd_dar.models.sit import SiT, with_routing
 from dmd_dar.routing.layout import RoutingConfig
@@ -25,22 +25,30 @@ class Networks:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is kept of the networks, in which form. `frozen` is the type of frozen linear weights, None their own."""
+    """What is kept of the networks, in which form."""
 
     weights: Weights = "full"
     lora: LoraConfig = field(default_factory=LoraConfig)
-    frozen: torch.dtype | None = None
-    offload: bool = False
+    kept: Kept = field(default_factory=Kept)
     checkpointing: bool = False
 
 
 def networks_of(cfg: DistillConfig, teacher: Plain) -> Networks:
     """The three networks in the form that the configuration says; `teacher` may be stored otherwise afterwards."""
-    frozen = torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None
-    memory = Memory(cfg.weights, cfg.lora, frozen, cfg.launch.offload, cfg.launch.checkpointing)
+    memory = Memory(cfg.weights, cfg.lora, kept_of(cfg), cfg.launch.checkpointing)
     rungs = len(cfg.rungs) if cfg.fake_score.per_rung else 1
     routing = cfg.student.routing
     return build_networks(teacher, routing.form(), routing.allow_change, memory, rungs, cfg.seed)
+
+
+def kept_of(cfg: DistillConfig) -> Kept:
+    """How the frozen network is kept while the run trains."""
+    return Kept(torch.bfloat16 if cfg.frozen_dtype == "bfloat16" else None, cfg.launch.offload)
+
+
+def kept_at_once(cfg: DistillConfig) -> Kept:
+    """How the teacher is kept from when it is read: a full student and fake score start from it in float32."""
+    return kept_of(cfg) if cfg.weights == "shared_lora" else Kept()
 
 
 def build_networks(
@@ -59,9 +67,9 @@ def build_networks(
     """
     memory = memory or Memory()
     shared = memory.weights == "shared_lora"
-    device = next(teacher.parameters()).device  # on which it computes, wherever `store` keeps its weights
+    device = computes_on(teacher)
     if shared:
-        store(teacher, memory.frozen, memory.offload)
+        store(teacher, memory.kept.dtype, memory.kept.offload)
     copied = shared_copy if shared else copy.deepcopy
     routed = with_routing if isinstance(teacher, SiT) else routed_copy
     try:
@@ -78,7 +86,7 @@ def build_networks(
         )
     else:
         student, fake_score = (_trainable(network) for network in pair.values())
-        store(teacher, memory.frozen, memory.offload)
+        store(teacher, memory.kept.dtype, memory.kept.offload)
     if memory.checkpointing:
         student.checkpoint_activations()
         fake_score.checkpoint_activations()

@@ -39,8 +39,12 @@ LORA = "LORA"  # peft's type of an adapter
 BARRIER = "it has routers, load it with dmd_dar's load_pipeline"  # where peft and diffusers look, and then quote it
 
 
-def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: str) -> None:
-    """Fill an empty folder. `digest` is the merged network's, card.origin["teacher"] the base's."""
+def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: str = "") -> str:
+    """Fill an empty folder; returns the network's hash.
+
+    That is `digest`, the merged network's where it was written, too, else one of the adapter and its base, whose own is
+    card.origin["teacher"].
+    """
     layers, routers = _layers(student), _routers(student)
     updates = {f"{name}.lora_A.weight": layer.lora.A for name, layer in layers.items()}
     # The scale is part of B: load_lora_adapter takes 1 whatever a configuration beside the file says.
@@ -58,9 +62,13 @@ def write_adapter(folder: Path, student: LoraDenoiser, card: ModelCard, digest: 
         write_atomic(folder / DIFFUSERS, _bytes({OURS + name: x for name, x in updates.items()}, about))
     if routers:
         write_atomic(folder / ROUTERS, _bytes(routers))
+    if not digest:
+        files = [folder / name for name in (WEIGHTS, CONFIG, ROUTERS) if (folder / name).is_file()]
+        digest = files_hash(files, card.origin["teacher"])
     described = {"format": FORMAT, "card": asdict(card), "base": card.origin["teacher"], "network": digest}
     described |= {"routing": asdict(student.routing), "heads": getattr(student.config, "heads", 0)}
     write_atomic(folder / CARD, json.dumps(described, indent=1))
+    return digest
 
 
 def adapter_origin(folder: Path) -> dict[str, Any]:
@@ -97,6 +105,7 @@ def base_config(
         prompts="" if table is None else table.folder,
         input_size=size,
         embedded_guidance=guidance,
+        lora=str(origin.get("lora", "")),
     )
 
 

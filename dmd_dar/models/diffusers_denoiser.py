@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.families import FAMILIES, family_of, fixed_inputs
 from dmd_dar.models.families.form import FixedInputs
-from dmd_dar.models.hub import DIFFUSERS, local_safetensors, read_json
+from dmd_dar.models.frozen import Kept, block_layers, store
+from dmd_dar.models.hub import DIFFUSERS, read_json, weight_files
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.rungs import HookedRungs, Rung
 from dmd_dar.models.sizes import Limits
-from dmd_dar.routing.attach import attach, load_routed
+from dmd_dar.models.unencoded import Unencoded
+from dmd_dar.routing.attach import attach, routed_outline
 from dmd_dar.routing.consumers import blocks_of, output_readers
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.history import Observer
 from dmd_dar.routing.hooks import DarBank
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.tensor_files import Reader, Stored, contents, faults_of, fill, tensors_in, without_weights
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,30 @@ class Shape:
     routing: RoutingConfig
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the weights of a network are read: how they are kept, and who reads them."""
+
+    kept: Kept = field(default_factory=Kept)
+    reader: Reader = tensors_in
+
+
 class DiffusersDenoiser(nn.Module):
     """(x (B, C, H, W), t (B,) in timesteps of the transformer's chain, cond (B,)) -> (B, C or 2 C, H, W).
 
     cond are labels or, for a transformer that reads prompts, rows of the table `prompts`, which its state leaves out.
-    `fixed` is the same at every call.
+    `fixed` is the same at every call. `dtypes` are those of its tensors in the files that it was read from.
     """
 
-    def __init__(self, transformer: Any, prompts: Prompts | None = None, fixed: FixedInputs | None = None):
+    def __init__(
+        self,
+        transformer: Any,
+        prompts: Prompts | None = None,
+        fixed: FixedInputs | None = None,
+        dtypes: dict[str, torch.dtype] | None = None,
+    ):
         super().__init__()
+        self.dtypes = dtypes or {}
         self.transformer, self.prompts, self.fixed = transformer, prompts, fixed or FixedInputs()
         self.family = family_of(transformer)
         self.rungs: HookedRungs | None = None
@@ -178,58 +196,122 @@ def routed_copy(
 
 
 def load_transformer(
-    folder: Path, prompts: Prompts | None = None, fixed: FixedInputs | None = None
+    folder: Path,
+    prompts: Prompts | None = None,
+    fixed: FixedInputs | None = None,
+    device: torch.device | str = "cpu",
+    reading: Reading | None = None,
 ) -> DiffusersDenoiser:
-    """The transformer of a diffusers folder, plain or routed, frozen, in evaluation mode, in float32.
+    """The transformer of a diffusers folder, plain or routed, frozen, in evaluation mode, on `device`.
 
+    Each tensor goes from its file straight to where, and to the type in which, `reading` keeps it: float32, but for
+    blocks that are kept in less. Nothing is held twice or wider.
     Raises MissingWeightsError without safetensors, DamagedFileError where they do not fit config.json, UserError for a
     class that needs other conditions than labels or prompts, for prompts and `fixed` inputs that are missing, not
     wanted or of another form.
     """
-    if (folder / FORM).is_file():
-        transformer = load_routed(folder)
-        _check_class(folder, type(transformer).__name__, prompts)
-    else:
-        transformer = _load_plain(folder, prompts)
+    reading, outline = reading or Reading(), outlined(folder, prompts)
+    if faults := faults_of(outline.transformer, outline.stored):
+        raise DamagedFileError(f"{folder}: the weights do not fit config.json: {faults}")
+    fixed = fixed_inputs(folder, outline.transformer, fixed or FixedInputs())
+    transformer = outline.transformer.float()
+    store(transformer, reading.kept.dtype, reading.kept.offload)
+    _fill(transformer, outline.stored, torch.device(device), reading)
+    dtypes = {name: one.dtype for name, one in outline.stored.items()}
+    return DiffusersDenoiser(transformer, prompts, fixed, dtypes).eval().requires_grad_(False)
+
+
+def _fill(transformer: Any, stored: dict[str, Stored], device: torch.device, reading: Reading) -> None:
+    layers = block_layers(transformer) if reading.kept.offload else ()
+    away = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+
+    def put(old: Tensor, value: Tensor) -> Tensor:
+        dtype = old.dtype if value.is_floating_point() else value.dtype
+        if id(old) not in away:
+            return value.to(device, dtype, copy=True)
+        value = value.to("cpu", dtype, copy=True)
+        return value.pin_memory() if device.type == "cuda" else value
+
+    fill(transformer, stored, put, reading.reader)
+    for module in transformer.modules():  # those that are computed
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A transformer without weights, and what its files hold."""
+
+    transformer: Any
+    stored: dict[str, Stored]
+
+
+def planned_transformer(folder: Path, prompts: Prompts | None, fixed: FixedInputs, pipeline: str) -> DiffusersDenoiser:
+    """What `load_transformer` gives for a plain one, without its weights, on the meta device: by config.json alone.
+
+    Where it reads prompts and none are given, those of the class `pipeline` stand in for them.
+    """
+    transformer = empty_transformer(folder, prompted=True)
+    family = family_of(transformer)
+    if prompts is None and family.width:
+        prompts = Unencoded(family, transformer.config, pipeline)
     if prompts is not None:
         _check_prompts(folder, transformer, prompts)
-    fixed = fixed_inputs(folder, transformer, fixed or FixedInputs())
-    return DiffusersDenoiser(transformer.float(), prompts, fixed).eval().requires_grad_(False)
+        prompts.blank()
+    fixed = fixed_inputs(folder, transformer, fixed)
+    return DiffusersDenoiser(transformer.float().to("meta"), prompts, fixed).eval().requires_grad_(False)
 
 
-def _load_plain(folder: Path, prompts: Prompts | None) -> Any:
+def outlined(folder: Path, prompts: Prompts | None) -> Outline:
+    """The outline of a diffusers folder, plain or routed. Raises what `load_transformer` does but for faults of fit."""
+    if (folder / FORM).is_file():
+        transformer, saved = routed_outline(folder)
+        _check_class(folder, type(transformer).__name__, prompts is not None)
+        stored = saved.stored
+    else:
+        transformer, stored = empty_transformer(folder, prompts is not None), contents(_files(folder))
+    if prompts is not None:
+        _check_prompts(folder, transformer, prompts)
+    return Outline(transformer, stored)
+
+
+def empty_transformer(folder: Path, prompted: bool) -> Any:
+    """A plain transformer by its config.json alone, with parameters on the meta device.
+
+    Raises UserError for a class that is no teacher's, or that reads prompts where it is not `prompted`.
+    """
     import diffusers
 
     given = read_json(folder / "config.json")
     name = str(given.get("_class_name", "network of no class"))
     if (name, given.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero"):  # its name in the public DiT folders
         name = "DiTTransformer2DModel"
-    _check_class(folder, name, prompts)
+    _check_class(folder, name, prompted)
+    if given.get("quantization_config"):
+        raise UserError(f"{folder} holds quantised weights, which are not read: name the folder before quantisation")
+    try:
+        with without_weights():
+            return getattr(diffusers, name).from_config(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"{folder}: diffusers cannot make it of its config.json: {error}") from error
+
+
+def _files(folder: Path) -> list[Path]:
     if not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(
             f"{folder} holds no safetensors; pickled weights are not read: name a revision that has them, or save the"
             " pipeline again with diffusers' save_pretrained (safetensors is its default)"
         )
-    given = local_safetensors(folder, DIFFUSERS)
-    try:
-        model, info = getattr(diffusers, name).from_pretrained(
-            folder, low_cpu_mem_usage=False, output_loading_info=True, **given
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f"{folder}: diffusers cannot load it: {error}") from error
-    faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if faults:  # diffusers only warns, and leaves such weights random
-        raise DamagedFileError(f"{folder}: the weights do not fit config.json: {faults}")
-    return model
+    return weight_files(folder, DIFFUSERS)
 
 
-def _check_class(folder: Path, name: str, prompts: Prompts | None) -> None:
+def _check_class(folder: Path, name: str, prompted: bool) -> None:
     if name not in FAMILIES:
         raise UserError(
             f"{folder} holds a {name}: a teacher is conditioned on class labels or prompts, so it must be one of"
             f" {', '.join(FAMILIES)}, a public SiT or DiT .pt, or a folder that a run of this project saved"
         )
-    if FAMILIES[name].width and prompts is None:
+    if FAMILIES[name].width and not prompted:
         raise UserError(
             f"{folder} holds a {name}, which reads prompts: encode some (python -m dmd_dar.encode prompts=FILE ...) and"
             " name their folder, teacher.prompts=FOLDER"

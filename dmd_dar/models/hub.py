@@ -29,21 +29,29 @@ def resolve(path: str, revision: str = "", more: tuple[str, ...] = TEACHER_FILES
         if revision:
             raise UserError(f"revision {revision!r} is for hub ids, but {path} is a local path: leave revision out")
         return local
-    owner = path.partition("/")[0]
-    if not HUB_ID.fullmatch(path) or Path(owner).exists():
+    if not is_hub_id(path):
         raise MissingWeightsError(f"{path}: no such file or folder, and no hub id; write OWNER/NAME for a hub id")
-    return _snapshot(path, revision, more)
+    return _snapshot(path, revision, (*FILES, *more))
 
 
-def _snapshot(name: str, revision: str, more: tuple[str, ...]) -> Path:
+def is_hub_id(path: str) -> bool:
+    """Whether it is OWNER/NAME and neither is here."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and not Path(path.partition("/")[0]).exists()
+
+
+def configurations(path: str, revision: str = "") -> Path:
+    """`resolve`, but of a hub id the configurations alone: no weights are fetched."""
+    return Path(path) if Path(path).exists() else _snapshot(path, revision, ("*.json",))
+
+
+def _snapshot(name: str, revision: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     offline = constants.HF_HUB_OFFLINE
     at = f"{name} at revision {revision}" if revision else name
     try:
-        patterns = [*FILES, *more]
         return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=patterns, local_files_only=offline)
+            snapshot_download(name, revision=revision or None, allow_patterns=[*patterns], local_files_only=offline)
         )
     except (OSError, ValueError) as error:
         if offline:
@@ -62,6 +70,23 @@ def _snapshot(name: str, revision: str, more: tuple[str, ...]) -> Path:
 def local_safetensors(folder: Path, stem: str) -> dict[str, Any]:
     """The arguments with which from_pretrained reads a folder's own safetensors and nothing else; see `variant_of`."""
     return {"variant": variant_of(folder, stem), "use_safetensors": True, "local_files_only": True}
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """A folder's own safetensors, of the variant that `variant_of` says: one file, or those that its index names.
+
+    Raises what `variant_of` does, and DamagedFileError where the index names files elsewhere, or that are not here.
+    """
+    variant = variant_of(folder, stem)
+    index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
+    if not index.is_file():
+        return [folder / f"{stem}{f'.{variant}' if variant else ''}.safetensors"]
+    named = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
+    wrong = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if wrong or not names:
+        raise DamagedFileError(f"{index} names {', '.join(wrong[:4]) or 'no files'}, not here: give the whole folder")
+    return [folder / name for name in names]
 
 
 def variant_of(folder: Path, stem: str) -> str | None:

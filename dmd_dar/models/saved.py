@@ -27,12 +27,15 @@ from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.flow import Sampler
 from dmd_dar.models.codecs import Codec
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_from_dict, meaning_of
-from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, Reading, load_transformer
 from dmd_dar.models.families.form import FixedInputs
+from dmd_dar.models.frozen import store
 from dmd_dar.models.hub import files_hash, read_json
+from dmd_dar.models.merging import write_merged
 from dmd_dar.models.pipeline_folder import Base, base_of, index_of, lay_parts
 from dmd_dar.models.prompts import Prompts
 from dmd_dar.models.schedulers import faults_of, scheduler_config, student_config
+from dmd_dar.models.shared_lora import LoraDenoiser, merged
 from dmd_dar.models.sit import SiT, SiTConfig
 from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.layout import RoutingConfig
@@ -82,14 +85,19 @@ def save_network(folder: Path, network: Denoiser, card: ModelCard, codec: Codec 
         write_network(new, network, card, codec)
 
 
-def write_network(folder: Path, network: Denoiser, card: ModelCard, codec: Codec | None = None) -> str:
-    """Fill an empty folder; returns the network's hash."""
+def write_network(folder: Path, network: Denoiser | LoraDenoiser, card: ModelCard, codec: Codec | None = None) -> str:
+    """Fill an empty folder; returns the network's hash. A LoRA student is written merged."""
     transformer = make_folder(folder / "transformer")
+    if isinstance(network, LoraDenoiser) and isinstance(network.network, DiffusersDenoiser):
+        write_merged(transformer, network)
+        network, written = network.network, True
+    else:
+        network, written = merged(network), False
     if isinstance(network, SiT):
         weights = save({name: value.contiguous().cpu() for name, value in network.state_dict().items()})
         write_atomic(transformer / SIT_WEIGHTS, weights)
         _write_json(transformer / "config.json", {"_class_name": SIT_CLASS, **asdict(network.config)})
-    else:
+    elif not written:
         network.transformer.save_pretrained(transformer)
     base = base_of(card.origin) if card.rungs and isinstance(network, DiffusersDenoiser) else None
     parts = {} if base is None else lay_parts(base, folder, card.origin.get("codec", "") if codec else "")
@@ -139,13 +147,28 @@ def _is_old(folder: Path) -> bool:
     return (folder / OLD_CARD).is_file() and not (folder / CARD).is_file()
 
 
-def read_network(folder: Path, prompts: Prompts | None = None, fixed: FixedInputs | None = None) -> Denoiser:
-    """The network of a folder whose card was read: on the CPU, in evaluation mode, frozen.
+def read_network(
+    folder: Path,
+    prompts: Prompts | None = None,
+    fixed: FixedInputs | None = None,
+    device: torch.device | str = "cpu",
+    reading: Reading | None = None,
+) -> Denoiser:
+    """The network of a folder whose card was read: on `device`, in evaluation mode, frozen; kept as `reading` says.
 
     Raises MissingWeightsError naming the missing file, DamagedFileError naming the file that does not fit the others.
     """
     sit = _sit_files(folder)
-    return load_transformer(folder / "transformer", prompts, fixed) if sit is None else _load_sit(*sit)
+    if sit is None:
+        return load_transformer(folder / "transformer", prompts, fixed, device, reading)
+    return kept_so(_load_sit(*sit).to(device), reading)
+
+
+def kept_so(network: SiT, reading: Reading | None) -> SiT:
+    """The network, in place, with its frozen blocks kept as `reading` says."""
+    if reading is not None:
+        store(network, reading.kept.dtype, reading.kept.offload)
+    return network
 
 
 def load_network(folder: str | Path, device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:

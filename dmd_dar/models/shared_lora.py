@@ -71,10 +71,14 @@ class Lora(nn.Module):
         update = F.linear(F.linear(x.to(dtype), self.A), self.B)
         return output + (self.scale * update).to(output.dtype)
 
-    def merge(self, linear: nn.Linear) -> None:
-        """Add the update to the layer's own weight, in float32 and where the weight lies, and go."""
+    def merged(self, linear: nn.Linear) -> Tensor:
+        """The layer's weight with the update, in float32 or wider, where the weight lies."""
         weight, update = linear.weight.detach(), self.scale * self.B.detach() @ self.A.detach()
-        linear.weight = nn.Parameter(weight.to(update.dtype) + update.to(weight.device), requires_grad=False)
+        return weight.to(update.dtype) + update.to(weight.device)
+
+    def merge(self, linear: nn.Linear) -> None:
+        """Add the update to the layer's own weight, and go."""
+        linear.weight = nn.Parameter(self.merged(linear), requires_grad=False)
         self.handle.remove()
         del linear.lora
 
@@ -192,6 +196,11 @@ def merged(network: Plain | LoraDenoiser) -> Plain:
     if len({parameter.device for parameter in twin.parameters()}) > 1:
         twin.cpu()
     return twin.float().requires_grad_(False)
+
+
+def parameter_count(network: Plain) -> int:
+    """Numbers that its weights are, without adapters."""
+    return sum(parameter.numel() for name, parameter in network.named_parameters() if ".lora." not in name)
 
 
 def shared_copy(network: Plain) -> Plain:

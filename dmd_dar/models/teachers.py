@@ -22,14 +22,24 @@ from dmd_dar.flow import Sampler
 from dmd_dar.keys import key
 from dmd_dar.models.codecs import Codec, Decoding, load_codec, vae_of
 from dmd_dar.models.denoiser import MEANINGS, Meaning, Prediction, meaning_of
-from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, load_transformer
+from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, Reading, load_transformer
 from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.hub import files_hash, read_json, resolve
 from dmd_dar.models.pipeline_folder import Base, base_at, base_of
 from dmd_dar.models.prompts import Prompts
-from dmd_dar.models.saved import CARD, Denoiser, Saved, holds_network, read_card, read_network, transformer_hash
+from dmd_dar.models.saved import (
+    CARD,
+    Denoiser,
+    Saved,
+    holds_network,
+    kept_so,
+    read_card,
+    read_network,
+    transformer_hash,
+)
 from dmd_dar.models.schedulers import meaning_of_scheduler
 from dmd_dar.models.sit import PRESETS, SiT, SiTConfig, sin_cos_positions
+from dmd_dar.models.user_lora import fuse
 
 LABELS = "y_embedder.embedding_table.weight"  # of the public weights: a row for each class, then the unconditional one
 # Parts of names that wrappers of torch put in: DDP and its averages, torch.compile, FSDP, checkpointing.
@@ -48,6 +58,7 @@ class TeacherConfig:
         "what the output means; auto: as the folder says, or as a public .pt's file name (SiT-..., DiT-...) says",
     )
     heads: int = key(0, "attention heads of a .pt; 0: those of the public size of its width", least=0)
+    lora: str = key("", "LoRA that it carries: diffusers' file or its folder, or a peft folder", path=True)
     codec: str = key("", "VAE of a latent teacher, folder or hub id; empty: the pipeline's own, or pixels")
     codec_revision: str = key("", "as revision, of the codec")
     codec_decode: Decoding = key(
@@ -79,6 +90,8 @@ class Teacher:
     text_encoder: str = ""  # path or hub id of the pipeline whose text encoder reads them; empty: not known
     text_encoder_revision: str = ""
     base: Base | None = None  # the pipeline that it is, or was distilled in
+    lora: str = ""  # path of what was fused into it
+    lora_hash: str = ""
 
     def knows(self, label_names: tuple[str, ...]) -> bool:
         """Whether data of those classes has its conditions: labels always, prompts if they are the classes' names."""
@@ -89,7 +102,8 @@ class Teacher:
         """The digest that it would have with the prompts of that hash; its own where it reads none."""
         if self.transformer is None:
             return self.digest
-        return transformer_hash(self.transformer, self.prediction, prompts, self.network.fixed)  # type: ignore[union-attr]
+        own = transformer_hash(self.transformer, self.prediction, prompts, self.network.fixed)  # type: ignore[union-attr]
+        return files_hash([], own, self.lora_hash) if self.lora else own
 
 
 def load_teacher(
@@ -97,23 +111,24 @@ def load_teacher(
     device: torch.device | str = "cpu",
     saved: Saved | None = None,
     table: Prompts | None = None,
+    reading: Reading | None = None,
 ) -> Teacher:
-    """The teacher at `config.path`, in evaluation mode, frozen, on `device`.
+    """The teacher at `config.path`, in evaluation mode, frozen, on `device`, its weights kept as `reading` says.
 
     saved: `read_card` of the folder, where it was read before, so that weights of gigabytes are not hashed again.
     table: takes the place of the prompts that the configuration or the folder names.
     Raises UserError or a kind of it, naming the file and the remedy, where nothing is found, a file is damaged, needs
     unpickling or another kind of condition, or does not say what its output means.
     """
-    place = resolve(config.path, config.revision)
+    place, to = resolve(config.path, config.revision), (device, reading)
     if place.is_file():
-        teacher = _public(place, config)
+        teacher = _public(place, config, *to)
     elif holds_network(place):
-        teacher = _saved(place, config, saved or read_card(place), table)
+        teacher = _saved(place, config, saved or read_card(place), table, *to)
     elif (place / "transformer").is_dir():
-        teacher = _pipeline(place, config, table)
+        teacher = _pipeline(place, config, table, *to)
     elif (place / "config.json").is_file():
-        teacher = _transformer(place, config, table)
+        teacher = _transformer(place, config, table, *to)
     else:
         raise UserError(f"{place} holds no teacher: no {CARD}, no transformer folder, no config.json")
     prompted = teacher.network.prompts is not None
@@ -121,13 +136,16 @@ def load_teacher(
         raise UserError(f"{place} reads class labels: leave prompts out")
     if (config.input_size or config.embedded_guidance) and not isinstance(teacher.network, DiffusersDenoiser):
         raise UserError(f"{place} is no transformer that leaves them open: leave input_size and embedded_guidance out")
-    teacher.network.to(device)
-    return replace(teacher, prompts_are_classes=config.prompts_are_classes)
+    teacher = replace(teacher, prompts_are_classes=config.prompts_are_classes)
+    if not config.lora:
+        return teacher
+    added = fuse(teacher.network, config.lora)
+    return replace(teacher, digest=files_hash([], teacher.digest, added), lora=config.lora, lora_hash=added)
 
 
-def _saved(place: Path, config: TeacherConfig, saved: Saved, table: Prompts | None) -> Teacher:
+def _saved(place: Path, config: TeacherConfig, saved: Saved, table: Prompts | None, *to: Any) -> Teacher:
     card, prediction = saved.card, _stated(config, saved.card.prediction, place)
-    network = read_network(place, table or prompts_of(config, card.origin), _fixed(config, card.origin))
+    network = read_network(place, table or prompts_of(config, card.origin), _fixed(config, card.origin), *to)
     prompted = network.prompts is not None
     digest = _digest(place / "transformer", prediction, network) if prompted else saved.digest  # type: ignore[arg-type]
     facts = {**_codec(config, saved.codec), "origin": card.origin, "sampler": card.sampler}
@@ -136,7 +154,7 @@ def _saved(place: Path, config: TeacherConfig, saved: Saved, table: Prompts | No
     return Teacher(network, prediction, digest, card.label_names, card.rungs, **facts)
 
 
-def _pipeline(place: Path, config: TeacherConfig, table: Prompts | None) -> Teacher:
+def _pipeline(place: Path, config: TeacherConfig, table: Prompts | None, *to: Any) -> Teacher:
     file = place / "scheduler" / "scheduler_config.json"
     meaning = None
     if file.is_file():
@@ -146,7 +164,7 @@ def _pipeline(place: Path, config: TeacherConfig, table: Prompts | None) -> Teac
             raise DamagedFileError(f"{file}: {error}") from error
     prediction = _stated(config, meaning, file)
     folder, names = place / "transformer", {"codec": vae_of(place)}
-    network = load_transformer(folder, table or prompts_of(config), _fixed(config))
+    network = load_transformer(folder, table or prompts_of(config), _fixed(config), *to)
     _check_encoder(place, network)
     facts = {**_codec(config, names), "transformer": folder if network.prompts is not None else None}
     if network.prompts is not None:
@@ -167,9 +185,9 @@ def _check_encoder(place: Path, network: DiffusersDenoiser) -> None:
     )
 
 
-def _transformer(place: Path, config: TeacherConfig, table: Prompts | None) -> Teacher:
+def _transformer(place: Path, config: TeacherConfig, table: Prompts | None, *to: Any) -> Teacher:
     """Of a transformer's folder alone, whose chain is unknown; those that read prompts count flow's t to 1000."""
-    network = load_transformer(place, table or prompts_of(config), _fixed(config))
+    network = load_transformer(place, table or prompts_of(config), _fixed(config), *to)
     prediction = _stated(config, None, place / "config.json")
     if prediction == "flow" and network.family.time_scale != 1:
         prediction = Meaning("flow", time_scale=network.family.time_scale)
@@ -216,7 +234,11 @@ def codec_of(teacher: Teacher, device: torch.device | str = "cpu") -> Codec | No
 
 
 def open_teacher(
-    config: TeacherConfig, data: DataConfig, device: torch.device | str = "cpu", sized: bool = False
+    config: TeacherConfig,
+    data: DataConfig,
+    device: torch.device | str = "cpu",
+    sized: bool = False,
+    reading: Reading | None = None,
 ) -> tuple[Teacher, Codec | None]:
     """The frozen teacher and the codec of its latents, None for pixels.
 
@@ -225,7 +247,7 @@ def open_teacher(
     stays closed.
     """
     try:
-        teacher = load_teacher(config, device)
+        teacher = load_teacher(config, device, reading=reading)
         codec = codec_of(teacher, device)
     except UserError as error:
         raise UserError(f"teacher.path = {config.path}: {' '.join(str(error).split())}") from error
@@ -241,8 +263,9 @@ def open_teacher(
 
 
 def origin_of(teacher: Teacher, codec: Codec | None) -> dict[str, Any]:
-    """What a student's card says of its codec, prompts, fixed inputs and base, for them to be found again."""
+    """What a student's card says of its codec, prompts, fixed inputs, base and LoRA, for them to be found again."""
     origin: dict[str, Any] = {} if teacher.base is None else {**teacher.base.origin}
+    origin |= {"lora": teacher.lora, "lora_hash": teacher.lora_hash} if teacher.lora else {}
     if codec is not None:
         origin |= {"codec": teacher.codec, "codec_revision": teacher.codec_revision, "codec_digest": codec.digest()}
     if (prompts := teacher.network.prompts) is not None:
@@ -294,7 +317,7 @@ def _stated(config: TeacherConfig, in_file: Prediction | Meaning | None, file: P
 
 # The public SiT (github.com/willisma/SiT) and DiT (github.com/facebookresearch/DiT) weights have the same names and
 # shapes: nothing in them tells one from the other.
-def _public(file: Path, config: TeacherConfig) -> Teacher:
+def _public(file: Path, config: TeacherConfig, device: torch.device | str, reading: Reading | None) -> Teacher:
     named = re.match(r"(sit|dit)[-_.]", file.name.lower())
     by_name = named.group(1) if named and config.prediction == "auto" else None
     prediction = _stated(config, by_name, file)  # type: ignore[arg-type]
@@ -312,7 +335,7 @@ def _public(file: Path, config: TeacherConfig) -> Teacher:
     except RuntimeError as error:
         fault = " ".join(str(error).split())
         raise DamagedFileError(f"{file} holds another network than SiT or DiT: {fault}") from error
-    network.eval().requires_grad_(False)
+    network = kept_so(network.eval().requires_grad_(False).to(device), reading)
     return Teacher(network, prediction, files_hash([file], str(prediction), str(shape.heads)), **_codec(config))
 
 

@@ -95,6 +95,24 @@ def load_text_encoder(
     return TextEncoder(pipeline, name, prompting, tokens or prompting.tokens, digest)
 
 
+def encoder_sizes(folder: Path) -> dict[str, int]:
+    """Parameters of each text encoder of a pipeline folder, by its config.json alone; of known classes only."""
+    import transformers
+
+    file, found = folder / "model_index.json", {}
+    index = read_json(file) if file.is_file() else {}
+    prompting = PIPELINES.get(str(index.get("_class_name")))
+    for part in ENCODERS if prompting is not None else ():
+        library, name = index.get(part) or (None, None)
+        config = folder / part / "config.json"
+        if library == "transformers" and name in prompting.parts and config.is_file():  # type: ignore[union-attr]
+            kind = getattr(transformers, name)
+            with torch.device("meta"):
+                model = kind(kind.config_class.from_json_file(config))
+            found[part] = sum(parameter.numel() for parameter in model.parameters())
+    return found
+
+
 def _load_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
     import transformers
 

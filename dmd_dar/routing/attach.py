@@ -23,10 +23,11 @@ from dmd_dar.routing.caches import cached
 from dmd_dar.routing.check import prove
 from dmd_dar.routing.consumers import Plan, plan_of, wrapped
 from dmd_dar.routing.examples import example_inputs as inputs_for
-from dmd_dar.routing.folder import FORM, WEIGHTS, class_of, computed_buffers, read_folder, save_routed
+from dmd_dar.routing.folder import FORM, WEIGHTS, Saved, class_of, computed_buffers, read_folder, save_routed
 from dmd_dar.routing.hooks import DarBank, owner
 from dmd_dar.routing.layout import FormOptions, Query, RoutingConfig, routing_form
 from dmd_dar.routing.offload import runs_on
+from dmd_dar.routing.tensor_files import faults_of, fill, without_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -141,26 +142,36 @@ def load_routed(folder: str | os.PathLike[str]) -> Any:
     Raises MissingWeightsError or DamagedFileError, naming the file, where the folder is not of that form or its parts
     do not fit each other.
     """
+    model, saved = routed_outline(folder)
+    if faults := faults_of(model, saved.stored):
+        raise DamagedFileError(f"{Path(folder) / WEIGHTS}: the weights do not fit what {FORM} says: {faults}")
+    fill(model, saved.stored, lambda old, value: value.clone())
+    return model.eval()
+
+
+def routed_outline(folder: str | os.PathLike[str]) -> tuple[Any, Saved]:
+    """That transformer with its routers, without weights (parameters on the meta device), and what its folder holds.
+
+    Raises what `load_routed` does, but for weights that do not fit.
+    """
     saved, form = read_folder(folder), Path(folder) / FORM
     name = saved.backbone["_class_name"]
     model_class = class_of(name)
     if model_class is None:
         raise DamagedFileError(f"{form}: backbone._class_name: diffusers has no model class {name!r}")
-    with _blamed(f"{form}: backbone"):
+    with _blamed(f"{form}: backbone"), without_weights():
         model: Any = model_class.from_config(saved.backbone)
     with _blamed(f"{form}: granularity"):
         plan = plan_of(model, saved.granularity)
     with _blamed(f"{form}: routing"):
         install(model, saved.routing, plan)
-    with _blamed(f"{form.with_name(WEIGHTS)}: the weights do not fit what {FORM} says"):
-        model.load_state_dict(saved.weights, assign=True)
     buffers = computed_buffers(model)
     if buffers.keys() != saved.buffer_dtypes.keys():
         raise DamagedFileError(f"{form}: buffer_dtypes must name {[*buffers]}, got {[*saved.buffer_dtypes]}")
     for key, buffer in buffers.items():
         path, _, own = key.rpartition(".")
         setattr(model.get_submodule(path), own, buffer.to(saved.buffer_dtypes[key]))
-    return model.eval()
+    return model, saved
 
 
 @contextmanager

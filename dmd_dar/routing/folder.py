@@ -6,21 +6,21 @@ the weights bear a name that they do not look for, and config.json asks for a qu
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmd_dar.atomic import make_folder, sync_folder, write_atomic
+from dmd_dar.atomic import make_folder, write_atomic
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.routing.fused import unfused
 from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.routing.offload import keeper
+from dmd_dar.routing.tensor_files import Entries, Stored, contents, write
 
 FORMAT = 1
 WEIGHTS, FORM, CONFIG = "dar_weights.safetensors", "dar.json", "config.json"
@@ -45,13 +45,13 @@ BARRIER = {"quant_method": "dar: it has routers, load it with dmd_dar.routing.lo
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder holds: diffusers' configuration (class name included), the routing, and all weights by name."""
+    """What a folder holds: diffusers' configuration (class name included), the routing, and where its weights are."""
 
     backbone: dict[str, Any]
     routing: RoutingConfig
     granularity: str
     buffer_dtypes: dict[str, torch.dtype]  # of the buffers that are computed, not saved
-    weights: dict[str, Tensor]
+    stored: dict[str, Stored]  # all weights by name, in their file
 
 
 def save_routed(
@@ -70,13 +70,28 @@ def save_routed(
     _check_options(options)
     if kept := keeper(model):
         raise UserError(f"save_pretrained: the model does not hold its values, {kept}")
-    weights = {name: value.contiguous() for name, value in unfused(model).items()}
+    weights = unfused(model)
     if any(type(value).__name__ == "DTensor" for value in weights.values()):
         raise UserError("the model is sharded: load its gathered state dict into one that is not, and save that")
     if any(".base_layer." in name or ".modules_to_save." in name for name in weights):
         raise UserError("the model has adapters: fuse or unload them before save_pretrained, save them on their own")
+    entries = {name: (value.dtype, tuple(value.shape)) for name, value in weights.items()}
+    write_routed(model, save_directory, entries, weights.__getitem__, is_main_process)
+
+
+def write_routed(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    entries: Entries,
+    value: Callable[[str], Tensor],
+    is_main_process: bool = True,
+) -> None:
+    """The folder of a routed transformer with other weights than its own: value(name), in the form that `entries` says.
+
+    Raises UserError where those are not the weights of its class, and for a folder that holds a plain model's.
+    """
     backbone, routing = json.loads(model.to_json_string()), asdict(model.dar.config)
-    _check_weights(type(model).__name__, backbone, weights)
+    _check_weights(type(model).__name__, backbone, {name: torch.Size(shape) for name, (_, shape) in entries.items()})
     if not is_main_process:
         return
     folder = make_folder(save_directory)
@@ -85,10 +100,7 @@ def save_routed(
     form = {"format": FORMAT, "backbone": backbone, "routing": routing, "granularity": model.dar.plan.granularity}
     buffers = computed_buffers(model)
     form["buffer_dtypes"] = {name: str(value.dtype).removeprefix("torch.") for name, value in buffers.items()}
-    half = folder / f".{WEIGHTS}.tmp"
-    save_file(weights, half, metadata={"format": "pt", "routing": json.dumps(routing)})
-    os.replace(half, folder / WEIGHTS)
-    sync_folder(folder)
+    write(folder / WEIGHTS, entries, value, {"routing": json.dumps(routing)})
     write_atomic(folder / FORM, json.dumps(form, indent=1))
     write_atomic(folder / CONFIG, json.dumps({**backbone, "quantization_config": BARRIER}, indent=1))
 
@@ -102,7 +114,7 @@ def _check_options(options: dict[str, Any]) -> None:
             raise UserError(f"{name}={value!r}: a routed transformer is {remedy}")
 
 
-def _check_weights(name: str, backbone: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def _check_weights(name: str, backbone: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
     """Raises UserError where `load_routed` would find that the weights are not those of the class."""
     model_class = class_of(name)
     if model_class is None:
@@ -112,7 +124,7 @@ def _check_weights(name: str, backbone: dict[str, Any], weights: dict[str, Tenso
         )
     with torch.device("meta"):
         own = {key: value.shape for key, value in model_class.from_config(backbone).state_dict().items()}
-    found = {key: value.shape for key, value in weights.items() if not key.startswith("dar.")}
+    found = {key: shape for key, shape in shapes.items() if not key.startswith("dar.")}
     if wrong := sorted(key for key in {*own, *found} if own.get(key) != found.get(key)):
         raise UserError(
             f"these weights of the model are not what {name} has by its configuration: {', '.join(wrong[:4])}"
@@ -154,13 +166,12 @@ def read_folder(folder: str | os.PathLike[str]) -> Saved:
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["routing"])
-        weights = load_file(folder / WEIGHTS)
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise DamagedFileError(f"{folder / WEIGHTS} is not a routed transformer's: {error!r}") from error
     trained = _routing(f"{folder / WEIGHTS}: routing", metadata)
     if trained != routing:
         raise DamagedFileError(f"{folder}: {FORM} says {routing}, but the weights were saved with {trained}")
-    return Saved(form["backbone"], routing, form["granularity"], form["buffer_dtypes"], weights)
+    return Saved(form["backbone"], routing, form["granularity"], form["buffer_dtypes"], contents([folder / WEIGHTS]))
 
 
 def _read_form(path: Path) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dmd_dar import config, sample
+from dmd_dar import config, load_pipeline, sample
+from dmd_dar.distillation import job as distill
 from dmd_dar.models.saved import load_network
 from dmd_dar.models.teachers import TeacherConfig, load_teacher
 from dmd_dar.train.disk import checkpoint
-from tests.distillation.test_job import run, teacher  # noqa: F401
+from tests.distillation.test_job import arguments, run, teacher  # noqa: F401
 from tests.models.test_teacher_jobs import run as distil_teacher
 from tests.models.tiny_pipelines import tiny_pipeline
 
@@ -36,6 +37,18 @@ def test_shared_lora_trains_stops_resumes_bit_for_bit_and_samples(teacher, tmp_p
     argv = [f"student={tmp_path / 'whole' / 'student'}", f"out={tmp_path / 'images'}", "n=2"]
     sample.sample(config.load(sample.SampleConfig, argv))
     assert len(list((tmp_path / "images").glob("0*.png"))) == 2
+
+
+def test_an_adapter_alone_is_handed_out_and_is_the_student_on_its_base(teacher, tmp_path):  # noqa: F811
+    distill.main(arguments(teacher, tmp_path / "run", "steps=1", "export=adapter", *SHARED))
+    student = tmp_path / "run" / "student"
+    assert {path.name for path in student.iterdir()} == {"adapter", "README.md"}
+    alone = load_pipeline(str(student / "adapter"), base=str(teacher))
+    run(teacher, tmp_path / "run", "steps=1", "export=both", *SHARED)  # finished: it hands out once more
+    whole = load_pipeline(str(student))
+    torch.testing.assert_close(alone(n=2, seed=1), whole(n=2, seed=1), rtol=1e-4, atol=1e-4)
+    run(teacher, tmp_path / "run", "steps=1", "export=merged", *SHARED)
+    assert not (student / "adapter").exists() and (student / "denoiser.json").exists()
 
 
 def test_a_checkpoint_of_shared_lora_holds_what_is_trained_only(teacher, tmp_path):  # noqa: F811
@@ -81,7 +94,7 @@ def test_shared_lora_of_a_diffusers_pipeline(tmp_path):
     assert network.config.routing.query == "timestep" and not any("lora" in name for name in network.state_dict())
 
 
-@pytest.mark.parametrize("wrong", ["lora.rank=0", "lora.targets=[to_q]", "launch.sharding=fsdp2", "weights=lora"])
+@pytest.mark.parametrize("wrong", ["lora.rank=0", "lora.targets=[to_q]", "weights=lora"])
 def test_mistakes_are_one_line(teacher, tmp_path, wrong, capsys):  # noqa: F811
     with pytest.raises(SystemExit) as stop:
         run(teacher, tmp_path / "run", *SHARED, wrong)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmd_dar.distillation.networks import Memory, Networks, build_networks
 from dmd_dar.errors import UserError
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser
-from dmd_dar.models.frozen import block_layers, release, store
+from dmd_dar.models.frozen import Kept, block_layers, release, store
 from dmd_dar.models.shared_lora import Lora, LoraConfig, merged
 from dmd_dar.models.sit import build_sit, with_routing
 from dmd_dar.routing.layout import RoutingConfig
@@ -247,7 +247,7 @@ def test_targets_that_name_no_layer_are_refused():
 
 @pytest.mark.parametrize("kind", ["sit", "dit"])
 def test_a_base_in_bfloat16_computes_in_the_types_asked_for_and_trains_adapters_in_float32(kind):
-    memory = replace(SHARED, frozen=torch.bfloat16, checkpointing=True)
+    memory = replace(SHARED, kept=Kept(torch.bfloat16), checkpointing=True)
     exact = teacher_of(kind)
     networks = build_networks(copy.deepcopy(exact), ROUTED, memory=memory)
     given = inputs_of(exact)
@@ -270,7 +270,7 @@ def test_a_base_in_bfloat16_computes_in_the_types_asked_for_and_trains_adapters_
 
 def test_full_networks_train_in_float32_though_the_teacher_is_kept_in_bfloat16():
     exact = teacher_of("sit")
-    networks = build_networks(copy.deepcopy(exact), ROUTED, memory=Memory(frozen=torch.bfloat16))
+    networks = build_networks(copy.deepcopy(exact), ROUTED, memory=Memory(kept=Kept(torch.bfloat16)))
     assert networks.teacher.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     assert torch.equal(networks.student.blocks[0].attn.qkv.weight, exact.blocks[0].attn.qkv.weight)
     assert not hasattr(networks.student.blocks[0].attn.qkv, "storage")
@@ -300,7 +300,7 @@ def test_offload_changes_neither_outputs_nor_gradients_and_lets_go_after_each_la
     for offload in (False, True):
         torch.manual_seed(0)
         networks = build_networks(
-            teacher_of("sit"), ROUTED, memory=replace(SHARED, offload=offload, checkpointing=True)
+            teacher_of("sit"), ROUTED, memory=replace(SHARED, kept=Kept(offload=offload), checkpointing=True)
         )
         train(networks, 2)
         given = inputs_of(networks.teacher)
@@ -331,7 +331,7 @@ def test_what_is_trained_lies_where_the_networks_compute_not_where_weights_are_s
                 setattr(layer, name, nn.Parameter(torch.zeros(value.shape), requires_grad=False))
 
     monkeypatch.setattr("dmd_dar.distillation.networks.store", keep_on_the_cpu)
-    memory = replace(SHARED, offload=True)
+    memory = replace(SHARED, kept=Kept(offload=True))
     networks = build_networks(teacher_of(kind).to("meta"), ROUTED, memory=memory, rungs=4)  # meta for a GPU
     assert {layer.weight.device.type for layer in block_layers(networks.teacher)} == {"cpu"}
     for network in (networks.student, networks.fake_score):

@@ -11,6 +11,7 @@ from dmd_dar.models.compiled import compile_network, eagerly
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, routed_copy
 from dmd_dar.models.discriminator import features_of
+from dmd_dar.models.frozen import Kept
 from dmd_dar.models.shared_lora import LoraConfig
 from dmd_dar.routing.layout import RoutingConfig
 from tests.models.tiny_pipelines import tiny_dit
@@ -21,7 +22,7 @@ FORMS = {
     "full": Memory(),
     "shared_lora": Memory("shared_lora", LoraConfig(rank=2)),
     "checkpointing": Memory(checkpointing=True),
-    "offload": Memory("shared_lora", LoraConfig(rank=2), frozen=torch.bfloat16, offload=True),
+    "offload": Memory("shared_lora", LoraConfig(rank=2), Kept(torch.bfloat16, offload=True)),
 }
 slow = pytest.mark.slow
 

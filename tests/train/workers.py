@@ -21,9 +21,11 @@ from dmd_dar.methods.trajectories import Trajectories
 from dmd_dar.models.denoiser import velocity_of
 from dmd_dar.models.diffusers_denoiser import DiffusersDenoiser, routed_copy
 from dmd_dar.models.discriminator import Heads, features_of, width_of
-from dmd_dar.models.shared_lora import LoraConfig
+from dmd_dar.models.frozen import Kept, block_layers
+from dmd_dar.models.shared_lora import LoraConfig, merged
 from dmd_dar.models.sit import SiTConfig, with_routing
 from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.tensor_files import Stored, contents
 from dmd_dar.train.disk.checkpoint import CheckpointConfig
 from dmd_dar.train.disk.log import RunLog
 from dmd_dar.train.loop.ema import Ema
@@ -62,6 +64,16 @@ def loras(dtype: torch.dtype) -> list[nn.Module]:
     return [networks.teacher, networks.student, networks.fake_score]
 
 
+def over_a_half_base(dtype: torch.dtype) -> list[nn.Module]:
+    """The same over one in bfloat16 that lies in the CPU's memory; what is trained is of `dtype`."""
+    memory = Memory("shared_lora", LoraConfig(rank=2), Kept(torch.bfloat16, offload=True))
+    networks = build_networks(tiny_sit(SHAPE).to(dtype), ROUTING, memory=memory)
+    for network in (networks.student, networks.fake_score):
+        for p in network.parameters():
+            p.data = p.data.to(dtype)
+    return [networks.teacher, networks.student, networks.fake_score]
+
+
 def cycle_of(
     runtime: Runtime,
     k: int,
@@ -74,7 +86,8 @@ def cycle_of(
     teacher.requires_grad_(False)
     ema, rungs = Ema(student, 0.9), (1.0, 0.6)
     getattr(fake_score, "network", fake_score).tell_rungs_apart(len(rungs))
-    fake_score.to(dtype)
+    for p in fake_score.parameters():
+        p.data = p.data.to(dtype)
     if checkpointing:
         student.checkpoint_activations()  # type: ignore[operator]
         fake_score.checkpoint_activations()  # type: ignore[operator]
@@ -207,6 +220,26 @@ def by_two(folder: Path) -> dict[str, Any]:
     return found
 
 
+def over_one_base(folder: Path, rank: int) -> dict[str, Any]:
+    """Runs over a frozen base in parts, what a process holds of it, and reads of a file that rank 0 alone has."""
+    found: dict[str, Any] = {
+        "offload": trained(config("fsdp2", 2), 2, 3, made=over_a_half_base, checkpointing=True),
+        "plain": trained(config("fsdp2"), 2, 3, made=loras),
+    }
+    runtime, networks = Runtime(config("fsdp2")), over_a_half_base(torch.float64)
+    student = networks[1]
+    before = merged(student).state_dict()  # type: ignore[arg-type]
+    runtime.shard(*networks)
+    found["held"] = sum(p.numel() for layer in block_layers(student) for p in layer.parameters(recurse=False))
+    whole = runtime.whole(student)
+    after = merged(whole).state_dict() if runtime.is_main else before  # type: ignore[arg-type]
+    found["merged"] = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    stored = contents([folder / "weights.safetensors"])
+    if rank:
+        stored = {name: Stored(folder / "absent", one.dtype, one.shape) for name, one in stored.items()}
+    return found | {"read": {name: value.clone() for name, value in runtime.one_reads(stored)}}
+
+
 def by_two_six_times() -> dict[str, Any]:
     """Six whole cycles: with five fake-score updates, and in one go with two."""
     return {str(k): trained(config("none", 2), k, 6) for k in CYCLES}
@@ -219,15 +252,18 @@ def by_four() -> dict[str, Any]:
     return found | {"replicas": [divergence("fsdp2", nudge, **shared), divergence("fsdp2", None, **shared)]}
 
 
-def work(rank: int, folder: str, port: int, processes: int, long: bool) -> None:
+def work(rank: int, folder: str, port: int, processes: int, form: str) -> None:
     torch.set_num_threads(1)
     places = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
-    made = by_four() if processes == 4 else by_two_six_times() if long else by_two(Path(folder))
+    if form == "base":
+        made = over_one_base(Path(folder), rank)
+    else:
+        made = by_four() if processes == 4 else by_two_six_times() if form == "long" else by_two(Path(folder))
     torch.save(made, Path(folder) / f"found{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    given = (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "long" in sys.argv)
+    given = (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), " ".join(sys.argv[4:]))
     torch.multiprocessing.start_processes(work, given, nprocs=given[2], start_method="fork")

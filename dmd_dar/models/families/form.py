@@ -42,6 +42,7 @@ class Prompting:
     parts: tuple[str, ...]  # classes of transformers that its tokenizers and text encoders may be of
     encode: Encode
     template: Callable[[Any], tuple[str, ...]] = _nothing  # what diffusers' code puts around a prompt; for the digest
+    before: int = 0  # tokens of other encoders that stand before those
     negative: str = ""  # the prompt that guidance leads away from, where none is named
     asks_transformer: bool = False  # zeros stand for a text encoder that is left out, as wide as the transformer says
 

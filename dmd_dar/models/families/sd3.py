@@ -28,5 +28,5 @@ SD3 = Family(
     width="joint_attention_dim",
     beside="pooled",
     most=lambda config: config["patch_size"] * (config.get("pos_embed_max_size") or 0),
-    pipelines={"StableDiffusion3Pipeline": Prompting(256, PARTS, encode, asks_transformer=True)},
+    pipelines={"StableDiffusion3Pipeline": Prompting(256, PARTS, encode, before=77, asks_transformer=True)},
 )

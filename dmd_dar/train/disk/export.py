@@ -1,20 +1,40 @@
-"""What a run hands out: a network's folder with its README.md, and beside merged weights their LoRA adapter."""
+"""What a run hands out: a network's folder with its README.md; of a LoRA student merged weights, adapter or both."""
 
 from pathlib import Path
+from typing import Literal
 
 from dmd_dar.atomic import replaced_folder, write_atomic
 from dmd_dar.models.adapters import write_adapter
 from dmd_dar.models.codecs import Codec
-from dmd_dar.models.saved import PARTS, Denoiser, ModelCard, write_network
-from dmd_dar.models.shared_lora import LoraDenoiser, merged
+from dmd_dar.models.saved import CARD, PARTS, Denoiser, ModelCard, write_network
+from dmd_dar.models.shared_lora import LoraDenoiser
 from dmd_dar.train.disk.readme import readme
 
+Export = Literal["both", "merged", "adapter"]
+WITHOUT_NETWORK = (*PARTS, CARD, "scheduler", "vae", "model_index.json")  # of no use beside an adapter alone
 
-def export(place: Path, network: Denoiser | LoraDenoiser, card: ModelCard, codec: Codec | None = None) -> None:
-    """Fill RUN/student, or another folder of the run; what stood there stays whole until all is on the disk."""
-    plain = merged(network)
-    with replaced_folder(place, PARTS) as new:
-        digest = write_network(new, plain, card, codec)
-        if isinstance(network, LoraDenoiser):
-            write_adapter(new / "adapter", network, card, digest)
-        write_atomic(new / "README.md", readme(place.parent, plain, card, digest))
+
+def export(
+    place: Path,
+    network: Denoiser | LoraDenoiser,
+    card: ModelCard,
+    codec: Codec | None = None,
+    what: Export = "both",
+) -> None:
+    """Fill RUN/student, or another folder of the run; what stood there stays whole until all is on the disk.
+
+    `what` is handed out of a LoRA student; its adapter alone costs no second base.
+    """
+    if not isinstance(network, LoraDenoiser):
+        with replaced_folder(place, PARTS) as new:
+            digest = write_network(new, network, card, codec)
+            write_atomic(new / "README.md", readme(place.parent, network, card, digest))
+        return
+    with replaced_folder(place, WITHOUT_NETWORK if what == "adapter" else PARTS) as new:
+        digest = "" if what == "adapter" else write_network(new, network, card, codec)
+        if what != "merged":
+            digest = write_adapter(new / "adapter", network, card, digest)
+        text = readme(place.parent, network.network, card, digest)
+        if what == "adapter":
+            text = text.replace('load_pipeline("FOLDER")', 'load_pipeline("FOLDER/adapter", base="TEACHER")')
+        write_atomic(new / "README.md", text)

@@ -29,7 +29,7 @@ from dmd_dar.atomic import recover_folders, sweep, write_atomic
 from dmd_dar.errors import UserError
 from dmd_dar.keys import differences, filled
 
-MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir")
+MAY_CHANGE = ("log.*", "card*", "launch.*", "checkpoint.*", "preflight", "resume", "out_dir", "export")
 GROW_ONLY = ("steps",)
 HELD = (errno.EWOULDBLOCK, errno.EACCES)  # of a lock that another process has
 log = logging.getLogger(__name__)

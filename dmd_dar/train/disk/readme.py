@@ -15,6 +15,7 @@ from dmd_dar.keys import key
 from dmd_dar.models.hub import HUB_ID
 from dmd_dar.models.pipeline_folder import base_of
 from dmd_dar.models.saved import Denoiser, ModelCard
+from dmd_dar.models.shared_lora import parameter_count
 from dmd_dar.models.sit import SiT
 from dmd_dar.train.disk import log
 
@@ -170,7 +171,7 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
         "Teacher": _plain(_public(_teacher(config))) + f", SHA-256 `{origin['teacher']}`"
         if "teacher" in origin
         else None,
-        "Network": f"{shape}, {sum(p.numel() for p in network.parameters())} parameters, {kind}; SHA-256 `{digest}`",
+        "Network": f"{shape}, {parameter_count(network)} parameters, {kind}; SHA-256 `{digest}`",
         "Sizes": _sizes(origin.get("sizes")),
         "Rungs": ", ".join(f"{t:g}" for t in card.rungs) + f" (1 is noise), sampler {card.sampler}" if steps else None,
         "Guidance": _guidance(origin),

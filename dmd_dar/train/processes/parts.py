@@ -1,12 +1,16 @@
-"""Sharded tensors: what of them a process holds, and the way to whole ones and back."""
+"""Tensors of several processes: what of them each holds, and the way to whole ones and back."""
 
 import copy
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from dmd_dar.models.frozen import Parts
+from dmd_dar.routing.tensor_files import Stored, pieces, tensors_in
 
 
 def outline(network: nn.Module) -> nn.Module:
@@ -71,3 +75,26 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for index, values in state["state"].items()
     }
     optimiser.load_state_dict({**state, "state": moments})
+
+
+def parts_of(group: Any, device: torch.device) -> Parts:
+    """How the processes of `group` split frozen weights among them, which are gathered on `device`."""
+    count = dist.get_world_size(group)
+
+    def gather(part: Tensor) -> Tensor:
+        part = part.to(device)
+        every = part.new_empty(count, len(part))
+        dist.all_gather_into_tensor(every.flatten().view(torch.uint8), part.view(torch.uint8), group)
+        return every
+
+    return Parts(dist.get_rank(group), count, gather)
+
+
+def sent_by_main(stored: Mapping[str, Stored], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """A `Reader` of several processes, on `device`: the main one reads and sends. An exchange for each tensor."""
+    names = [name for _, names in pieces(stored) for name in names]
+    waiting = ((name, torch.empty(stored[name].shape, dtype=stored[name].dtype)) for name in names)
+    for name, value in waiting if dist.get_rank() else tensors_in(stored):
+        sent = value.to(device)
+        dist.broadcast(sent.reshape(-1).view(torch.uint8), 0)
+        yield name, sent

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,10 @@ from dmd_dar.draws import sample_range
 from dmd_dar.errors import UserError
 from dmd_dar.keys import key
 from dmd_dar.models.denoiser import NetworkVelocity
-from dmd_dar.train.processes.parts import gathered, is_part, outline
+from dmd_dar.models.frozen import Parts, is_split, split, unsplit
+from dmd_dar.models.shared_lora import LoraDenoiser
+from dmd_dar.routing.tensor_files import Stored, tensors_in
+from dmd_dar.train.processes.parts import gathered, is_part, outline, parts_of, sent_by_main
 from dmd_dar.train.processes.world import MEETING, World, alone, launched
 
 T = TypeVar("T")
@@ -144,6 +147,10 @@ class Runtime:
 
         return call
 
+    def one_reads(self, stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+        """A `Reader`: the main process reads the files and sends each tensor to the others. An exchange."""
+        return tensors_in(stored) if self.processes == 1 else sent_by_main(stored, self.device)
+
     def main_first(self) -> Any:
         """A context that the main process leaves before the others enter it."""
         return self.accelerator.main_process_first()
@@ -157,11 +164,16 @@ class Runtime:
     def shard(self, *networks: nn.Module) -> None:
         """Under fsdp2, leave each process its part of every network, in place; before optimisers are made.
 
+        Of networks over one frozen base, its part of that: they share its tensors, which fully_shard would part once
+        for each of them. Their adapters and routers stay whole, with gradients as without sharding.
         The modules that a network's `shards()` names are gathered by themselves; the rest, routers included, is
         gathered for the whole forward. Called on torch, since accelerate's `prepare` takes one model and one optimiser.
         Raises UserError for a network that is not Shardable.
         """
         if not self.sharded:
+            return
+        if any(isinstance(network, LoraDenoiser) for network in networks):
+            split(self._parts(), *networks)
             return
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes as long to import as torch itself
 
@@ -182,6 +194,10 @@ class Runtime:
             # whose gradient would gather it again.
             fully_shard(network, mesh=self.mesh, mp_policy=exact, reshard_after_forward=False)
 
+    def _parts(self) -> Parts:
+        assert self.mesh is not None
+        return parts_of(self.mesh.get_group("shard"), self.device)
+
     def settle(self, *networks: nn.Module) -> None:
         """Before weights are changed: drop what is still gathered of them, so that the next forward sees the change."""
         for network in networks:
@@ -193,6 +209,8 @@ class Runtime:
 
         Call it in every process.
         """
+        if is_split(network):
+            return unsplit(network, self.is_main)
         if network not in self.outlines:
             return network
         weights, copied = gathered(network.state_dict()), self.outlines[network]
