@@ -22,7 +22,7 @@ class Unencoded(Prompts):
         self.count, self.width = 1, config[family.width]
         self.small = self.whole = True
         self.names = ("embedding", family.beside) if family.beside else ("embedding",)
-        self.shapes = {"embedding": (prompting.before + prompting.tokens, self.width)}
+        self.shapes: dict[str, tuple[int, ...]] = {"embedding": (prompting.before + prompting.tokens, self.width)}
         if family.beside == "pooled":
             self.shapes["pooled"] = (config["pooled_projection_dim"],)
 
