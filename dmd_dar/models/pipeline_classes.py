@@ -40,8 +40,9 @@ class BasePart(ModelMixin):
             kind: Any = getattr(importlib.import_module(library), str(name))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFileError(f"{file} names no part of a base: {error!r}") from error
+        is_network = issubclass(kind, nn.Module)
         dtype = {"torch_dtype" if library == "diffusers" else "dtype": torch_dtype}
-        given = dtype if torch_dtype is not None and issubclass(kind, nn.Module) else {}
+        given = dtype if torch_dtype is not None and is_network else {}
         try:
             return kind.from_pretrained(base, subfolder=part, revision=named.get("revision") or None, **given)
         except (OSError, ValueError) as error:
