@@ -28,6 +28,7 @@ from dmd_dar.models import prompts
 from dmd_dar.models.codecs import Codec, load_codec
 from dmd_dar.models.text import load_text_encoder
 from dmd_dar.train.processes.filling import Work, fill_folder
+from dmd_dar.train.processes.world import launched
 
 IMAGES_PER_SHARD, PROMPTS_PER_SHARD = 1024, 64  # tens to hundreds of megabytes
 
@@ -73,6 +74,8 @@ class EncodeConfig:
             raise ValueError("out is empty: name the folder to write to, out=FOLDER")
         if self.device and (self.workers > 1 or self.cpu):
             raise ValueError(f"device = {self.device} is of one process: leave workers and cpu out, or device")
+        if self.device:
+            object.__setattr__(self, "workers", 1)  # where 0 would start one for each GPU
         if self.prompts:
             if self.codec or not self.pipeline:
                 raise ValueError("prompts needs pipeline, whose text encoder reads them, and no codec")
@@ -92,6 +95,12 @@ class EncodeConfig:
 def prepare(cfg: EncodeConfig, device: torch.device) -> Work:
     """The latents or prompts of `cfg`, for `fill_folder`."""
     if cfg.device:
+        world = launched()
+        if world is not None and world.processes > 1:
+            raise config.ConfigError(
+                f"device = {cfg.device}: a launcher started {world.processes} processes, which all would compute there;"
+                " leave device out, each takes a GPU of its own"
+            )
         device = named_device(cfg.device)
     return prepare_prompts(cfg, device) if cfg.prompts else prepare_latents(cfg, device)
 

@@ -141,7 +141,7 @@ class StudentPipeline:
         Raises UserError for labels that the student does not know, for numbers of images that contradict, and where
         there are words and the text encoder is not there.
         """
-        labels, own_seeds = _plain(labels), None if isinstance(seed, int) else [*seed]
+        labels, own_seeds = _plain(labels), _own_seeds(seed)
         count = _count(labels, n, noise, own_seeds)
         shape = self.shape_at(height, width)
         if noise is not None and tuple(noise.shape) != (count, *shape):
@@ -157,7 +157,7 @@ class StudentPipeline:
             decoded(generator, self.codec and self.codec.decode),
             SampleRange(
                 count,
-                seed if isinstance(seed, int) else 0,
+                operator.index(seed) if own_seeds is None else 0,  # pyright: ignore[reportArgumentType]
                 labels=indices,
                 noise=noise,
                 own_seeds=own_seeds,
@@ -215,6 +215,15 @@ class StudentPipeline:
             names = f", by name {', '.join(self.label_names[:8])} ..." if self.label_names else " and has no names"
             raise UserError(f"label {label!r}: the student knows the classes 0 to {self.num_classes - 1}{names}")
         return index
+
+
+def _own_seeds(seed: Any) -> list[int] | None:
+    """A list of seeds, one for each image; None for one seed, of whatever type of whole numbers."""
+    try:
+        operator.index(seed)
+    except TypeError:
+        return [operator.index(one) for one in seed]
+    return None
 
 
 def _plain(labels: Any) -> Any:

@@ -27,7 +27,7 @@ GRID_LIMIT = 64  # images shown in grid.png
 DEFAULT = 64  # images where neither their number nor prompts are named
 ENLARGED = 256  # pixels of a side up to which the grid shows each pixel as four
 SAME = ("n", "seed", "label", "rungs", "sampler", "network")  # of a request that `out` already holds images of
-ALSO = ("captions", "seeds", "height", "width")  # the same, which requests of before lack
+ALSO = ("captions", "height", "width", "decode")  # the same, which requests of before lack
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def refuse_other_images(out: Path, facts: dict[str, Any]) -> None:
         except ValueError as error:
             fault = f"{kept} cannot be read ({error}), so whose images these are is unknown"
             raise config.ConfigError(f"out = {out}: {fault}; remove the folder, or name another") from error
-        if any(old.get(name) != facts[name] for name in SAME) or any(
+        if any(old.get(name) != facts.get(name) for name in (*SAME, "seeds")) or any(
             name in old and old[name] != facts.get(name) for name in ALSO
         ):
             raise config.ConfigError(f"out = {out}: it holds the images of another request; name another folder")

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -58,30 +59,31 @@ def test_words_are_the_same_prompts_encoded_ahead(root, name):
     ahead = load_pipeline(student, prompts=str(root / f"{name}_new"))
     pipe = load_pipeline(student)
     expected, images = ahead([0, 1, 2], seed=7), pipe(NEW, seed=7)
-    assert expected.std() > 0.1 and (images - expected).abs().max() <= 1e-6
+    assert expected.std() > 0.1 and (images - expected).abs().max() <= 5e-6  # alone, or beside others in a batch
     assert (pipe([NEW[1], *NEW[1:]], seed=7) - expected)[0].abs().max() > 1e-4  # it is the prompt that decides
     assert pipe.words is not None and pipe.words.held is None and set(pipe.words.known) == set(NEW)
-    torch.testing.assert_close(pipe(NEW[0], n=2, seed=7)[0], expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(pipe(NEW[0], n=2, seed=7)[0], expected[0], rtol=0, atol=5e-6)
     own = load_pipeline(student)([1, 0], seed=7)
     assert torch.equal(pipe([1, 0], seed=7), own) and pipe.student.network.prompts.count == 2
 
 
 def test_the_student_s_own_prompts_may_be_gone_but_not_its_text_encoder(root, tmp_path):
-    shutil.copytree(root / "pixart_student", tmp_path / "student")
+    without = shutil.ignore_patterns("text_encoder")  # of the base, which stands in a student's folder, too
+    shutil.copytree(root / "pixart_student", tmp_path / "student", ignore=without)
     shutil.copytree(root / "pixart", tmp_path / "pipeline")
     card = json.loads((tmp_path / "student" / "denoiser.json").read_text())
     card["origin"] |= {"prompts": str(tmp_path / "gone"), "text_encoder": str(tmp_path / "pipeline")}
     (tmp_path / "student" / "denoiser.json").write_text(json.dumps(card))
     expected = load_pipeline(str(root / "pixart_student"))(NEW, seed=1)
     pipe = load_pipeline(str(tmp_path / "student"))
-    assert (pipe(NEW, seed=1) - expected).abs().max() <= 1e-6
+    assert (pipe(NEW, seed=1) - expected).abs().max() <= 5e-6
     with pytest.raises(UserError, match="own prompts are not at .*gone: give prompts in words"):
         pipe(n=2)
     shutil.rmtree(tmp_path / "pipeline" / "text_encoder")
     with pytest.raises(UserError, match=f"none in .*{tmp_path}/pipeline; name the teacher's pipeline, text_encoder="):
         load_pipeline(str(tmp_path / "student"))(NEW)
     named = load_pipeline(str(tmp_path / "student"), text_encoder=str(root / "pixart"), keep_text_encoder=True)
-    assert (named(NEW, seed=1) - expected).abs().max() <= 1e-6 and named.words.held is not None
+    assert (named(NEW, seed=1) - expected).abs().max() <= 5e-6 and named.words.held is not None
 
 
 def test_another_text_encoder_is_refused(root, tmp_path):
@@ -108,6 +110,7 @@ def test_seeds_of_their_own(root):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert (first - second).abs().max() > 0.01
     torch.testing.assert_close(pipe(NEW, seed=[7, 8, 7], batch_size=2), three, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pipe(NEW[0], seed=np.int64(7))[0], first, rtol=0, atol=0)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="labels for 3 images, seed for 2 images"):
         pipe(NEW, seed=[1, 2])
 
@@ -132,8 +135,12 @@ def test_the_command_takes_words_and_says_them(root, tmp_path):
     assert facts["captions"] == ["two dogs", "a red cat"] and facts["seeds"] == [5, 1] and facts["n"] == 2
     drawn = load_pipeline(student)(["two dogs", "a red cat"], seed=[5, 1], output="pil")
     assert Image.open(tmp_path / "two" / "000001.png").tobytes() == drawn[1].tobytes()
+    for other in ("prompt=a dog", "decode=slices"):
+        with pytest.raises(config.ConfigError, match="images of another request"):
+            sample(config.load(SampleConfig, [*given, other]))
+    (tmp_path / "seeded.jsonl").write_text('{"text": "a cat in a hat", "seed": 5}\n')
     with pytest.raises(config.ConfigError, match="images of another request"):
-        sample(config.load(SampleConfig, [*given, "prompt=a dog"]))
+        sample(config.load(SampleConfig, [*given, "prompt=", f"prompts={tmp_path / 'seeded.jsonl'}"]))
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ class DistillConfig:
         flow.check_rungs(self.rungs, self.regression.solver_steps if self.regression.used else None)
         if not (self.matching.weight or self.regression.used or self.gan.used):
             raise ValueError("matching.weight, regression.weight and gan.weight are 0: nothing would train the student")
-        if self.matching.start >= self.steps:
+        if self.matching.weight and self.matching.start >= self.steps:
             raise ValueError(
                 f"matching.start is {self.matching.start} of {self.steps} steps: no update would match distributions;"
                 " lower it, or set matching.weight to 0"

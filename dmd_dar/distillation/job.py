@@ -129,11 +129,11 @@ def at_most(assembled: Assembled) -> Iterator[None]:
 
 def fullest_turn(cfg: DistillConfig) -> int:
     """A turn in which as many of the student's losses have a weight above 0 as in any."""
-    ramped = (cfg.regression, cfg.gan)
+    ramped, first = (cfg.regression, cfg.gan), cfg.fake_score_start  # before it, not all networks are trained
     ends = (turn for weight in ramped for turn in (weight.ramp_start, weight.ramp_start + weight.ramp_steps))
-    first = cfg.fake_score_start  # from here on, all networks are trained
-    turns = {first} | {near for end in ends for near in (end - 1, end, end + 1) if first <= near < cfg.steps}
-    return max(sorted(turns), key=lambda turn: sum(weight.at(turn) > 0 for weight in ramped))
+    turns = {first, *([cfg.matching.start] if cfg.matching.weight else [])}
+    turns |= {near for end in ends for near in (end - 1, end, end + 1) if first <= near < cfg.steps}
+    return max(sorted(turns), key=lambda turn: sum(weight.at(turn) > 0 for weight in (cfg.matching, *ramped)))
 
 
 def train(

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class Codec(nn.Module):
         super().__init__()
         self.vae = vae.float().eval().requires_grad_(False)
         self.form = FORMS[type(vae).__name__]
-        self.chunk = CHUNK
+        self.chunk, self.tiled = CHUNK, False
         scale, shift = self.form.scale(vae)
         self.register_buffer("scale", scale.reshape(-1, 1, 1))
         self.register_buffer("shift", shift.reshape(-1, 1, 1))
@@ -65,8 +66,8 @@ class Codec(nn.Module):
 
         Tiles need the least memory; where they meet they are blended, which is not quite the whole image.
         """
-        self.chunk = CHUNK if decoding == "whole" else 1
-        if decoding == "tiles":
+        self.chunk, self.tiled = CHUNK if decoding == "whole" else 1, decoding == "tiles"
+        if self.tiled:
             self.vae.enable_tiling()
 
     def digest(self) -> str:
@@ -82,10 +83,19 @@ class Codec(nn.Module):
 
         The std of an AutoencoderDC, whose latents are no distribution, is 0.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), self._untiled():
             parts = [self.form.encode(self.vae, part.float()) for part in images.split(CHUNK)]
         mean, std = (torch.cat(moment) for moment in zip(*parts, strict=True))
         return (mean - self.shift) * self.scale, std * self.scale
+
+    @contextmanager
+    def _untiled(self) -> Iterator[None]:
+        """diffusers' one switch is for encoding, too."""
+        self.vae.use_tiling = False
+        try:
+            yield
+        finally:
+            self.vae.use_tiling = self.tiled
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], not clamped."""
@@ -135,7 +145,9 @@ def _encode_frame(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decode_frame(vae: Any, raw: Tensor) -> Tensor:
     """Past the VAE's own decode, which clamps, so that a loss on images would have no gradient beyond [-1, 1]."""
-    if vae.use_tiling:
+    factor = vae.spatial_compression_ratio
+    tile = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+    if vae.use_tiling and any(side * factor > most for side, most in zip(raw.shape[-2:], tile, strict=True)):
         return vae.tiled_decode(raw[:, :, None], return_dict=False)[0][:, :, 0]
     return vae.decoder(vae.post_quant_conv(raw[:, :, None]))[:, :, 0]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmd_dar.device import free_memory
 from dmd_dar.errors import UserError
-from dmd_dar.models.hub import HUB_ID
+from dmd_dar.models.hub import HUB_ID, TEXT_FILES, resolve
 from dmd_dar.models.prompts import Written
 from dmd_dar.models.text import TextEncoder, load_text_encoder
 
@@ -57,23 +57,27 @@ class Words:
 
     def _encode(self, texts: list[str], others: Sequence[nn.Module]) -> None:
         place, revision = self._place()
-        moved = [] if self._fits(place) else others
-        for module in moved:
-            module.to("cpu")
-        free_memory()
-        encoder = self.held or self._load(place, revision)
-        for text in texts:  # one by one: a prompt is the same whatever stands beside it
-            rows = encoder.encode([text])
-            self.known[text] = {name: value[0].cpu() for name, value in rows.items()}
-        self.pipeline, self.held = encoder.name, encoder if self.keep else None
-        del encoder
-        free_memory()
-        for module in moved:
-            module.to(self.device)
+        folder = str(resolve(place, revision, TEXT_FILES))
+        moved = [] if self._fits(folder) else others
+        encoder = None
+        try:
+            for module in moved:
+                module.to("cpu")
+            free_memory()
+            encoder = self.held or self._load(place, folder)
+            for text in texts:  # one by one: a prompt is the same whatever stands beside it
+                rows = encoder.encode([text])
+                self.known[text] = {name: value[0].cpu() for name, value in rows.items()}
+            self.pipeline, self.held = encoder.name, encoder if self.keep else None
+        finally:
+            del encoder
+            free_memory()
+            for module in moved:
+                module.to(self.device)
 
-    def _load(self, place: str, revision: str) -> TextEncoder:
+    def _load(self, place: str, folder: str) -> TextEncoder:
         dtype = getattr(torch, self.source.dtype)
-        encoder = load_text_encoder(place, revision, self.source.tokens, dtype, self.device)
+        encoder = load_text_encoder(folder, "", self.source.tokens, dtype, self.device)
         if encoder.digest != self.source.digest:
             raise UserError(
                 f"text_encoder = {place}: it is another text encoder ({encoder.digest[:12]}) than the one that the"
@@ -91,11 +95,11 @@ class Words:
             " the teacher's pipeline, text_encoder=FOLDER or hub id, or give encoded prompts, prompts=FOLDER"
         )
 
-    def _fits(self, place: str) -> bool:
+    def _fits(self, folder: str) -> bool:
         """Whether the device has room for the text encoder beside what is there; other devices than GPUs always do."""
         if self.device.type != "cuda" or self.held is not None:
             return True
-        size = sum(file.stat().st_size for file in Path(place).glob("text_encoder*/*.safetensors"))
+        size = sum(file.stat().st_size for file in Path(folder).glob("text_encoder*/*.safetensors"))
         return SPARE * size < torch.cuda.mem_get_info(self.device)[0]
 
 

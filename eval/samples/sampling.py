@@ -163,6 +163,7 @@ class Bench:
         """The images that `facts`, this bench and the code determine, made once; a broken file is made anew."""
         facts = {**facts, "count": self.count, "seed": self.seed, "shape": self.shape, "classes": self.num_classes}
         facts |= {"codec": self.codec_digest} if self.codec_digest else {}
+        facts |= {"decode": "tiles"} if self.codec is not None and self.codec.tiled else {}
         kept = Kept.of(self.cache, self.device, facts)
         found = kept.find()
         if not self.processes.any(found is None):

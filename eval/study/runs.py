@@ -150,6 +150,11 @@ def require_shared(runs: Sequence[Run], key: str) -> None:
             if ours != theirs:
                 fault = f"{what} {theirs} in {run.name}, {ours} in {runs[0].name}"
                 raise config.ConfigError(f"{key}: {fault}; compare equals")
+        ours, theirs = (one.cfg.pixels[0] for one in (runs[0], run))
+        if ours != theirs:
+            sizes = [f"{h or 'own'} x {w or 'own'}" for h, w in (theirs, ours)]
+            fault = f"the first height x width is {sizes[0]} in {run.name}, {sizes[1]} in {runs[0].name}"
+            raise config.ConfigError(f"{key}: {fault}; compare equals")
 
 
 def reference_guidance(runs: Sequence[Run], given: float | None) -> float:

@@ -98,6 +98,10 @@ def test_an_update_that_nothing_trains_is_refused(teacher, weights, update):
         config.load(distill.DistillConfig, given)
 
 
+def test_where_nothing_is_matched_its_start_does_not_matter():
+    config.from_dict(distill.DistillConfig, {"steps": 20, "matching": {"weight": 0.0, "start": 30}}, where="test")
+
+
 @pytest.mark.parametrize(
     "gan", [{}, {"weight": 0.0, "end_weight": 1.0, "ramp_start": 9}, {"weight": 1.0, "end_weight": 0.0}]
 )

@@ -57,9 +57,14 @@ def test_slices_are_the_whole_and_tiles_are_the_vae_s_own(kind):
 
 
 @torch.no_grad()
-def test_a_small_image_is_one_tile():
-    whole, other = codecs("kl")
-    x = latents(whole, (6, 8))
+@pytest.mark.parametrize("kind", ["kl", "qwen", "flux2"])
+def test_a_small_image_is_one_tile_and_none_is_encoded_in_tiles(kind):
+    whole, other = codecs(kind)
+    x = latents(whole, (6, 8) if kind == "kl" else (4, 4))
     other.decode_in("tiles")
+    images = whole.decode(latents(whole, LARGE)).clamp(-1, 1)
+    for one, moment in zip(other.encode(images), whole.encode(images), strict=True):
+        torch.testing.assert_close(one, moment, rtol=0, atol=1e-5)
+    assert other.vae.use_tiling
     torch.testing.assert_close(other.decode(x), whole.decode(x), rtol=0, atol=1e-5)
     assert other.digest() == whole.digest()

@@ -78,3 +78,10 @@ def test_one_form_of_guidance_for_all_runs_of_a_report():
     require_shared([one, one], "runs")
     with pytest.raises(config.ConfigError, match="guidance .*interval"):
         require_shared([one, other], "runs")
+
+
+def test_one_first_size_for_all_runs_of_a_report():
+    one = made("one")
+    other = dataclasses.replace(one, name="other", cfg=dataclasses.replace(one.cfg, height=24, width=40))
+    with pytest.raises(config.ConfigError, match="24 x 40 in other, own x own in one"):
+        require_shared([one, other], "runs")

@@ -13,7 +13,6 @@ from dmd_dar import config
 from dmd_dar.distillation import job
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.errors import UserError
-from dmd_dar.losses import LossWeight
 from dmd_dar.models.sit import SiT
 from dmd_dar.train.disk import checkpoint, log
 from dmd_dar.train.loop import fitting
@@ -188,14 +187,16 @@ def test_a_number_is_the_same_split_as_accumulation_and_both_are_a_contradiction
 
 
 def test_the_turn_that_is_rehearsed_has_all_losses_that_any_has():
-    def turn(regression: dict, gan: dict) -> int:
-        weights = {"regression": LossWeight(**regression), "gan": LossWeight(**gan)}
-        return job.fullest_turn(SimpleNamespace(steps=100, **weights))  # type: ignore[arg-type]
+    def turn(regression: dict, gan: dict, matching: dict | None = None) -> int:
+        values = {"steps": 100, "matching": matching or {}, "gan": gan, "regression": {"weight": 0.0} | regression}
+        return job.fullest_turn(config.from_dict(DistillConfig, values, where="test"))
 
     late = {"weight": 0.0, "end_weight": 1.0, "ramp_start": 40, "ramp_steps": 20}
     gone = {"weight": 1.0, "end_weight": 0.0, "ramp_start": 10, "ramp_steps": 50}
     assert turn({"weight": 1.0}, {}) == turn({}, {}) == turn({"weight": 1.0}, {"weight": 1.0}) == 0
     assert turn({"weight": 1.0}, late) == 41 and turn(gone, late) == 41
+    assert turn({"weight": 1.0}, {}, {"start": 50}) == 50
+    assert turn({"weight": 1.0}, {"weight": 0.01, "feature_weight": 0.01}, {"start": 50}) == 50
 
 
 def test_what_says_that_memory_is_full():
