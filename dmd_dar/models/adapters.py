@@ -109,6 +109,13 @@ def base_config(
     )
 
 
+def described_in(described: dict[str, Any]) -> tuple[ModelCard, str, RoutingConfig]:
+    """(card, the base's hash, routing) of an adapter.json; KeyError, TypeError or ValueError for another format."""
+    if described["format"] != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    return card_from_dict(described["card"]), str(described["base"]), RoutingConfig(**described["routing"])
+
+
 def load_adapter(folder: Path, base: Teacher) -> Teacher:
     """The student: `base` with the adapter merged into it, and the student's routers.
 
@@ -117,10 +124,7 @@ def load_adapter(folder: Path, base: Teacher) -> Teacher:
     """
     described, config = read_json(folder / CARD), read_json(folder / CONFIG)
     try:
-        if described["format"] != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        card, trained_on = card_from_dict(described["card"]), str(described["base"])
-        routing = RoutingConfig(**described["routing"])
+        card, trained_on, routing = described_in(described)
         targets = tuple(str(name) for name in config["target_modules"])
         lora, kind = LoraConfig(int(config["r"]), float(config["lora_alpha"]), targets), str(config["peft_type"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -175,24 +179,31 @@ def _bytes(tensors: dict[str, Any], about: dict[str, str] | None = None) -> byte
 
 
 def updates_of(folder: Path) -> dict[str, Tensor]:
-    """The updates of an adapter, by their names in the base as its own library names them.
+    """The updates of an adapter, by their names in the base as its own library names them, for a scale of 1.
 
     Raises MissingWeightsError or DamagedFileError naming the file.
     """
-    kind = str(read_json(folder / CONFIG).get("peft_type"))
+    config = read_json(folder / CONFIG)
     try:
-        saved: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        before = _prefix(str(config["peft_type"]))
+        scale = float(config["lora_alpha"]) / int(config["r"])  # not part of B in those of earlier versions
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise DamagedFileError(f"{folder / CONFIG} does not say how its updates are scaled: {error!r}") from error
+    saved = {name.removeprefix(before): value for name, value in _tensors(folder / WEIGHTS).items()}
+    return {name: scale * value if name.endswith("lora_B.weight") else value for name, value in saved.items()}
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Raises DamagedFileError naming the file where it cannot be read."""
+    try:
+        return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise DamagedFileError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    return {name.removeprefix(_prefix(kind)): value for name, value in saved.items()}
+        raise DamagedFileError(f"{file} cannot be read: {error}") from error
 
 
 def fill(file: Path, own: dict[str, Any]) -> None:
     """Copy a file's tensors into those of the same names; DamagedFileError where names or shapes differ."""
-    try:
-        saved: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise DamagedFileError(f"{file} cannot be read: {error}") from error
+    saved = _tensors(file)
     shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (saved, own)]
     if shapes[0] != shapes[1]:
         wrong = sorted(name for name in {*saved, *own} if shapes[0].get(name) != shapes[1].get(name))

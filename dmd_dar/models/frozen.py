@@ -75,10 +75,10 @@ class Storage:
 
 
 def block_layers(network: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers of a transformer's blocks, which hold nearly all of its weights."""
-    for blocks in network.modules():
-        if isinstance(blocks, nn.ModuleList):
-            yield from (layer for layer in blocks.modules() if isinstance(layer, nn.Linear))
+    """The linear layers of a transformer's blocks, which hold nearly all of its weights, each once."""
+    lists = (blocks for blocks in network.modules() if isinstance(blocks, nn.ModuleList))  # diffusers nests them
+    within = dict.fromkeys(layer for blocks in lists for layer in blocks.modules())
+    yield from (layer for layer in within if isinstance(layer, nn.Linear))
 
 
 def store(network: nn.Module, dtype: torch.dtype | None = None, offload: bool = False) -> None:
@@ -89,7 +89,7 @@ def store(network: nn.Module, dtype: torch.dtype | None = None, offload: bool = 
     """
     if dtype is None and not offload:
         return
-    for layer in [layer for layer in dict.fromkeys(block_layers(network)) if not is_stored(layer)]:
+    for layer in [layer for layer in block_layers(network) if not is_stored(layer)]:
         for parameter in layer.parameters(recurse=False):
             parameter.data = _stored(parameter.data, dtype or parameter.dtype, offload)
         layer.storage = Storage(layer)  # type: ignore[assignment]

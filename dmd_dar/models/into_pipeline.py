@@ -3,19 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dmd_dar.errors import DamagedFileError, UserError
 from dmd_dar.models import adapters
 from dmd_dar.models.denoiser import meaning_of
 from dmd_dar.models.families import family_of
 from dmd_dar.models.families.form import FixedInputs
-from dmd_dar.models.hub import read_json, resolve
+from dmd_dar.models.hub import files_hash, read_json, resolve
 from dmd_dar.models.pipeline_classes import routed_class
-from dmd_dar.models.saved import ModelCard, card_from_dict, holds_network, read_card, transformer_hash
+from dmd_dar.models.saved import ModelCard, holds_network, read_card, transformer_hash
 from dmd_dar.models.schedulers import student_config
 from dmd_dar.models.student_scheduler import StudentScheduler
-from dmd_dar.routing.attach import attach
+from dmd_dar.models.user_lora import fuse, hash_of
+from dmd_dar.routing.attach import attach, detach
 from dmd_dar.routing.folder import FORM
-from dmd_dar.routing.layout import RoutingConfig
+from dmd_dar.routing.offload import is_offloaded
 
 NAME = "student"  # of the adapter in the pipeline
 
@@ -27,21 +30,32 @@ def load_student(pipe: Any, path: str, revision: str = "") -> Any:
     student's whole folder or hub id, whose transformer takes the place of the pipeline's. Either brings its scheduler,
     which says how the pipeline is to be called.
 
-    Raises UserError where the pipeline's transformer is of another class, holds routers or adapters already, or was
-    loaded from files that are not the base's; DamagedFileError or MissingWeightsError naming the file.
+    Raises UserError where the pipeline's transformer is of another class, holds routers or adapters already, is
+    offloaded, or was loaded from files that are not the base's, and for what is no few-step student; DamagedFileError
+    or MissingWeightsError naming the file. The pipeline is then as it was.
     """
     folder, transformer = resolve(str(path), revision), getattr(pipe, "transformer", None)
     if transformer is None:
         raise UserError(f"a {type(pipe).__name__} has no transformer: give the pipeline of the student's base")
+    if is_offloaded(transformer):
+        remedy = "put the student in before enable_..._offload, into a pipeline loaded without device_map"
+        raise UserError(f"the pipeline's transformer is offloaded: {remedy}")
     if (folder / adapters.CARD).is_file():
         card = _add(transformer, folder)
     elif holds_network(folder):
         card = read_card(folder).card
-        pipe.transformer = _whole(folder / "transformer", transformer)
+        _require_rungs(folder, card)
+        transformer = _whole(folder / "transformer", transformer)
     else:
         raise UserError(f"{path} holds no student: name RUN/student or RUN/student/adapter")
-    pipe.scheduler = _scheduler(pipe.transformer, card)
+    scheduler = _scheduler(transformer, card)
+    pipe.transformer, pipe.scheduler = transformer, scheduler
     return pipe
+
+
+def _require_rungs(folder: Path, card: ModelCard) -> None:
+    if not card.rungs:
+        raise UserError(f"{folder} holds a network of no rungs, a teacher: name a few-step student, RUN/student")
 
 
 def _scheduler(transformer: Any, card: ModelCard) -> Any:
@@ -69,33 +83,54 @@ def _whole(folder: Path, before: Any) -> Any:
 def _add(transformer: Any, folder: Path) -> ModelCard:
     described = read_json(folder / adapters.CARD)
     try:
-        card, routing = card_from_dict(described["card"]), RoutingConfig(**described["routing"])
-        _check_base(transformer, folder, str(described["base"]), card)
+        card, base, routing = adapters.described_in(described)
+        _require_rungs(folder, card)
+        _check_base(transformer, folder, base, card)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
     updates = adapters.updates_of(folder)
-    if not hasattr(transformer, "load_lora_adapter"):
-        fault = f"diffusers loads no adapters into a {type(transformer).__name__}"
-        raise UserError(f"{fault}: name the student's whole folder, RUN/student")
-    if getattr(transformer, "peft_config", None) or getattr(transformer, "dar", None) is not None:
-        raise UserError("this transformer holds adapters or routers already: unload them, or load the pipeline anew")
-    missing = sorted({name.rpartition(".lora_")[0] for name in updates} - {n for n, _ in transformer.named_modules()})
-    if missing:
-        raise UserError(f"{folder} is no adapter of this {type(transformer).__name__}: it has no {missing[0]}")
-    if routing.query != "residual":
+    _check_fit(transformer, folder, updates)
+    routed = routing.query != "residual"
+    if routed:
         attach(transformer, routing, check=False, allow_change=True)  # before the adapter, whose layers it must not see
-        own = {f"{adapters.OURS}dar.{name}": value for name, value in transformer.dar.named_parameters()}
-        adapters.fill(folder / adapters.ROUTERS, own)
+    try:
+        if routed:
+            own = {f"{adapters.OURS}dar.{name}": value for name, value in transformer.dar.named_parameters()}
+            adapters.fill(folder / adapters.ROUTERS, own)
+        if lora := str(card.origin.get("lora", "")):
+            fuse(transformer, lora)
+    except UserError:
+        if routed:
+            detach(transformer)
+        raise
     transformer.load_lora_adapter(updates, prefix=None, adapter_name=NAME)
     return card
 
 
+def _check_fit(transformer: Any, folder: Path, updates: dict[str, Tensor]) -> None:
+    kind, layers = type(transformer).__name__, dict(transformer.named_modules())
+    if not hasattr(transformer, "load_lora_adapter"):
+        raise UserError(f"diffusers loads no adapters into a {kind}: name the student's whole folder, RUN/student")
+    if getattr(transformer, "peft_config", None) or getattr(transformer, "dar", None) is not None:
+        raise UserError("this transformer holds adapters or routers already: unload them, or load the pipeline anew")
+    missing = sorted({name.rpartition(".lora_")[0] for name in updates} - layers.keys())
+    if missing:
+        raise UserError(f"{folder} is no adapter of this {kind}: it has no {missing[0]}")
+
+
 def _check_base(transformer: Any, folder: Path, base: str, card: ModelCard) -> None:
-    """Raises UserError where the files that the transformer was loaded from are not those of the adapter's base."""
+    """Raises UserError where the files that the transformer was loaded from are not those of the adapter's base.
+
+    What the teacher carried, a LoRA that is still to be fused, is part of the base.
+    """
+    lora, lora_hash = (str(card.origin.get(name, "")) for name in ("lora", "lora_hash"))
+    if lora and hash_of(lora) != lora_hash:
+        raise UserError(f"{folder} was trained on its base with the LoRA {lora}, which has changed since: restore it")
     files = Path(str(transformer.config.get("_name_or_path", "")))
     if not (files / "config.json").is_file():
         return
     found = transformer_hash(files, card.prediction, card.origin.get("prompts_hash", ""), _fixed(card))
+    found = files_hash([], found, lora_hash) if lora else found
     if found != base:
         raise UserError(
             f"{folder} is an adapter of the network {base[:12]}, and {files} is {found[:12]}: load the pipeline that"

@@ -164,11 +164,11 @@ def faults_of(
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Up to the rounding of another machine, of what was computed there."""
+    """Up to the rounding of another machine, of what was computed there; also where all but that cancels."""
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(_same, value, expected))
     if isinstance(value, float) and isinstance(expected, float):
-        return math.isclose(value, expected, rel_tol=1e-6)
+        return math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-12)
     return value == expected
 
 

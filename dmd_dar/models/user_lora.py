@@ -62,6 +62,11 @@ def fuse(network: nn.Module, path: str) -> str:
     return files_hash(files)
 
 
+def hash_of(path: str) -> str:
+    """The hash that `fuse` returns. Raises MissingWeightsError where there is no LoRA."""
+    return files_hash(_files(path))
+
+
 def _fits(update: Update, layer: nn.Linear | None) -> bool:
     shape = (len(update.B), update.A.shape[-1])
     return layer is not None and update.A.ndim == 2 and shape == (layer.out_features, layer.in_features)

@@ -21,6 +21,11 @@ def runs_on(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether something moves its values to where they compute, a call at a time."""
+    return any(_hooks(module) for module in model.modules())
+
+
 def keeper(model: nn.Module) -> str:
     """Who keeps values of the state dict where `model.state_dict()` does not reach them, and how to get them back.
 
@@ -42,4 +47,5 @@ def _hooks(module: nn.Module) -> list[Any]:
     """What accelerate and diffusers have hooked to a module's call."""
     hook, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
     grouped = [] if registry is None else [registry.get_hook("group_offloading")]
-    return [*getattr(hook, "hooks", [hook]), *grouped]  # accelerate chains hooks in one that has `hooks`
+    chained = getattr(hook, "hooks", [hook])  # accelerate chains hooks in one that has `hooks`
+    return [each for each in (*chained, *grouped) if each is not None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmd_dar import flow
 from dmd_dar.models.denoiser import MEANINGS, Meaning, meaning_from_dict, velocity_of
-from dmd_dar.models.schedulers import CHAINS, FLOWS, faults_of, meaning_of_scheduler, scheduler_config
+from dmd_dar.models.schedulers import CHAINS, FLOWS, faults_of, meaning_of_scheduler, scheduler_config, student_config
 
 THOUSAND = Meaning("flow", time_scale=1000.0)
 EVERY = [getattr(diffusers, name, None) for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]
@@ -202,6 +202,14 @@ def test_a_scheduler_says_how_its_network_is_asked(scheduler, meaning):
 def test_an_unknown_scheduler_is_refused(wrong):
     with pytest.raises(ValueError, match="not known"):
         meaning_of_scheduler(wrong)
+
+
+def test_what_another_machine_rounds_otherwise_is_the_same_student_s():
+    meaning, rungs = Meaning("x0", MEANINGS["dit"].schedule), (1.0, 0.9)
+    saved = student_config(meaning, rungs, "stochastic")
+    for residue, faults in ((-2e-16, set()), (1e-4, {"x0_from"})):  # x0 is the output alone
+        saved["x0_from"][1][0] = residue
+        assert set(faults_of(saved, meaning, rungs, "stochastic")) == faults
 
 
 @pytest.mark.parametrize("rungs", [(), (1.0, 0.5)])

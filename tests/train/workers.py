@@ -220,20 +220,26 @@ def by_two(folder: Path) -> dict[str, Any]:
     return found
 
 
+def is_whole_again(runtime: Runtime, networks: list[nn.Module]) -> bool:
+    """Whether the student is handed out as it was before its base was split."""
+    before = merged(networks[1]).state_dict()  # type: ignore[arg-type]
+    runtime.shard(*networks)
+    whole = runtime.whole(networks[1])
+    after = merged(whole).state_dict() if runtime.is_main else before  # type: ignore[arg-type]
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def over_one_base(folder: Path, rank: int) -> dict[str, Any]:
     """Runs over a frozen base in parts, what a process holds of it, and reads of a file that rank 0 alone has."""
     found: dict[str, Any] = {
-        "offload": trained(config("fsdp2", 2), 2, 3, made=over_a_half_base, checkpointing=True),
-        "plain": trained(config("fsdp2"), 2, 3, made=loras),
+        "offload": trained(config("fsdp2", 2), 2, 2, made=over_a_half_base, checkpointing=True),
+        "plain": trained(config("fsdp2"), 2, 2, made=loras),
     }
     runtime, networks = Runtime(config("fsdp2")), over_a_half_base(torch.float64)
-    student = networks[1]
-    before = merged(student).state_dict()  # type: ignore[arg-type]
-    runtime.shard(*networks)
-    found["held"] = sum(p.numel() for layer in block_layers(student) for p in layer.parameters(recurse=False))
-    whole = runtime.whole(student)
-    after = merged(whole).state_dict() if runtime.is_main else before  # type: ignore[arg-type]
-    found["merged"] = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    found["merged"] = is_whole_again(runtime, networks)
+    found["held"] = sum(p.numel() for layer in block_layers(networks[1]) for p in layer.parameters(recurse=False))
+    theirs = build_networks(dits(torch.float32)[0], ROUTING, memory=Memory("shared_lora", LoraConfig(rank=2)))  # type: ignore[arg-type]
+    found["merged dit"] = is_whole_again(runtime, [theirs.teacher, theirs.student, theirs.fake_score])
     stored = contents([folder / "weights.safetensors"])
     if rank:
         stored = {name: Stored(folder / "absent", one.dtype, one.shape) for name, one in stored.items()}
