@@ -83,8 +83,8 @@ def loaded(root: Path, name: str) -> Teacher:
         FORMS[name].make(folder)
         if prompts:
             (root / "prompts.txt").write_text("\n".join(TEXTS) + "\n")
-            given = [f"prompts={root / 'prompts.txt'}", f"pipeline={folder}", f"out={prompts}", "cpu=true", "dtype=float32"]
-            encode(config.load(EncodeConfig, given))
+            given = [f"prompts={root / 'prompts.txt'}", f"pipeline={folder}", f"out={prompts}", "cpu=true"]
+            encode(config.load(EncodeConfig, [*given, "dtype=float32"]))
     return load_teacher(TeacherConfig(str(folder), prompts=prompts, **FORMS[name].opened))
 
 
