@@ -27,7 +27,8 @@ from dmd_dar.models.saved import CARD, holds_network, read_card
 from dmd_dar.train.disk.folder import FolderError, kept_still
 
 README = "README.md"
-REPLACED = ["transformer/*", "adapter/*", "scheduler/*", "vae/*"]  # in these nothing of an earlier student may remain
+# In these, and in all folders that are sent, nothing of an earlier student may remain.
+REPLACED = ("transformer/*", "adapter/*", "scheduler/*", "vae/*", "text_encoder*/*", "tokenizer*/*")
 PATHS_SHOWN = 5
 LOCAL_PATH = re.compile(r"(?<![\w/.:<&;~-])/(?:[\w.+@\\-]+/)+[\w.+@\\-]+")  # absolute, two parts or more
 OF_NO_MODEL = re.compile(r"\.gitattributes|README\.md|LICENSE.*", re.IGNORECASE)  # of a repo that was only made
@@ -230,9 +231,13 @@ def send(api: HfApi, cfg: PushConfig, upload: Upload) -> str:
                 folder_path=staged,
                 revision=cfg.revision or None,
                 commit_message=upload.message,
-                delete_patterns=REPLACED,
+                delete_patterns=_replaced(upload),
             )
     return str(made)
+
+
+def _replaced(upload: Upload) -> list[str]:
+    return sorted({*REPLACED, *(f"{name.partition('/')[0]}/*" for name in upload.files if "/" in name)})
 
 
 def _require_ours(repo: str, found: ModelInfo) -> None:

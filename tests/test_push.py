@@ -82,11 +82,14 @@ def refused(capsys, *argv: str) -> str:
 
 def test_the_whole_folder_is_sent_in_one_private_commit(student, hub, capsys):
     (student / ".README.md.x.tmp").write_text("of a write that was killed")
+    (student / "feature_extractor").mkdir()
+    (student / "feature_extractor" / "config.json").write_text("{}")
     push.main([f"student={student}", REPO])
     expected = {name: content for name, content in files_of(student).items() if not name.startswith(".")}
     assert hub.sent == expected and "transformer/model.safetensors" in expected
     commit = {"repo_id": "me/few-steps", "revision": None, "commit_message": "student after 7 steps, by dmd_dar"}
-    commit["delete_patterns"] = ["transformer/*", "adapter/*", "scheduler/*", "vae/*"]
+    commit["delete_patterns"] = ["adapter/*", "feature_extractor/*", "scheduler/*", "text_encoder*/*", "tokenizer*/*"]
+    commit["delete_patterns"] += ["transformer/*", "vae/*"]
     created = ("create_repo", "me/few-steps", {"private": True, "exist_ok": True})
     assert hub.calls == [created, ("upload_folder", commit)]
     assert capsys.readouterr().out.splitlines()[-1] == f"{len(expected)} files at hub/me/few-steps"

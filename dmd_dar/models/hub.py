@@ -31,7 +31,7 @@ def resolve(path: str, revision: str = "", more: tuple[str, ...] = TEACHER_FILES
         return local
     if not is_hub_id(path):
         raise MissingWeightsError(f"{path}: no such file or folder, and no hub id; write OWNER/NAME for a hub id")
-    return _snapshot(path, revision, (*FILES, *more))
+    return snapshot(path, revision, (*FILES, *more))
 
 
 def is_hub_id(path: str) -> bool:
@@ -41,18 +41,18 @@ def is_hub_id(path: str) -> bool:
 
 def configurations(path: str, revision: str = "") -> Path:
     """`resolve`, but of a hub id the configurations alone: no weights are fetched."""
-    return Path(path) if Path(path).exists() else _snapshot(path, revision, ("*.json",))
+    return Path(path) if Path(path).exists() else snapshot(path, revision, ("*.json",))
 
 
-def _snapshot(name: str, revision: str, patterns: tuple[str, ...]) -> Path:
+def snapshot(name: str, revision: str, patterns: tuple[str, ...], cache: Path | None = None) -> Path:
+    """A hub id's files of these patterns, in the hub's cache or another; see `resolve`."""
     from huggingface_hub import constants, snapshot_download
 
     offline = constants.HF_HUB_OFFLINE
     at = f"{name} at revision {revision}" if revision else name
     try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=[*patterns], local_files_only=offline)
-        )
+        given = {"allow_patterns": [*patterns], "local_files_only": offline, "cache_dir": cache}
+        return Path(snapshot_download(name, revision=revision or None, **given))
     except (OSError, ValueError) as error:
         if offline:
             remedy = (

@@ -68,15 +68,15 @@ def base_of(origin: dict[str, Any]) -> Base | None:
     return Base(Path(file).parent, path, revision) if isinstance(file, str) else None
 
 
-def lay_parts(base: Base, folder: Path, codec: str) -> dict[str, list[str]]:
+def lay_parts(base: Base, folder: Path) -> dict[str, list[str]]:
     """Put the base's parts into a student's folder as links or names; returns their entries of model_index.json.
 
-    Its VAE is linked where `codec`, the student's, is that one, and left out otherwise.
+    But for its VAE, which is small: a student has its own copy, without which it could make no images elsewhere.
     """
     entries = {}
     for name, entry in base.parts().items():
         linked = base.folder / name
-        if name == "vae" and (base.name or codec != str(linked)):
+        if name == "vae":
             continue
         if base.name:
             named = {"base": base.name, "revision": base.revision, "part": name, "class": entry}

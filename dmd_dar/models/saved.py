@@ -3,7 +3,7 @@
     denoiser.json      the card (`ModelCard`) and the network's hash; written last
     transformer/       config.json and safetensors; a class of diffusers, or SiTTransformer, which is ours
     scheduler/         for diffusers' eyes: the chain and the rungs, see schedulers.py
-    vae/               the codec of a latent network; a link to the base's own
+    vae/               the codec of a latent network, a copy
     model_index.json   for diffusers' eyes: the classes of these parts and the names of the labels; not read here
     text_encoder/ ...  of a student whose base is a pipeline, so that diffusers loads one; not read here
 
@@ -100,8 +100,8 @@ def write_network(folder: Path, network: Denoiser | LoraDenoiser, card: ModelCar
     elif not written:
         network.transformer.save_pretrained(transformer)
     base = base_of(card.origin) if card.rungs and isinstance(network, DiffusersDenoiser) else None
-    parts = {} if base is None else lay_parts(base, folder, card.origin.get("codec", "") if codec else "")
-    if codec is not None and "vae" not in parts:
+    parts = {} if base is None else lay_parts(base, folder)
+    if codec is not None:
         codec.vae.save_pretrained(folder / "vae")
         parts["vae"] = ["diffusers", type(codec.vae).__name__]
     _write_json(make_folder(folder / "scheduler") / "scheduler_config.json", _scheduler(network, card, base))

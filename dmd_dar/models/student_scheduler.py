@@ -17,7 +17,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 
 FRAMES = 4  # how far above set_timesteps a pipeline's own call may stand
-GUIDED = ("do_true_cfg", "do_classifier_free_guidance")  # names of diffusers' pipelines
+# Names of diffusers' pipelines, and what turns off those that a student's own `call` may not.
+GUIDED = ("do_classifier_free_guidance", "do_true_cfg", "do_perturbed_attention_guidance")
+OFF = {"do_true_cfg": "true_cfg_scale=1", "do_perturbed_attention_guidance": "pag_scale=0"}
 
 
 def noise_after(first: torch.Tensor, name: str) -> torch.Tensor:
@@ -90,7 +92,8 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Start anew at the first rung. Of `timesteps` and `sigmas` their number alone counts, `mu` not at all.
 
-        Raises ValueError for another number of steps than the student's, and for a pipeline whose guidance is on.
+        Raises ValueError for another number of steps than the student's, and for a pipeline whose guidance is on, as
+        far as the variables of its call tell: those of modular pipelines do not.
         """
         given = [len(each) for each in (timesteps, sigmas) if each is not None]
         steps, rungs = num_inference_steps or next(iter(given), None), self._rungs
@@ -109,18 +112,19 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         if found is None or not call:
             return
         (pipeline, variables), (name, off) = found, next(iter(call.items()))
-        told = [variables[flag] for flag in GUIDED if flag in variables]
-        told += [flag for flag in [getattr(pipeline, GUIDED[1], None)] if flag is not None]
+        told = {flag: variables.get(flag, getattr(pipeline, flag, None)) for flag in GUIDED}
+        told = {flag: on for flag, on in told.items() if on is not None}
         value, fault = variables.get(name, off), ""
         if value is not None and value != off and (self._embedded or (not told and value > off)):
             fault = f"{name} = {value:g}"
-        elif any(told):
+        elif any(told.values()):
             fault = "guidance is on"
         if fault:
-            alone = " and no negative prompt" if self._embedded else ""
+            own = f"{name}={off:g}"
+            more = [OFF[flag] for flag, on in told.items() if on and OFF.get(flag, own) != own]
             raise ValueError(
                 f"{fault}: this student has learned its teacher's guidance; call the pipeline with"
-                f" {name}={off:g}{alone}"
+                f" {' and '.join([own, *more])}"
             )
 
     def _pipeline(self) -> tuple[Any, Mapping[str, Any]] | None:

@@ -67,6 +67,7 @@ FORMS = {
         call={"guidance_scale": 2.5},
         guided=(*STRONG, {"guidance_scale": 2.5, **TRUE}),
     ),
+    "schnell": Form(partial(tiny_flux, guidance_embeds=False), opened=SIDE, guided=(TRUE,)),
     "qwen_image": Form(tiny_qwen_image, opened=SIDE, call={"true_cfg_scale": 1.0}, guided=(TRUE,)),
     "z_image": Form(tiny_z_image, opened=SIDE, call={"guidance_scale": 0.0}, guided=({}, {"guidance_scale": 0.5})),
     "klein": Form(tiny_flux2, opened={"input_size": 4}),

@@ -56,7 +56,7 @@ print(json.dumps([kinds, calls, refused]))
 
 def test_every_family_is_among_these():
     made = {*FAMILIES} - {"Flux2Transformer2DModel"}
-    assert len(FORMS) == len(made) + 2
+    assert len(FORMS) == len(made) + 3
 
 
 @torch.no_grad()
@@ -92,3 +92,6 @@ def test_the_base_s_pipeline_makes_the_images_of_load_pipeline(tmp_path, name, q
     remedy = f"call the pipeline with {unguided.argument}={unguided.value:g}"
     assert {unguided.argument: unguided.value} == form.call
     assert all("has learned its teacher's guidance" in said and remedy in said for said, _ in refused[4:])
+    switched = ["true_cfg_scale=1" in said for said, _ in refused[4:]]
+    assert switched == ["true_cfg_scale" in each for each in form.guided]
+    assert not any(path.is_symlink() for path in (folder / "vae").rglob("*")) and not (folder / "vae").is_symlink()

@@ -76,3 +76,22 @@ def test_it_travels_alone():
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     assert not [name for name in names if not name or name.startswith("dmd_dar")]
+
+
+class Perturbing:
+    """As a pipeline of diffusers with perturbed attention is called."""
+
+    do_classifier_free_guidance = False
+
+    def __init__(self, scheduler: StudentScheduler, scale: float):
+        self.scheduler, self.do_perturbed_attention_guidance = scheduler, scale > 0
+
+    def __call__(self, guidance_scale: float = 1.0) -> None:
+        self.scheduler.set_timesteps(2)
+
+
+def test_what_guides_is_named_with_its_own_switch():
+    scheduler = StudentScheduler((1.0, 0.5), (1000.0, 500.0), call={"guidance_scale": 1.0})
+    Perturbing(scheduler, 0)()
+    with pytest.raises(ValueError, match="guidance is on.*with guidance_scale=1 and pag_scale=0$"):
+        Perturbing(scheduler, 3)()

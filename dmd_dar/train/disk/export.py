@@ -6,12 +6,14 @@ from typing import Literal
 from dmd_dar.atomic import replaced_folder, write_atomic
 from dmd_dar.models.adapters import write_adapter
 from dmd_dar.models.codecs import Codec
+from dmd_dar.models.hub import read_json
+from dmd_dar.models.pipeline_folder import INDEX
 from dmd_dar.models.saved import CARD, PARTS, Denoiser, ModelCard, write_network
 from dmd_dar.models.shared_lora import LoraDenoiser
 from dmd_dar.train.disk.readme import readme
 
 Export = Literal["both", "merged", "adapter"]
-WITHOUT_NETWORK = (*PARTS, CARD, "scheduler", "vae", "model_index.json")  # of no use beside an adapter alone
+WITHOUT_NETWORK = (*PARTS, CARD, "scheduler", "vae", INDEX)  # of no use beside an adapter alone
 
 
 def export(
@@ -25,16 +27,22 @@ def export(
 
     `what` is handed out of a LoRA student; its adapter alone costs no second base.
     """
+    factor = 1 if codec is None else codec.factor
     if not isinstance(network, LoraDenoiser):
         with replaced_folder(place, PARTS) as new:
             digest = write_network(new, network, card, codec)
-            write_atomic(new / "README.md", readme(place.parent, network, card, digest))
+            write_atomic(new / "README.md", readme(place.parent, network, card, digest, factor))
         return
-    with replaced_folder(place, WITHOUT_NETWORK if what == "adapter" else PARTS) as new:
+    with replaced_folder(place, _useless(place) if what == "adapter" else PARTS) as new:
         digest = "" if what == "adapter" else write_network(new, network, card, codec)
         if what != "merged":
             digest = write_adapter(new / "adapter", network, card, digest)
-        text = readme(place.parent, network.network, card, digest)
-        if what == "adapter":
-            text = text.replace('load_pipeline("FOLDER")', 'load_pipeline("FOLDER/adapter", base="TEACHER")')
+        text = readme(place.parent, network.network, card, digest, factor, alone=what == "adapter")
         write_atomic(new / "README.md", text)
+
+
+def _useless(place: Path) -> tuple[str, ...]:
+    """What an adapter alone does not leave in the folder: a network and the other parts of its pipeline."""
+    file = place / INDEX
+    named = read_json(file) if file.is_file() else {}
+    return (*WITHOUT_NETWORK, *(name for name, entry in named.items() if isinstance(entry, list)))

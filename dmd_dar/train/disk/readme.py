@@ -32,7 +32,7 @@ CHAPTERS = """# {name}
 
 ```python
 import dmd_dar
-pipe = dmd_dar.load_pipeline("FOLDER")  # this folder, or the hub id that it was uploaded to
+pipe = dmd_dar.load_pipeline({use}
 images = pipe(n=8, seed=0, output="pil")
 ```
 {in_diffusers}
@@ -53,13 +53,22 @@ In diffusers, as the pipeline of its base:
 ```python
 import dmd_dar  # first: it knows the scheduler, and the routers if there are any
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("FOLDER")
+{loading}
 images = pipe({asked}, num_inference_steps={steps}, {off}).images
 ```
 
 `{off}` leaves the pipeline's own guidance off: the student has learned its teacher's. Other numbers of steps are
-refused, and so is guidance. Of one repo on the hub diffusers wants `trust_remote_code=True` beside the id.
+refused, and so is guidance. {hub}
 """
+USE = (
+    '"FOLDER")  # this folder, or the hub id that it was uploaded to',
+    '"FOLDER/adapter", base="TEACHER")  # of this folder',
+)
+LOADING = (
+    'pipe = DiffusionPipeline.from_pretrained("FOLDER")',
+    'pipe = dmd_dar.load_student(DiffusionPipeline.from_pretrained("TEACHER"), "FOLDER/adapter")',
+)
+HUB = "Of one repo on the hub diffusers wants `trust_remote_code=True` beside the id."
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,16 @@ class CardConfig:
             raise ValueError("base_model must be a hub id, OWNER/NAME")
 
 
-def readme(run: Path, network: Denoiser, card: ModelCard, digest: str) -> str:
-    """The text for the network of `run`, a run folder, whose config.yaml and log.jsonl it quotes."""
+def readme(run: Path, network: Denoiser, card: ModelCard, digest: str, factor: int = 1, alone: bool = False) -> str:
+    """The text for the network of `run`, a run folder, whose config.yaml and log.jsonl it quotes.
+
+    factor: pixels for each of the network's cells along one side. alone: the network's adapter is there alone.
+    """
     file = run / "config.yaml"
     config = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    used = {"use": USE[alone], "in_diffusers": _in_diffusers(network, card, factor, alone)}
     front = _front(config, network, card).to_yaml(original_order=FRONT)
-    return f"---\n{front}\n---\n\n{_body(run, config, network, card, digest)}"
+    return f"---\n{front}\n---\n\n{_body(run, config, network, card, digest, used)}"
 
 
 def _front(config: dict[str, Any], network: Denoiser, card: ModelCard) -> ModelCardData:
@@ -159,7 +172,9 @@ def _sizes(sizes: list[list[int]] | None) -> str | None:
     return f"{named} pixels (height x width)" if named else None
 
 
-def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard, digest: str) -> str:
+def _body(
+    run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard, digest: str, used: dict[str, str]
+) -> str:
     routing, steps = network.routing, len(card.rungs)
     kind = "plain residual additions" if routing.query == "residual" else f"routed, query {routing.query}"
     what = f"A few-step diffusion transformer, {steps} network calls an image" if steps else "A diffusion transformer"
@@ -182,21 +197,30 @@ def _body(run: Path, config: dict[str, Any], network: Denoiser, card: ModelCard,
     return CHAPTERS.format(
         name=_plain(run.resolve().name),
         what=f"{what}, made by dmd_dar.",
-        in_diffusers=_in_diffusers(network, card),
+        **used,
         facts="\n".join(f"- **{name}**: {fact}" for name, fact in facts.items() if fact is not None),
         measured=_measured(run, digest, origin.get("steps")),
         configuration=_table(("key", "value"), _flat(config)) or "No configuration is recorded.",
     )
 
 
-def _in_diffusers(network: Denoiser, card: ModelCard) -> str:
-    """How the pipeline of its base is called; nothing of a student that has none."""
-    if not card.rungs or isinstance(network, SiT) or base_of(card.origin) is None:
+def _in_diffusers(network: Denoiser, card: ModelCard, factor: int, alone: bool) -> str:
+    """How the pipeline of its base is called for what it was trained at; nothing of a student that has none."""
+    base = base_of(card.origin)
+    if not card.rungs or isinstance(network, SiT) or base is None:
+        return ""
+    if alone and not hasattr(network.transformer, "load_lora_adapter"):
         return ""
     unguided = network.family.unguided(network.transformer.config, network.fixed)
-    asked = "[0]" if network.prompts is None else '"a prompt"'
-    off = f"{unguided.argument}={unguided.value:g}"
-    return IN_DIFFUSERS.format(asked=asked, steps=len(card.rungs), off=off)
+    asked, off = "[0]", f"{unguided.argument}={unguided.value:g}"
+    if network.prompts is not None:
+        sizes = card.origin.get("sizes") or [[factor * cells for cells in network.shape[1:]]]
+        asked = '"a prompt", height={}, width={}'.format(*sizes[0])
+        known, tokens = network.family.pipelines.get(base.index.get("_class_name", "")), network.prompts.tokens
+        if known is not None and tokens not in (0, known.tokens):
+            asked += f", max_sequence_length={tokens}"
+    hub = "" if alone else HUB
+    return IN_DIFFUSERS.format(loading=LOADING[alone], asked=asked, steps=len(card.rungs), off=off, hub=hub)
 
 
 def _plain(text: Any) -> str:
