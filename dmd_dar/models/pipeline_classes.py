@@ -87,7 +87,7 @@ def routed_class(name: str) -> Any:
 
 
 def _one_device(device_map: Any) -> torch.device | None:
-    device = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    device: Any = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
