@@ -235,8 +235,8 @@ def _plain(labels: Any) -> Any:
 
 def _count(labels: Any, n: int | None, noise: Tensor | None, seeds: list[int] | None) -> int:
     """How many images were asked for; UserError where the arguments contradict, or none says it."""
-    by_argument = {"labels": labels if isinstance(labels, list) else None, "noise": noise, "seed": seeds}
-    by_argument = {"n": n, **{name: None if value is None else len(value) for name, value in by_argument.items()}}
+    given = {"labels": labels if isinstance(labels, list) else None, "noise": noise, "seed": seeds}
+    by_argument = {name: None if value is None else len(value) for name, value in given.items()} | {"n": n}
     counts = {value for value in by_argument.values() if value is not None}
     if labels is not None and not counts:
         return 1

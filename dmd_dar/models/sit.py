@@ -289,11 +289,12 @@ class SiT(nn.Module):
             return part(*inputs)
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, T, p p C) -> (B, C, H, W)."""
+    def _unpatchify(self, tokens: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
+        """(B, T, p p C) -> (B, C, H, W), of rows x columns tokens; 0: as many as the network's own side has."""
         p = self.config.patch
+        side = self.config.input_size // p
         return (
-            tokens.unflatten(1, (rows, columns))
+            tokens.unflatten(1, (rows or side, columns or side))
             .unflatten(-1, (p, p, -1))
             .permute(0, 5, 1, 3, 2, 4)
             .flatten(4)

@@ -366,7 +366,7 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 
 
 def test_images_without_a_spectrum_are_refused_before_any_is_made(runs):
-    small = SimpleNamespace(config=SimpleNamespace(input_size=16, in_channels=3, num_classes=7))
+    small = SimpleNamespace(shape=(3, 16, 16), num_conditions=7)
     with pytest.raises(UserError, match="images of 16 x 16 pixels .* needs 32 a side"):
         Bench.of(options(runs, "dar"), small, torch.device("cpu"))
 

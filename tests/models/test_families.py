@@ -81,7 +81,8 @@ def test_a_teacher_is_asked_as_diffusers_own_pipeline_asks_it(root, name):
         cond = torch.tensor([1] if name == "flux" else [2, 1])
         times = time.expand(len(x))
         out = teacher.network(x, times, cond)
-        assert (out - expected).abs().max() <= 2e-6 and expected.abs().mean() > 0.05
+        # its own rows are padded to the longest of the batch alone: other sums, up to rounding
+        assert (out - expected).abs().max() <= 5e-6 and expected.abs().mean() > 0.05
         assert (teacher.network(x, times, torch.zeros_like(cond)) - expected).abs().max() > 1e-4
         v = velocity_of(teacher.network, teacher.prediction)(x, times / 1000, cond)
         torch.testing.assert_close(v, expected, rtol=1e-3, atol=1e-4)
