@@ -67,18 +67,18 @@ def read(folder: str) -> Any:
     return load_teacher(given, reading=Reading(Kept(torch.bfloat16)))
 
 
-def formerly_read(folder: str) -> Any:
-    """As it was: whole, then widened whole."""
+def read_whole(folder: str) -> Any:
+    """As `from_pretrained` reads, then widened."""
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).float()
 
 
-def handed_out(folder: str, out: str, formerly: bool = False) -> None:
+def handed_out(folder: str, out: str, whole: bool = False) -> None:
     teacher = read(folder)
     student = LoraDenoiser(teacher.network, LORA, seed=0, role="student")
     card = ModelCard(teacher.prediction, (1.0,), (), {"teacher": teacher.digest})
-    if formerly:
+    if whole:
         merged(student).transformer.save_pretrained(out)
     else:
         export(Path(out), student, card)
@@ -94,9 +94,9 @@ def measured(root: Path) -> dict[str, float]:
     folder = str(root / "base")
     count = alone(make, folder)
     rows = {
-        "read, before": ("formerly_read", folder),
+        "read whole, then in float32": ("read_whole", folder),
         "read": ("read", folder),
-        "read and hand out merged, before": ("handed_out", folder, str(root / "before"), True),
+        "read and hand out merged, whole in float32": ("handed_out", folder, str(root / "whole"), True),
         "read and hand out merged": ("handed_out", folder, str(root / "student")),
     }
     return {name: alone(peak_of, *given)[0] / count for name, given in rows.items()}

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ from dmd_dar.models.sit import SiT
 from dmd_dar.models.teachers import Teacher, TeacherConfig, load_teacher
 from dmd_dar.models.text import load_text_encoder
 from dmd_dar.models.unencoded import Unencoded
+from dmd_dar.routing.attach import attach
+from dmd_dar.routing.layout import RoutingConfig
 from dmd_dar.train.loop.ema import Ema
 from dmd_dar.train.loop.optimise import Optimiser
 from dmd_dar.train.processes.runtime import Runtime
 from tests.models.families.test_qwen_image import tiny_qwen_image
-from tests.models.tiny_pipelines import tiny_pipeline, tiny_sd3
+from tests.models.tiny_pipelines import tiny_dit, tiny_pipeline, tiny_sd3
 from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +171,10 @@ def test_a_diffusers_teacher_is_planned_without_computing(tmp_path):
     cfg = replace(cfg, batch_size=2)
     found = plan.plan_of(cfg)
     assert found.trained["student"] > found.trained["fake_score"] > 0 and found.activations > 0
+    routed: Any = attach(tiny_dit(), RoutingConfig("timestep", 4), check=False)
+    routed.save_pretrained(tmp_path / "routed")
+    planned = plan.plan_of(replace(cfg, teacher=replace(cfg.teacher, path=str(tmp_path / "routed"), prediction="dit")))
+    assert planned.trained["student"] > 0
 
 
 MAKERS = {"sd3": (tiny_sd3, ()), "qwen": (tiny_qwen_image, ("teacher.input_size=8",))}

@@ -247,11 +247,13 @@ class Outline:
 
 
 def planned_transformer(folder: Path, prompts: Prompts | None, fixed: FixedInputs, pipeline: str) -> DiffusersDenoiser:
-    """What `load_transformer` gives for a plain one, without its weights, on the meta device: by config.json alone.
+    """What `load_transformer` gives, without its weights, on the meta device: by config.json and dar.json alone.
 
     Where it reads prompts and none are given, those of the class `pipeline` stand in for them.
     """
-    transformer = empty_transformer(folder, prompted=True)
+    routed = (folder / FORM).is_file()
+    transformer = routed_outline(folder)[0] if routed else empty_transformer(folder, prompted=True)
+    _check_class(folder, type(transformer).__name__, prompted=True)
     family = family_of(transformer)
     if prompts is None and family.width:
         prompts = Unencoded(family, transformer.config, pipeline)

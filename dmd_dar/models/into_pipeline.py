@@ -21,6 +21,7 @@ from dmd_dar.routing.folder import FORM
 from dmd_dar.routing.offload import is_offloaded
 
 NAME = "student"  # of the adapter in the pipeline
+FUSED = "dmd_dar_lora"  # of a transformer: the hash of the teacher's LoRA that was fused into it
 
 
 def load_student(pipe: Any, path: str, revision: str = "") -> Any:
@@ -32,7 +33,8 @@ def load_student(pipe: Any, path: str, revision: str = "") -> Any:
 
     Raises UserError where the pipeline's transformer is of another class, holds routers or adapters already, is
     offloaded, or was loaded from files that are not the base's, and for what is no few-step student; DamagedFileError
-    or MissingWeightsError naming the file. The pipeline is then as it was.
+    or MissingWeightsError naming the file. The pipeline is then as it was, but for a LoRA of the teacher's own
+    that was fused already, which is not fused twice.
     """
     folder, transformer = resolve(str(path), revision), getattr(pipe, "transformer", None)
     if transformer is None:
@@ -90,6 +92,10 @@ def _add(transformer: Any, folder: Path) -> ModelCard:
         raise DamagedFileError(f"{folder} holds no adapter of this project: {error!r}") from error
     updates = adapters.updates_of(folder)
     _check_fit(transformer, folder, updates)
+    lora, lora_hash = (str(card.origin.get(name, "")) for name in ("lora", "lora_hash"))
+    fused = getattr(transformer, FUSED, "")
+    if fused not in ("", lora_hash):
+        raise UserError("the LoRA of another teacher is fused into this transformer: load the pipeline anew")
     routed = routing.query != "residual"
     if routed:
         attach(transformer, routing, check=False, allow_change=True)  # before the adapter, whose layers it must not see
@@ -97,13 +103,13 @@ def _add(transformer: Any, folder: Path) -> ModelCard:
         if routed:
             own = {f"{adapters.OURS}dar.{name}": value for name, value in transformer.dar.named_parameters()}
             adapters.fill(folder / adapters.ROUTERS, own)
-        if lora := str(card.origin.get("lora", "")):
-            fuse(transformer, lora)
-    except UserError:
+        if lora and not fused:
+            setattr(transformer, FUSED, fuse(transformer, lora))
+        transformer.load_lora_adapter(updates, prefix=None, adapter_name=NAME)
+    except Exception:
         if routed:
             detach(transformer)
         raise
-    transformer.load_lora_adapter(updates, prefix=None, adapter_name=NAME)
     return card
 
 

@@ -22,13 +22,14 @@ SHARD = 10 * 10**9  # bytes of a file at the most, as of diffusers' save_pretrai
 def write_merged(folder: Path, student: LoraDenoiser, shard: int = SHARD) -> None:
     """Fill a folder with the merged transformer of a diffusers network, as its save_pretrained does.
 
-    Every tensor has the type that the base's files have; sums are made in float32.
+    Every tensor has the type that the base's files have, or bfloat16 where that has eight bits, in which most of an
+    update would be lost; sums are made in float32.
     """
     network: Any = student.network
     transformer = network.transformer
     layers = {f"{name}.weight": layer for name, layer in transformer.named_modules() if _updated(layer)}
     own = {name: value for name, value in transformer.state_dict().items() if ".lora." not in name}
-    entries = {name: (network.dtypes.get(name, x.dtype), tuple(x.shape)) for name, x in own.items()}
+    entries = {name: (_wide(network.dtypes.get(name, x.dtype)), tuple(x.shape)) for name, x in own.items()}
 
     def value(name: str) -> Tensor:
         return layers[name].lora.merged(layers[name]) if name in layers else own[name]
@@ -38,6 +39,10 @@ def write_merged(folder: Path, student: LoraDenoiser, shard: int = SHARD) -> Non
     else:
         transformer.save_config(folder)
         _write_shards(folder, entries, value, shard)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
 
 
 def _updated(layer: Any) -> bool:

@@ -69,7 +69,13 @@ def hash_of(path: str) -> str:
 
 def _fits(update: Update, layer: nn.Linear | None) -> bool:
     shape = (len(update.B), update.A.shape[-1])
-    return layer is not None and update.A.ndim == 2 and shape == (layer.out_features, layer.in_features)
+    return (
+        layer is not None
+        and layer.weight.is_floating_point()
+        and update.A.ndim == update.B.ndim == 2
+        and len(update.A) == update.B.shape[1]
+        and shape == (layer.out_features, layer.in_features)
+    )
 
 
 def _files(path: str) -> list[Path]:

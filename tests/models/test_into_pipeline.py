@@ -100,6 +100,12 @@ def test_a_student_in_the_pipeline_of_its_base(tmp_path, query: Any, lora: bool)
         held = pipe.transformer.state_dict()
         assert pipe.scheduler is was and held.keys() == weights.keys() and not hasattr(pipe.transformer, "dar")
         assert all(torch.equal(value, weights[name]) for name, value in held.items())
+    if lora:  # a second adapter of the same teacher: what was fused stays, and is fused once
+        for _ in range(2):
+            dmd_dar.load_student(pipe, str(folder / "adapter"))
+            images = pipe(prompt=[*TEXTS], latents=noise.clone(), **given).images
+            assert (images - expected).abs().max() <= 1e-5
+            pipe.unload_lora_weights()
     pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
     with pytest.raises(UserError, match="the student in before enable_"):
         dmd_dar.load_student(pipe, str(folder))

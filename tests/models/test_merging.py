@@ -23,6 +23,11 @@ def moved(network: DiffusersDenoiser) -> LoraDenoiser:
     return student
 
 
+def test_eight_bits_hold_no_update():
+    assert [merging._wide(x) for x in (torch.float8_e4m3fn, torch.float8_e5m2)] == [torch.bfloat16] * 2
+    assert [merging._wide(x) for x in (torch.bfloat16, torch.float16, torch.int8)] == [HALF, torch.float16, torch.int8]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("routed", [False, True], ids=["plain", "routed"])
 @pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "DiTTransformer2DModel"])

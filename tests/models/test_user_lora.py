@@ -112,6 +112,7 @@ def refusals(root: Path) -> dict[str, tuple[type[UserError], str]]:
     made = {
         "other": {key.replace("to_q", "to_qkv"): x for key, x in both.items()},
         "wide": {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": torch.randn(20, 2)},
+        "ranks": {**both, f"{layer}.lora_B.weight": torch.randn(16, 3)},
         "dora": {**both, f"{layer}.lora_magnitude_vector": torch.ones(16)},
         "text": {**both, "text_encoder.layer.lora_A.weight": down.clone()},
         "half": {f"{layer}.lora_A.weight": down},
@@ -124,6 +125,7 @@ def refusals(root: Path) -> dict[str, tuple[type[UserError], str]]:
     return {
         "other": (UserError, another),
         "wide": (UserError, another),
+        "ranks": (UserError, another),
         "dora": (UserError, "lora_magnitude_vector, which is no low-rank update"),
         "text": (UserError, "text_encoder.layer.lora_A.weight, which is no"),
         "half": (DamagedFileError, "one factor only"),
