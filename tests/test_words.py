@@ -54,6 +54,7 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.stages("words", by="name")
 def test_words_are_the_same_prompts_encoded_ahead(root, name):
     student = str(root / f"{name}_student")
     ahead = load_pipeline(student, prompts=str(root / f"{name}_new"))

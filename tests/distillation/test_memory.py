@@ -87,6 +87,7 @@ def test_shared_lora_with_a_bfloat16_base_a_gan_and_accumulation(teacher, tmp_pa
     assert {entry["exp_avg"].dtype for entry in moments.values()} == {torch.float32}
 
 
+@pytest.mark.stages("DAR", "shared_lora", family="dit")
 def test_shared_lora_of_a_diffusers_pipeline(tmp_path):
     more = ("steps=1", "batch_size=2", "regression.weight=0", "teacher.prediction=auto", "launch.checkpointing=true")
     student = distil_teacher(tiny_pipeline(tmp_path / "pipeline"), tmp_path / "run", *SHARED, *more)

@@ -70,6 +70,7 @@ def asked(run: Path, out: Path, *more: str) -> ReportConfig:
     return config.load(ReportConfig, [*argv, "metrics=[clip]", "strict=true", *more])
 
 
+@pytest.mark.stages("report", family="sd3")
 def test_strict_passes_and_each_image_is_scored_with_its_prompt(run, tmp_path, read):
     report.report(asked(run, tmp_path))
     result = json.loads((tmp_path / "report.json").read_text())

@@ -25,6 +25,7 @@ def images(count: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
+@pytest.mark.stages("codec", family=("pixart", "sd3", "flux", "z_image"))
 def test_scale_and_shift_are_applied_once(way):
     fields, scale, shift = WAYS[way]
     vae = tiny_vae(**fields)
@@ -42,6 +43,7 @@ def test_scale_and_shift_are_applied_once(way):
 
 
 @torch.no_grad()
+@pytest.mark.stages("codec", family="dit")
 def test_the_scale_is_the_pipeline_s():
     """DiTPipeline decodes latents / scaling_factor."""
     vae, latents = tiny_vae(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))

@@ -73,6 +73,7 @@ def calls_of(folder: Path, name: str, text: str) -> list[tuple[Tensor, Tensor, T
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.stages("teacher", "encode", by="name")
 def test_a_teacher_is_asked_as_diffusers_own_pipeline_asks_it(root, name):
     teacher = load(root / name, **OPEN.get(name, {}))
     assert teacher.network.config.in_channels == 4 and teacher.network.config.input_size == 8
@@ -97,6 +98,7 @@ def test_packing_is_diffusers_own():
 
 
 @torch.no_grad()
+@pytest.mark.stages("guidance", family="flux")
 def test_guidance_of_a_flux_is_an_input_and_part_of_its_hash(root):
     x, time, cond = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 900.0]), torch.tensor([0, 1])
     one, two = (load(root / "flux", input_size=8, embedded_guidance=g) for g in (2.5, 7.0))
@@ -107,6 +109,7 @@ def test_guidance_of_a_flux_is_an_input_and_part_of_its_hash(root):
 
 
 @torch.no_grad()
+@pytest.mark.stages("codec", family="sana")
 def test_latents_of_an_autoencoder_dc_are_no_distribution(root):
     codec = load_codec(str(root / "sana"))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -138,6 +141,7 @@ def distilled(folder: Path, out: Path, *more: str) -> Path:
     return out / "student"
 
 
+@pytest.mark.stages("DAR", family=("sana", "flux", "sd3"))
 def test_students_are_routed_and_drawn_from_in_a_fresh_process(root, tmp_path):
     students = {name: distilled(root / name, tmp_path / name) for name in MAKERS}
     subprocess.run([sys.executable, "-c", FRESH, *map(str, students.values())], cwd=ROOT, check=True, timeout=150)
@@ -203,6 +207,7 @@ def test_a_run_is_planned_without_computing(root, name):
     assert plan.activations > plan.history > 0
 
 
+@pytest.mark.stages("DAR", "shared_lora", family="flux")
 def test_an_adapter_of_a_flux_brings_what_its_base_leaves_open(root, tmp_path):
     student = distilled(root / "flux", tmp_path, "weights=shared_lora", "lora.rank=2", "regression.weight=0")
     adapter = load_pipeline(str(student / "adapter"), base=str(root / "flux"), prompts=f"{root / 'flux'}_prompts")

@@ -167,6 +167,7 @@ def ours(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.stages("lora", family=("sd3", "sana", "flux"))
 def test_diffusers_samples_at_the_rungs_or_not_at_all_and_takes_the_adapter(root, monkeypatch):
     subprocess.run([sys.executable, "-c", FRESH, str(root)], cwd=root, check=True, timeout=300)
     images, refused = load_file(root / "images.safetensors"), json.loads((root / "refused.json").read_text())

@@ -97,6 +97,7 @@ assert "transformers.models.t5.modeling_t5" not in sys.modules
 
 
 @torch.no_grad()
+@pytest.mark.stages("teacher", "encode", family=("pixart", "sd3"))
 def test_pipelines_in_a_fresh_process_are_diffusers_own_at_every_prompt(folders, tmp_path):
     import diffusers
 
@@ -119,6 +120,7 @@ def test_pipelines_in_a_fresh_process_are_diffusers_own_at_every_prompt(folders,
 
 
 @torch.no_grad()
+@pytest.mark.stages("guidance", family="sd3")
 def test_guidance_is_away_from_the_empty_prompt(folders):
     import diffusers
 
@@ -174,6 +176,7 @@ def distilled(pipeline: Path, out: Path, *more: str) -> Path:
 
 
 @pytest.mark.parametrize(("name", "query"), [("pixart", "timestep"), ("sd3", "timestep"), ("pixart", "residual")])
+@pytest.mark.stages("distil", by="name")
 def test_a_prompted_pipeline_becomes_a_few_step_student(folders, name, query, tmp_path):
     pipeline = tmp_path / "pipeline"
     shutil.copytree(folders[name], pipeline)

@@ -61,6 +61,7 @@ def test_every_family_is_among_these():
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "query"), EVERY)
+@pytest.mark.stages("pipeline", by="name")
 def test_the_base_s_pipeline_makes_the_images_of_load_pipeline(tmp_path, name, query):
     form, folder = FORMS[name], student_of(tmp_path, name, query)
     ours = load_pipeline(str(folder))

@@ -67,6 +67,7 @@ def assert_samples(student: Path, out: Path) -> None:
     assert len({image.tobytes() for image in images}) == 3
 
 
+@pytest.mark.stages("DAR", family="dit")
 def test_a_pipeline_is_distilled_into_a_routed_transformer(tmp_path):
     from diffusers import DiTTransformer2DModel
 

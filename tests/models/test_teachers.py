@@ -177,6 +177,7 @@ save_file({"out": out, "v": v}, sys.argv[3])
 
 
 @torch.no_grad()
+@pytest.mark.stages("teacher", family="dit")
 def test_a_pipeline_loaded_in_a_fresh_process_is_diffusers_own(pipeline, tmp_path):
     from diffusers import DiTPipeline
 

@@ -89,6 +89,7 @@ def theirs(pipe: Any, x: Tensor, g: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.stages("teacher", "encode", "guidance", by="name")
 def test_two_guided_steps_are_the_pipeline_s_own(folders, name):
     pipe, x, teacher = pipeline_of(folders[name]), start(), load(folders[name], **OPEN[name])
     steps = partial(two_steps, teacher, x)
@@ -101,6 +102,7 @@ def test_two_guided_steps_are_the_pipeline_s_own(folders, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.stages("teacher", "guidance", by="name")
 def test_in_a_fresh_process(folders, name):
     pipe, x, g = pipeline_of(folders[name]), start(), 1.0 if name == "dev" else 2.5
     expected = theirs(pipe, x, 2.5)
@@ -109,6 +111,7 @@ def test_in_a_fresh_process(folders, name):
 
 
 @torch.no_grad()
+@pytest.mark.stages("codec", family="flux2")
 def test_the_codec_normalises_patches_as_the_pipeline_does(folders):
     codec, pipe = load_codec(str(folders["klein"])), pipeline_of(folders["klein"])
     images = torch.rand(2, 3, 4 * ROWS, 4 * COLUMNS) * 2 - 1
@@ -129,6 +132,7 @@ def test_the_codec_normalises_patches_as_the_pipeline_does(folders):
         pytest.param("dev", "timestep", "shared_lora", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.stages("distil", by="name")
 def test_students_are_distilled_and_drawn_from(folders, tmp_path, name, query, weights):
     student = distilled(folders[name], tmp_path, query, weights, input_size=4, **OPEN[name])
     assert (student / "vae" / "config.json").is_file()

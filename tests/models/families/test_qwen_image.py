@@ -69,6 +69,7 @@ def theirs(pipe: Any, x: Tensor, g: float, **prompts: Any) -> Tensor:
     return unpacked(pipe(**prompts, true_cfg_scale=g, latents=packed(x), **size)[0], ROWS // 2, COLUMNS // 2)
 
 
+@pytest.mark.stages("teacher", "encode", "guidance", family="qwen_image")
 def test_two_guided_steps_are_the_pipeline_s_own(folder):
     pipe, x = pipeline_of(folder), start()
     expected = theirs(pipe, x, 4.0)
@@ -101,6 +102,7 @@ def test_masks_may_have_gaps(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.stages("teacher", "guidance", family="qwen_image")
 def test_in_a_fresh_process(folder):
     pipe, x = pipeline_of(folder), start()
     expected = theirs(pipe, x, 4.0)
@@ -108,6 +110,7 @@ def test_in_a_fresh_process(folder):
 
 
 @torch.no_grad()
+@pytest.mark.stages("codec", family="qwen_image")
 def test_the_codec_is_the_pipeline_s_own_and_does_not_clamp(folder):
     codec = load_codec(str(folder))
     mean, std = (
@@ -130,6 +133,7 @@ def test_the_codec_is_the_pipeline_s_own_and_does_not_clamp(folder):
         *(pytest.param(q, w, marks=pytest.mark.slow) for q, w in (("residual", "full"), ("timestep", "shared_lora"))),
     ],
 )
+@pytest.mark.stages("distil", family="qwen_image")
 def test_students_are_distilled_and_drawn_from(folder, tmp_path, query, weights):
     distilled(folder, tmp_path, query, weights, input_size=8)
 

@@ -55,6 +55,7 @@ def theirs(pipe: Any, x: Tensor, w: float, **prompts: Any) -> Tensor:
     return pipe(**(prompts or {"prompt": [*TEXTS]}), guidance_scale=w, latents=x.clone(), **size)[0]
 
 
+@pytest.mark.stages("teacher", "encode", "guidance", family="z_image")
 def test_two_guided_steps_are_the_pipeline_s_own(folder):
     pipe, x, teacher = pipeline_of(folder), start(), load(folder)
     expected, plain = theirs(pipe, x, 2.0), theirs(pipe, x, 0.0)
@@ -80,6 +81,7 @@ def test_masks_may_have_gaps(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.stages("teacher", "guidance", family="z_image")
 def test_in_a_fresh_process(folder):
     pipe, x = pipeline_of(folder), start()
     expected = theirs(pipe, x, 2.0)
@@ -94,5 +96,6 @@ def test_in_a_fresh_process(folder):
         pytest.param("timestep", "full", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.stages("distil", family="z_image")
 def test_students_are_distilled_and_drawn_from(folder, tmp_path, query, weights):
     distilled(folder, tmp_path, query, weights, input_size=8)

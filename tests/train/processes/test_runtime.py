@@ -78,6 +78,7 @@ def test_two_processes_that_accumulate_equal_one(alone, two, sharding):
     assert furthest(two[f"{sharding} whole"], alone[5]) < 1e-12
 
 
+@pytest.mark.stages("fsdp2", family="dit")
 def test_a_sharded_diffusers_transformer_trains_as_a_whole_one(two):
     assert furthest(two["dit"], trained(config("none"), 1, 2, made=dits)) < 1e-12
 
