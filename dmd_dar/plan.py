@@ -19,7 +19,7 @@ from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
 from dmd_dar.distillation.networks import Networks, networks_of
 from dmd_dar.errors import UserError
-from dmd_dar.models.codecs import load_codec, vae_of
+from dmd_dar.models.codecs import planned_factor, vae_of
 from dmd_dar.models.diffusers_denoiser import planned_transformer
 from dmd_dar.models.families.form import FixedInputs
 from dmd_dar.models.footprint import Footprint, emptied, nbytes, tensors, trace, without_data
@@ -88,8 +88,10 @@ def largest_of(cfg: DistillConfig, teacher: Plain) -> tuple[int, ...]:
     """(C, H, W) of the run's largest images. Raises UserError for a size that cannot be, as the run does."""
     if not cfg.sized:
         return teacher.shape
-    place = cfg.teacher.codec or vae_of(Path(cfg.teacher.path))
-    factor = load_codec(place, cfg.teacher.codec_revision).factor if place else 1
+    place, revision = cfg.teacher.codec, cfg.teacher.codec_revision
+    if not place and (folder := described(cfg.teacher)) is not None:
+        place, revision = vae_of(folder), ""
+    factor = planned_factor(place, revision) if place else 1
     return max((shape_at(teacher, factor, *size) for size in cfg.pixels), key=math.prod)
 
 
@@ -170,10 +172,9 @@ def _traced(network: Plain | LoraDenoiser, batch: int, bf16: bool, shape: tuple[
 
 def outline(teacher: TeacherConfig) -> Plain:
     """The teacher from its files or, where these are not here, by the name of a public one; on the meta device."""
-    place = Path(teacher.path)
-    named = None if place.exists() else PUBLIC.search(place.name)
-    if named is None and (place.exists() or is_hub_id(teacher.path)):
-        return _by_configuration(configurations(teacher.path, teacher.revision), teacher)
+    if (place := described(teacher)) is not None:
+        return _by_configuration(place, teacher)
+    named = PUBLIC.search(Path(teacher.path).name)
     if named is None:
         raise UserError(
             f"teacher.path = {teacher.path}: no such file or folder, no hub id, and no name of a public SiT or DiT,"
@@ -182,6 +183,13 @@ def outline(teacher: TeacherConfig) -> Plain:
     size, patch, pixels = named.groups()
     with torch.device("meta"):
         return build_sit(f"{size.upper()}/{patch}", input_size=int(pixels or 256) // 8).requires_grad_(False)
+
+
+def described(teacher: TeacherConfig) -> Path | None:
+    """The teacher's folder or file or, of a hub id, its configurations; None for one that is known by name at most."""
+    place = Path(teacher.path)
+    here = place.exists() or (PUBLIC.search(place.name) is None and is_hub_id(teacher.path))
+    return configurations(teacher.path, teacher.revision) if here else None
 
 
 def _by_configuration(place: Path, teacher: TeacherConfig) -> Plain:
@@ -200,9 +208,8 @@ def _by_configuration(place: Path, teacher: TeacherConfig) -> Plain:
 
 def apart(teacher: TeacherConfig) -> dict[str, int]:
     """Parameters of the text encoders of the teacher's pipeline: they lie in memory while prompts are encoded only."""
-    if not Path(teacher.path).is_dir() and (PUBLIC.search(teacher.path) or not is_hub_id(teacher.path)):
-        return {}
-    return encoder_sizes(configurations(teacher.path, teacher.revision))
+    folder = described(teacher)
+    return {} if folder is None else encoder_sizes(folder)
 
 
 def table(plan: Plan) -> str:

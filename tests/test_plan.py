@@ -220,6 +220,12 @@ def test_a_hub_id_is_planned_by_what_is_fetched_of_it_its_configurations(tmp_pat
     network = plan.outline(TeacherConfig("someone/a-pipeline", revision="v1"))
     assert asked == [("someone/a-pipeline", "v1", ["*.json"])]
     assert next(network.parameters()).is_meta and network.shape == (4, 8, 8)
+    for weights in pipeline.rglob("*.safetensors"):
+        weights.unlink()
+    sized = load("imagenet256/sit_xl", "teacher.path=someone/a-pipeline", "teacher.codec=", "height=8", "width=16")
+    assert plan.largest_of(sized, network) == (4, 4, 8)  # a latent cell is 2 x 2 pixels, says the VAE's config.json
+    named = load("imagenet256/sit_xl", f"teacher.codec={pipeline}", "teacher.path=nowhere/SiT-XL-2.pt", "height=8")
+    assert plan.largest_of(named, network) == (4, 4, 8)
 
 
 def test_of_a_shared_base_in_parts_nothing_else_is_divided(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
-from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, local_safetensors, read_json, resolve
+from dmd_dar.models.hub import DIFFUSERS, VAE_FILES, configurations, local_safetensors, read_json, resolve
 
 Decoding = Literal["whole", "slices", "tiles"]
 CHUNK = 8  # images at a time through the VAE, whose activations are large; 32 of 128 pixels at a time were slower
@@ -195,19 +195,15 @@ def load_codec(path: str, revision: str = "") -> Codec:
     """
     import diffusers
 
-    folder = resolve(path, revision, VAE_FILES)
-    if (folder / "vae").is_dir():
-        folder = folder / "vae"
+    folder = _own_folder(resolve(path, revision, VAE_FILES))
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise MissingWeightsError(
             f"{folder} holds no {' or '.join(FORMS)} in safetensors: name the folder of one, or a hub id"
         )
-    name = read_json(folder / "config.json").get("_class_name")
-    if name not in (None, *FORMS):
-        raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(FORMS)}")
+    name = _class_in(folder)
     options = local_safetensors(folder, DIFFUSERS)
     try:
-        vae, info = getattr(diffusers, name or "AutoencoderKL").from_pretrained(
+        vae, info = getattr(diffusers, name).from_pretrained(
             folder, low_cpu_mem_usage=False, output_loading_info=True, **options
         )
         faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
@@ -215,7 +211,37 @@ def load_codec(path: str, revision: str = "") -> Codec:
             raise ValueError(f"the weights do not fit config.json: {faults}")
         return Codec(vae)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise DamagedFileError(f"{folder} is no {name or 'AutoencoderKL'} that can be used: {error}") from error
+        raise DamagedFileError(f"{folder} is no {name} that can be used: {error}") from error
+
+
+def planned_factor(path: str, revision: str = "") -> int:
+    """`Codec.factor` of the VAE that `load_codec` would load, by its config.json alone.
+
+    Raises MissingWeightsError where there is none, DamagedFileError for one that fits no class, UserError for a class
+    that is not known.
+    """
+    import diffusers
+
+    folder = _own_folder(configurations(path, revision))
+    name, config = _class_in(folder), read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            return FORMS[name].factor(getattr(diffusers, name).from_config(config))
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise DamagedFileError(f"{folder / 'config.json'} is of no {name}: {error}") from error
+
+
+def _own_folder(folder: Path) -> Path:
+    """The VAE's own folder, of a pipeline's or of itself."""
+    return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
+def _class_in(folder: Path) -> str:
+    """The VAE's class, one of FORMS; UserError for another."""
+    name = read_json(folder / "config.json").get("_class_name") or "AutoencoderKL"
+    if name not in FORMS:
+        raise UserError(f"{folder} holds a {name}: a codec must be one of {', '.join(FORMS)}")
+    return name
 
 
 def vae_of(folder: Path) -> str:
