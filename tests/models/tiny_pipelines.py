@@ -81,16 +81,17 @@ def tiny_clip(seed: int = 0) -> tuple[Any, Any]:
     return tokenizer, CLIPTextModelWithProjection(CLIPTextConfig(**shape)).eval()
 
 
-def tiny_pixart(folder: Path, **changes) -> Path:
-    """A PixArtAlphaPipeline with learned sigma and DiT's chain, saved by diffusers."""
-    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+def tiny_pixart(folder: Path, sigma: bool = False, **changes) -> Path:
+    """A PixArtAlphaPipeline, or PixArtSigmaPipeline, with learned sigma and DiT's chain, saved by diffusers."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 
     torch.manual_seed(2)
     fields = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2)
     fields |= dict(sample_size=8, patch_size=2, norm_num_groups=1, cross_attention_dim=16, caption_channels=16)
     transformer = shaken(PixArtTransformer2DModel(**{**fields, **changes}))
     chain = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
-    PixArtAlphaPipeline(*tiny_t5(), tiny_vae(), transformer, chain).save_pretrained(folder)
+    kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    kind(*tiny_t5(), tiny_vae(), transformer, chain).save_pretrained(folder)
     return folder
 
 
