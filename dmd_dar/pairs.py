@@ -41,6 +41,9 @@ class RegressionConfig(LossWeight, Solver):
     metric: Literal["mse", "lpips", "pseudo_huber", "spectrum"] = key(
         "mse", "distance; spectrum: squared error by frequency; lpips needs its weights on this machine"
     )
+    target: Literal["end", "next_rung"] = key(
+        "end", "where a trajectory is followed to: its end, or its state at the next rung (sampler deterministic)"
+    )
     by_rung: tuple[float, ...] = key((), "factor of the weight at each rung; empty: 1 at all", least=0)
     count: int = key(256, "trajectories", least=1)
     seed: int = key(0, "of the trajectories' noise", least=0)

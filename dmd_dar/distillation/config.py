@@ -121,7 +121,7 @@ class DistillConfig:
     # what a distillation did whose configuration was written before the key existed
     BEFORE: ClassVar[dict[str, Any]] = {
         "rollouts": "fresh",
-        "regression": {"solver": "heun", "solver_grid": "even", "by_rung": ()},
+        "regression": {"solver": "heun", "solver_grid": "even", "by_rung": (), "target": "end"},
         "matching": {"above_next_rung": False, "start": 0},
         "fake_score": {"follow": 0.0},
         "guidance": {"form": "auto", "interval": (0.0, 1.0)},

@@ -120,7 +120,8 @@ def build_regression(
         return None
     with runtime.main_first():
         first, *others = (trajectories_for(cfg, recipe, teacher, runtime.device) for recipe in recipes)
-    return Regression(first, cfg, distance_of(cfg, runtime.device, codec), cfg.by_rung, tuple(others), sizes)
+    distance = distance_of(cfg, runtime.device, codec)
+    return Regression(first, cfg, distance, cfg.by_rung, tuple(others), sizes, cfg.target)
 
 
 def distance_of(cfg: RegressionConfig, device: torch.device, codec: Codec | None) -> Callable[[Tensor, Tensor], Tensor]:

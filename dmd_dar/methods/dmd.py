@@ -5,6 +5,7 @@ Shapes: images (B, C, H, W); cond (B,) labels; t (B,); rung the index of the ste
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dmd_dar.methods.trajectories import Pairs
 from dmd_dar.methods.turns import Turns
 
 Metrics = dict[str, Tensor]
+Target = Literal["end", "next_rung"]
 Loss = Callable[[Tensor], Tensor]  # x0_student -> scalar
 FakeScore = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (x_t, t, cond, rung that made the samples) -> v
 
@@ -53,6 +55,7 @@ class Regression:
     by_rung: tuple[float, ...] = ()  # factor of the weight at each rung; empty: 1 at all
     others: tuple[Pairs, ...] = ()  # trajectories of the further sizes of a run
     sizes: Sizes | None = None  # of which each step draws one, in that order
+    target: Target = "end"
 
     def weight_at(self, step: int, rung: int) -> float:
         """The weight at student update `step` (from 0), at the rung of that index."""
@@ -61,8 +64,11 @@ class Regression:
     def loss(self, student: Velocity, rungs: tuple[float, ...], rung: int, draws: Draws) -> tuple[Tensor, Loss]:
         """(x0_student from the stored states, its distance from their ends as a function of it)."""
         pairs = self.trajectories if self.sizes is None else (self.trajectories, *self.others)[self.sizes.index(draws)]
-        states, ends, cond = pairs.at(rung, draws.integers("pair", pairs.count))
-        return rollout.predict_x0(student, states, rungs[rung], cond), lambda x: self.distance(x, ends)
+        index = draws.integers("pair", pairs.count)
+        states, target, cond = pairs.at(rung, index)
+        if self.target == "next_rung" and rung + 1 < len(rungs):
+            target = rollout.x0_towards(states, pairs.at(rung + 1, index)[0], rungs[rung], rungs[rung + 1])
+        return rollout.predict_x0(student, states, rungs[rung], cond), lambda x: self.distance(x, target)
 
 
 @dataclass(frozen=True)

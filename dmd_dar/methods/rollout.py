@@ -39,6 +39,11 @@ def next_state(x0: Tensor, x_t: Tensor, t: float, t_next: float, eps: Tensor | N
     return (1 - t_next) * x0 + t_next * eps
 
 
+def x0_towards(x_t: Tensor, x_next: Tensor, t: float, t_next: float) -> Tensor:
+    """The x0 for which the ODE's step from x_t at t ends in x_next at t_next < t: the inverse of `next_state`."""
+    return (t * x_next - t_next * x_t) / (t - t_next)
+
+
 class Normal(Protocol):
     """What a rollout draws with: Draws, or what is keyed otherwise."""
 

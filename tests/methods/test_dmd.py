@@ -179,6 +179,27 @@ def test_regression_pulls_the_trajectory_state_to_its_end(networks):
     torch.testing.assert_close(method.student_loss(draws)[0], (x0 - paths.ends).square().mean())
 
 
+def test_regression_pulls_towards_the_state_at_the_next_rung_where_that_is_its_target(networks):
+    student, teacher = velocity_of(networks[0]), velocity_of(networks[1])
+    cond = torch.arange(5) % 7
+    paths = solve_trajectories(teacher, cond, RUNGS, Solver(solver_steps=4), torch.randn(5, *SHAPE))
+    regression = Regression(paths, LossWeight(1.0), target="next_rung")
+    method = method_of(student, None, None, matching_weight=0.0, regression=regression)
+    seen = set()
+    for step in range(12):
+        draws = draws_for(step)
+        rung, index = method.rung_of(draws), draws.integers("pair", 5)
+        seen.add(rung)
+        t, x_t = torch.full((8,), RUNGS[rung]), paths.states[index, rung]
+        x0 = flow.velocity_to_x0(student(x_t, t, cond[index]), x_t, t)
+        reached = x_t + ((*RUNGS, 0.0)[rung + 1] - RUNGS[rung]) * (x_t - x0) / RUNGS[rung]  # Euler's step
+        there = paths.ends[index] if rung == 3 else paths.states[index, rung + 1]
+        share = 1 - (*RUNGS, 0.0)[rung + 1] / RUNGS[rung]  # of an error of x0 in the state that is reached
+        expected = ((reached - there) / share).square().mean()
+        torch.testing.assert_close(method.student_loss(draws)[0], expected, rtol=1e-4, atol=1e-6)
+    assert seen == {0, 1, 2, 3}
+
+
 def test_fake_score_loss_is_flow_matching_at_the_drawn_level(networks):
     student, teacher, fake_score = networks
     method = method_of(*(velocity_of(n) for n in networks))

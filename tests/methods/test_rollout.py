@@ -1,6 +1,7 @@
 """Sampling against teachers whose flow is known in closed form: a Gaussian and a point mass."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_deterministic_sampling_is_euler_on_the_rungs():
         x = x + (t_next - t) * curved(x, torch.full((6,), t, dtype=torch.float64), cond)
     sampled = rollout.Rollout(curved, cond, RUNGS, there, noise, "deterministic").end()
     assert torch.allclose(sampled, x, rtol=0, atol=1e-12)
+
+
+def test_a_step_towards_the_next_state_of_a_trajectory_ends_in_it():
+    noise, cond = noise_of(draws()), torch.tensor([0, 1, 2, 2, 1, 0])
+    made = solve_trajectories(gaussian(0.3), cond, RUNGS, Solver("heun", 40, "even"), noise)
+    for rung, (t, t_next) in enumerate(pairwise(RUNGS)):
+        x_t, x_next = made.states[:, rung], made.states[:, rung + 1]
+        towards = rollout.x0_towards(x_t, x_next, t, t_next)
+        assert (towards - made.ends).abs().max() > 0.01  # the way is curved: its end is another x0
+        assert torch.allclose(rollout.next_state(towards, x_t, t, t_next, None), x_next, rtol=0, atol=1e-12)
 
 
 def test_trajectories_pass_the_rungs_of_a_direct_solve():
