@@ -1,8 +1,10 @@
-"""Are students as good where roll-outs are shared, calls without gradients are in bfloat16, or t is cut by rung?
+"""Are students as good where roll-outs are shared, calls without gradients are in bfloat16, t is cut by rung, or calls
+follow the ODE to the next rung?
 
     python -m benchmarks.analytic
     python -m benchmarks.analytic compare=gradient_free
     python -m benchmarks.analytic compare=above_next_rung
+    python -m benchmarks.analytic compare=sampler
 
 Four-step students of a 1/f^2 field and of a mixture, whose score is known exactly, are distilled by the code that real
 runs use (phases, draws, losses), at equal updates. Student and fake score are the teacher's velocity plus a small
@@ -51,6 +53,7 @@ class Arm:
     shared: bool = True  # roll-outs, as `rollouts: shared` says
     gradient_free: GradientFree = "float32"
     above_next_rung: bool = False  # as matching.above_next_rung
+    sampler: flow.Sampler = "stochastic"
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,19 @@ ARMS = {
     "rollouts": {"fresh": Arm(shared=False), "shared": Arm()},
     "gradient_free": {"float32": Arm(), "bfloat16": Arm(gradient_free="bfloat16")},
     "above_next_rung": {"everywhere": Arm(), "above": Arm(above_next_rung=True)},
+    "sampler": {
+        "stochastic": Arm(above_next_rung=True),
+        "deterministic": Arm(above_next_rung=True, sampler="deterministic"),
+    },
 }
 
 
-RESULTS = {"rollouts": "analytic_cpu", "gradient_free": "precision_cpu", "above_next_rung": "intervals_cpu"}
+RESULTS = {
+    "rollouts": "analytic_cpu",
+    "gradient_free": "precision_cpu",
+    "above_next_rung": "intervals_cpu",
+    "sampler": "samplers_cpu",
+}
 
 
 def mixture_velocity(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -193,7 +205,8 @@ def distilled(
         renoise=flow.TimeLaw(low=0.02, high=0.98, shift=recipe.shift),
         num_classes=1,
         shape=shape,
-        turns=Turns(counts, velocity, rungs, 1, shape) if arm.shared else None,
+        turns=Turns(counts, velocity, rungs, 1, shape, arm.sampler) if arm.shared else None,
+        sampler=arm.sampler,
         above_next_rung=arm.above_next_rung,
     )
     ema, updates, lr = Ema(student, 0.98), recipe.updates, recipe.lr
@@ -209,9 +222,13 @@ def distilled(
 
 
 @torch.no_grad()
-def samples_of(velocity: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
+def samples_of(
+    velocity: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...], sampler: flow.Sampler = "stochastic"
+) -> Tensor:
     draws = Draws(1, "sample", 0, sample_range(0, 2048))
-    return few_step_generator(velocity, rungs)(torch.zeros_like(draws.samples), draws, draws.normal("noise", *shape))
+    return few_step_generator(velocity, rungs, sampler)(
+        torch.zeros_like(draws.samples), draws, draws.normal("noise", *shape)
+    )
 
 
 def mixture_samples() -> Tensor:
@@ -246,12 +263,14 @@ def octaves(x: Tensor) -> Tensor:
     return torch.stack([10 * power[band].mean().log10() for band in bands])
 
 
-def octaves_by_rung(student: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
+def octaves_by_rung(
+    student: Velocity, rungs: tuple[float, ...], shape: tuple[int, ...], sampler: flow.Sampler
+) -> Tensor:
     """(rungs + 1, octaves): of the outputs at each rung, and of all of them together."""
     draws = Draws(1, "sample", 0, sample_range(0, 2048))
     cond, noise, outputs = torch.zeros_like(draws.samples), draws.normal("noise", *shape), []
     for rung, t in enumerate(rungs):
-        x_t = rollout.Rollout(student, cond, rungs, draws, noise).state(rung)
+        x_t = rollout.Rollout(student, cond, rungs, draws, noise, sampler).state(rung)
         outputs.append(rollout.predict_x0(student, x_t, t, cond))
     return torch.stack([octaves(x) for x in (*outputs, torch.cat(outputs))])
 
@@ -263,17 +282,17 @@ def four_step_student_of_a_field(seed: int, per_rung: bool = True, arm: Arm = Ar
     recipe = Recipe(FIELD_UPDATES, batch_size=48, lr=5e-3, shift=0.5, per_rung=per_rung, seed=seed)
     student = distilled(field_velocity, Filter(), shape, rungs, recipe, arm)
     with torch.no_grad():
-        return octaves_by_rung(student, rungs, shape)
+        return octaves_by_rung(student, rungs, shape, arm.sampler)
 
 
 def four_step_student_of_a_mixture(seed: int, updates: int, arm: Arm = Arm()) -> tuple[int, float]:  # noqa: B008
     """The modes that it finds, and its distance from the truth over that of the teacher in four steps."""
     torch.manual_seed(seed)
     shape, truth, rungs = (2, 1, 1), mixture_samples(), flow.default_rungs(4)
-    before = samples_of(mixture_velocity, rungs, shape).flatten(1)
+    before = samples_of(mixture_velocity, rungs, shape, arm.sampler).flatten(1)
     recipe = Recipe(updates, batch_size=256, lr=3e-3, shift=0.25, seed=seed)
     student = distilled(mixture_velocity, Perceptron(), shape, rungs, recipe, arm)
-    after = samples_of(student, rungs, shape).flatten(1)
+    after = samples_of(student, rungs, shape, arm.sampler).flatten(1)
     return modes_found(after), mmd(after, truth) / mmd(before, truth)
 
 
@@ -281,7 +300,7 @@ def four_step_student_of_a_mixture(seed: int, updates: int, arm: Arm = Arm()) ->
 class AnalyticBenchmark:
     """python -m benchmarks.analytic"""
 
-    compare: Literal["rollouts", "gradient_free", "above_next_rung"] = key(
+    compare: Literal["rollouts", "gradient_free", "above_next_rung", "sampler"] = key(
         "rollouts", "the key whose values are compared"
     )
     seeds: int = key(6, "training seeds of each target and form", least=2)

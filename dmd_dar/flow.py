@@ -36,6 +36,20 @@ def interpolate(x0: Batch, eps: Batch, t: Times) -> Batch:
     return (1 - t) * x0 + t * eps
 
 
+def added(s: float, t: Times) -> Times:
+    """b, the noise that is added on the way from s up to t: b^2 = t^2 - (s (1 - t) / (1 - s))^2. It is t for s = 0."""
+    kept = s * (1 - t) / (1 - s)
+    return ((t - kept) * (t + kept)).sqrt()
+
+
+def noise_on(x_s: Batch, xi: Batch, s: float, t: Times) -> Batch:
+    """x_t = (1 - t) / (1 - s) x_s + b xi, b = added(s, t).
+
+    Where x_s is (1 - s) x0 and noise of standard deviation s, x_t is (1 - t) x0 and noise of standard deviation t.
+    """
+    return expand_t((1 - t) / (1 - s), x_s) * x_s + expand_t(added(s, t), x_s) * xi
+
+
 def velocity(x0: Batch, eps: Batch) -> Batch:
     """v = eps - x0, the time derivative of x_t."""
     return eps - x0

@@ -192,6 +192,7 @@ class DistillConfig:
                 )
         if self.regression.by_rung:
             self._check_regression_by_rung()
+        self._check_steps()
         if self.matching.dm_form == "decoupled" and self.guidance_scale == 1:
             raise ValueError("guidance_scale is 1, no guidance, but matching.dm_form decoupled gives it a t of its own")
         if self.matching.above_next_rung:
@@ -243,21 +244,43 @@ class DistillConfig:
                 " nothing would train the student at a rung of factor 0; set it above 0"
             )
 
+    def _check_steps(self) -> None:
+        """A call is to reach the end of the way or the next rung, by all losses alike."""
+        steps = self.regression.used and self.regression.target == "next_rung"
+        if steps and self.sampler != "deterministic":
+            raise ValueError(
+                "regression.target next_rung trains calls that step to the next rung along the ODE, and sampler"
+                " stochastic adds fresh noise to their x0: set sampler to deterministic, or regression.target to end"
+            )
+        if self.sampler != "deterministic":
+            return
+        between = steps or self.matching.above_next_rung
+        if between and self.gan.used:
+            raise ValueError(
+                "gan compares each call's x0 with real data, but with sampler deterministic and"
+                f" {'regression.target next_rung' if steps else 'matching.above_next_rung'} it is but a step to the"
+                " next rung: set gan.weight to 0"
+            )
+        if self.matching.weight and self.regression.used and steps != self.matching.above_next_rung:
+            raise ValueError(
+                f"with sampler deterministic, regression.target {self.regression.target} and matching.above_next_rung"
+                f" {str(self.matching.above_next_rung).lower()} ask different things of a call: a step to the next"
+                " rung takes next_rung and true, a sample at once end and false"
+            )
+
     def _check_intervals(self) -> None:
         """Each rung has an interval of t to be matched in."""
-        if self.sampler != "stochastic":
-            raise ValueError(
-                "sampler deterministic adds no noise that would hide what lies below the next rung: set"
-                " matching.above_next_rung to false, or sampler to stochastic"
-            )
         if self.matching.dm_form == "decoupled":
             raise ValueError(
                 "matching.dm_form decoupled draws t of guidance_time at every rung alike, which"
                 " matching.above_next_rung does not bound: set it to false, or dm_form to standard"
             )
-        if len(self.rungs) > 1 and self.rungs[1] >= self.matching.time.high:
+        lowest = self.rungs[1] if len(self.rungs) > 1 else 0.0
+        if self.sampler == "deterministic":  # methods.dmd.DMD.time_of
+            lowest += self.matching.time.low
+        if len(self.rungs) > 1 and lowest >= self.matching.time.high:
             raise ValueError(
-                f"matching.above_next_rung leaves the first rung t from {self.rungs[1]:g} to matching.time.high ="
+                f"matching.above_next_rung leaves the first rung t from {lowest:g} to matching.time.high ="
                 f" {self.matching.time.high:g}, which is nothing: lower rungs, or raise matching.time.high"
             )
 

@@ -115,13 +115,29 @@ class DMD:
     def time_of(self, rung: int) -> flow.TimeLaw:
         """The law of t at which samples of a rung are compared with the teacher's.
 
-        With `above_next_rung` it is mapped into t from the next rung up: fresh noise of that size is added to them
-        anyway, and two distributions that are equal once they are noised to the next rung's t are equal at every larger
-        t, too. What lies below is left to the rungs below. (Intervals of t for each step: arXiv:2510.27684.)
+        With `above_next_rung` it is mapped into t from the next rung up. Where the sampler re-noises, fresh noise of
+        that size is added to them anyway, and two distributions that are equal once they are noised to the next rung's
+        t are equal at every larger t, too. Where it follows the ODE, what a rung hands on is its state at the next
+        rung, and t keeps the law's low from there. What lies below is left to the rungs below. (Intervals of t for
+        each step: arXiv:2510.27684.)
         """
         if not self.above_next_rung or rung + 1 == len(self.rungs):
             return self.renoise
+        if held := self.held_at(rung):
+            return replace(self.renoise, low=held + self.renoise.low)
         return replace(self.renoise, low=max(self.renoise.low, self.rungs[rung + 1]))
+
+    def held_at(self, rung: int) -> float:
+        """The time s of the samples of a rung that are compared: 0, or the next rung's where they are its states."""
+        follows = self.above_next_rung and self.sampler == "deterministic" and rung + 1 < len(self.rungs)
+        return self.rungs[rung + 1] if follows else 0.0
+
+    def noised(self, x0_student: Tensor, x_t: Tensor, rung: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples of a rung, from its input x_t, at the drawn t: x_t, its t (B,) and eps; without gradient."""
+        s, x = self.held_at(rung), x0_student.detach()
+        if s:
+            x = rollout.next_state(x, x_t, self.rungs[rung], s, None)
+        return rollout.renoise(x, self.time_of(rung), "score", draws, s)
 
     def student_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Distribution matching + regression + GAN, jointly, at one rung (arXiv:2311.18828 Eq. 9)."""
@@ -130,9 +146,9 @@ class DMD:
         matching_weight = self.matching_weight if draws.step >= self.matching_start else 0.0
         terms, metrics = [], {}
         if matching_weight or gan_weight:
-            x0_student, cond = self.generate(rung, draws)  # (B, C, H, W), gradient through the last call only
+            x0_student, cond, x_t = self.generate(rung, draws)  # (B, C, H, W), gradient through the last call only
             if matching_weight:
-                loss, metrics = self.matching(x0_student, cond, rung, draws)
+                loss, metrics = self.matching(x0_student, cond, x_t, rung, draws)
                 terms.append(Term("dm", matching_weight, x0_student, loss))
             if self.gan is not None and gan_weight:
                 terms.append(Term("gan", gan_weight, x0_student, self.gan.student_term(cond, rung, draws)))
@@ -140,12 +156,16 @@ class DMD:
             terms.append(Term("regression", weight, *self.regression.loss(self.student, self.rungs, rung, draws)))
         return joint(terms, metrics, draws.samples.device)
 
-    def matching(self, x0_student: Tensor, cond: Tensor, rung: int, draws: Draws) -> tuple[Loss, Metrics]:
-        """The matching term as a loss of x0_student (arXiv:2311.18828 Eq. 7), and how far the two scores differ."""
+    def matching(self, x0_student: Tensor, cond: Tensor, x_t: Tensor, rung: int, draws: Draws) -> tuple[Loss, Metrics]:
+        """The matching term as a loss of x0_student (arXiv:2311.18828 Eq. 7), and how far the two scores differ.
+
+        x_t (B, ...) is the input from which x0_student was made. Where the state at the next rung is compared, which
+        moves with x0_student by a positive factor, so does the gradient; the normaliser leaves the factor out.
+        """
         teacher = self.teacher if self.guidance is None else self.guidance.unguided
-        x_t, t, _ = rollout.renoise(x0_student.detach(), self.time_of(rung), "score", draws)
-        x0_teacher = x0_of(teacher, x_t, t, cond)
-        x0_fake = x0_of(self.fake_score, x_t, t, cond, rung)
+        noised, t, _ = self.noised(x0_student, x_t, rung, draws)
+        x0_teacher = x0_of(teacher, noised, t, cond)
+        x0_fake = x0_of(self.fake_score, noised, t, cond, rung)
         gap = losses.per_sample_mean((losses.promote(x0_fake) - losses.promote(x0_teacher)).square()).mean().sqrt()
         metrics = {"fake_to_teacher_rms": gap}
         if self.guidance is None:
@@ -154,18 +174,18 @@ class DMD:
         names = ("student", "unguided teacher", "fake score")
         return lambda x: losses.dmd_loss(x, x0_teacher, x0_fake, names) + guidance(x), metrics
 
-    def generate(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
-        """(x0_student, cond): one call with gradient at the step's rung, which no gradient leads to."""
+    def generate(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0_student, cond, x_t): one call with gradient at the step's rung, from x_t, which no gradient leads to."""
         if self.data is None:
             x_t, cond = self.simulate(rung, draws)
         else:
             x0, cond = self.data(draws)
             x_t = flow.interpolate(x0, draws.normal("noise", *self.shape), x0.new_full((), self.rungs[rung]))
-        return rollout.predict_x0(self.student, x_t, self.rungs[rung], cond), cond
+        return rollout.predict_x0(self.student, x_t, self.rungs[rung], cond), cond, x_t
 
     @torch.no_grad()
-    def samples(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
-        """(x0_student, cond) as `generate` makes them, without gradient."""
+    def samples(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0_student, cond, x_t) as `generate` makes them, without gradient."""
         return self.generate(rung, draws) if self.turns is None else self.turns.sample(rung, draws)
 
     @torch.no_grad()
@@ -180,9 +200,12 @@ class DMD:
     def fake_score_loss(self, draws: Draws) -> tuple[Tensor, Metrics]:
         """Flow matching on the student's own samples, which get no gradient (arXiv:2311.18828 Eq. 6)."""
         rung = self.rung_of(draws)
-        x0_student, cond = self.samples(rung, draws)
-        x_t, t, eps = rollout.renoise(x0_student, self.time_of(rung), "score", draws)
-        weight = t.square() if self.x0_space else 1.0
+        x0_student, cond, x_t = self.samples(rung, draws)
+        x_t, t, eps = self.noised(x0_student, x_t, rung, draws)
+        weight: Tensor | float = t.square() if self.x0_space else 1.0
+        if s := self.held_at(rung):  # of their x0, x_t alone says something; its noise spreads, and counts by how much
+            x0_student = (x_t - flow.expand_t(t, eps) * eps) / flow.expand_t(1 - t, eps)
+            weight = weight * (flow.added(s, t) / t).square()
         loss = losses.flow_matching_loss(self.fake_score(x_t, t, cond, rung), x0_student, eps, weight)
         if self.gan is None or not self.gan.feature_weight:
             return loss, {}
@@ -193,7 +216,7 @@ class DMD:
         """The heads', on real data and the student's own samples; neither they nor the features get a gradient."""
         assert self.gan is not None
         rung = self.rung_of(draws)
-        x0_student, cond = self.samples(rung, draws)
+        x0_student, cond, _ = self.samples(rung, draws)
         return self.gan.heads_loss(x0_student, cond, rung, draws)
 
 

@@ -20,11 +20,18 @@ def predict_x0(velocity: Velocity, x_t: Tensor, t: float, cond: Tensor) -> Tenso
     return flow.velocity_to_x0(velocity(x_t, times, cond), x_t, times)
 
 
-def renoise(x0: Tensor, law: flow.TimeLaw, name: str, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 (B, ...) noised: x_t, its t (B,) by the law, and the eps (B, ...), which have draws of this name."""
-    eps = draws.normal(f"{name}_eps", *x0.shape[1:], dtype=torch.promote_types(x0.dtype, torch.float32))
-    t = law.quantile(draws.uniform(f"{name}_t")).to(eps.dtype)
-    return flow.interpolate(x0, eps, t), t, eps
+def renoise(x: Tensor, law: flow.TimeLaw, name: str, draws: Draws, s: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, ...), samples at time s, noised on to a t > s by the law: x_t, its t (B,) and eps (B, ...).
+
+    The draws are of this name. With s > 0 (samples that still hold noise, arXiv:2510.27684) eps is t / b times what is
+    added, see `flow.noise_on`: E[eps | x_t] is then that of all noise in x_t, and it spreads the more, the nearer t is
+    to s.
+    """
+    xi = draws.normal(f"{name}_eps", *x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
+    t = law.quantile(draws.uniform(f"{name}_t")).to(xi.dtype)
+    if not s:
+        return flow.interpolate(x, xi, t), t, xi
+    return flow.noise_on(x, xi, s, t), t, flow.expand_t(t / flow.added(s, t), xi) * xi
 
 
 def rung_of(draws: Draws, rungs: tuple[float, ...]) -> int:

@@ -83,11 +83,11 @@ class Turns:
         with torch.no_grad():
             return rollout.state(rung), rollout.cond
 
-    def sample(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor]:
-        """(x0_student, cond): its output from there."""
+    def sample(self, rung: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0_student, cond, x_t): its output from there, and what it was made from."""
         rollout = self._rollout(draws)
         with torch.no_grad():
-            return rollout.output(rung), rollout.cond
+            return rollout.output(rung), rollout.cond, rollout.state(rung)
 
     def forget(self) -> None:
         """Drop the roll-out at hand; an update makes what it needs of it anew."""

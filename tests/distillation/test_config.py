@@ -55,9 +55,12 @@ def test_decoupled_matching_needs_guidance_and_uses_it(teacher, tmp_path):
         ("gan={feature_weight: 1.0, features: teacher}", "gan.feature_weight"),
         ("gan={weight: 1.0, hidden: 0}", "gan.hidden"),
         ("regression.metric=huber", "pseudo_huber"),
+        ("sampler=deterministic matching.above_next_rung=true", "end and matching.above_next_rung true ask different"),
+        ("sampler=deterministic regression.target=next_rung", "next_rung and matching.above_next_rung false ask"),
+        ("regression.target=next_rung", "stochastic adds fresh noise to their x0: set sampler to deterministic"),
         (
-            "sampler=deterministic matching.above_next_rung=true",
-            "sampler = 'deterministic' (command line): sampler deterministic adds no noise",
+            "sampler=deterministic regression.target=next_rung gan={weight: 1.0} matching.above_next_rung=true",
+            "regression.target next_rung it is but a step",
         ),
         ("guidance_scale=2 matching={above_next_rung: true, dm_form: decoupled}", "guidance_time at every rung alike"),
         ("regression.by_rung=[1,1]", "2 factors for"),
@@ -72,7 +75,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, sa
     monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(SystemExit) as stop:
-        distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", *re.split(" (?=matching)", wrong)))
+        distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", *re.split(" (?=matching|regression|gan)", wrong)))
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and said in message
 

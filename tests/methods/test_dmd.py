@@ -9,7 +9,7 @@ from dmd_dar import flow, losses
 from dmd_dar.draws import Draws, sample_range
 from dmd_dar.losses import LossWeight
 from dmd_dar.methods.dmd import DMD, Regression
-from dmd_dar.methods.rollout import rung_of
+from dmd_dar.methods.rollout import renoise, rung_of
 from dmd_dar.methods.solvers import Solver
 from dmd_dar.methods.trajectories import solve_trajectories
 from dmd_dar.models.denoiser import velocity_of
@@ -204,7 +204,7 @@ def test_fake_score_loss_is_flow_matching_at_the_drawn_level(networks):
     student, teacher, fake_score = networks
     method = method_of(*(velocity_of(n) for n in networks))
     draws = draws_for(5, phase="fake_score")
-    x0, cond = method.generate(rung_of(draws, RUNGS), draws)
+    x0, cond, _ = method.generate(rung_of(draws, RUNGS), draws)
     t, eps = draws.uniform("score_t"), draws.normal("score_eps", *SHAPE)
     t = (0.02 + 0.96 * t).float()
     x_t = flow.interpolate(x0.detach(), eps, t)
@@ -269,3 +269,56 @@ def test_each_rungs_interval_ends_at_the_next_rung_and_the_last_ones_at_the_laws
     laws = [method.time_of(rung) for rung in range(4)]
     assert [law.low for law in laws] == [0.9, 0.75, 0.5, 0.02] and {law.high for law in laws} == {0.98}
     assert method_of(None, None, None, rungs=(1.0,), above_next_rung=True).time_of(0) == method.renoise
+
+
+def test_where_calls_step_to_the_next_rung_their_states_there_are_matched_above_it(networks):
+    """Student and fake score see the Euler step's state, noised on to t from the next rung up; the last its x0."""
+    student, seen = velocity_of(networks[0]), {}
+
+    def watched(name: str):
+        def velocity(x_t: Tensor, t: Tensor, cond: Tensor, *rung: int) -> Tensor:
+            seen[name] = (x_t, t)
+            return 0.3 * x_t if name == "teacher" else 0.4 * x_t
+
+        return velocity
+
+    method = method_of(
+        student, watched("teacher"), watched("fake_score"), sampler="deterministic", above_next_rung=True
+    )
+    rungs_seen = set()
+    for step in range(14):
+        draws = draws_for(step)
+        rung = method.rung_of(draws)
+        rungs_seen.add(rung)
+        s = (*RUNGS, 0.0)[rung + 1]
+        assert method.held_at(rung) == s and method.time_of(rung) == flow.TimeLaw(low=s + 0.02, high=0.98)
+        x0, _, x_in = method.generate(rung, draws)
+        held = x_in + (s - RUNGS[rung]) * (x_in - x0) / RUNGS[rung]  # Euler's step of its velocity
+        xi, u = draws.normal("score_eps", *SHAPE), draws.uniform("score_t")
+        t = (s + 0.02 + (0.96 - s) * u).float()
+        a = ((1 - t) / (1 - s)).reshape(-1, 1, 1, 1)
+        b = (t.square().reshape(-1, 1, 1, 1) - (a * s).square()).sqrt()
+        expected = (a * held + b * xi).detach()
+        method.student_loss(draws)
+        for name in ("teacher", "fake_score"):
+            torch.testing.assert_close(seen[name][0], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(seen[name][1], t)
+        loss, _ = method.fake_score_loss(draws)
+        eps = t.reshape(-1, 1, 1, 1) / b * xi
+        target = (eps - expected) / (1 - t.reshape(-1, 1, 1, 1))
+        error = (0.4 * expected - target).square().mean((1, 2, 3)) * (b / t.reshape(-1, 1, 1, 1)).flatten().square()
+        torch.testing.assert_close(loss, error.mean(), rtol=1e-3, atol=1e-5)
+    assert rungs_seen == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("s", [0.0, 0.2, 0.5])
+def test_samples_that_hold_noise_teach_the_fake_score_the_velocity_of_those_that_do_not(s):
+    """Data N(0, 0.5^2): the best linear velocity at a t, fitted to the targets that renoise gives, is the exact one."""
+    draws = Draws(0, "fake_score", 0, sample_range(0, 400_000))
+    x_s = (1 - s) * 0.5 * draws.normal("x0", 1) + s * draws.normal("held", 1)
+    x_t, t, eps = renoise(x_s, flow.TimeLaw(low=0.6, high=0.6 + 1e-6), "score", draws, s)
+    assert x_t.var().item() == pytest.approx((0.4 * 0.5) ** 2 + 0.6**2, rel=0.01)
+    t = t[:, None].float()
+    target = (eps - x_t) / (1 - t)  # eps - x0, x0 being what x_t and eps leave
+    slope = (target * x_t).mean() / x_t.square().mean()
+    assert slope.item() == pytest.approx((0.6 - 0.4 * 0.25) / (0.4**2 * 0.25 + 0.36), rel=0.02)

@@ -175,7 +175,7 @@ def test_backward_simulation_makes_one_forward_for_each_rung_and_is_what_samplin
         seen.append((t[0].item(), torch.is_grad_enabled()))
         return velocity(x_t, t, cond)
 
-    x0, cond = method_of(student, None, None, rungs=RUNGS, sampler=sampler).generate(rung, draws)
+    x0, cond, _ = method_of(student, None, None, rungs=RUNGS, sampler=sampler).generate(rung, draws)
     assert [t for t, _ in seen] == pytest.approx(RUNGS[: rung + 1])
     assert [grad for _, grad in seen] == [False] * rung + [True]
     generator = few_step_generator(velocity, RUNGS[: rung + 1], sampler)
@@ -194,7 +194,7 @@ def test_on_data_the_student_is_asked_once_at_the_noised_data():
 
     step = next(s for s in range(50) if draws_for(s).shared_integer("rung", 4) == 2)
     draws = draws_for(step)
-    _, cond = method_of(student, None, None, rungs=RUNGS, data=data).generate(2, draws)
+    _, cond, _ = method_of(student, None, None, rungs=RUNGS, data=data).generate(2, draws)
     ((x_t, t, asked),) = seen
     assert torch.equal(t, torch.full((6,), 0.75)) and torch.equal(asked, cond) and (cond == 2).all()
     torch.testing.assert_close(x_t, 0.25 * draws.normal("image", *SHAPE) + 0.75 * draws.normal("noise", *SHAPE))

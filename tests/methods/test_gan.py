@@ -81,7 +81,7 @@ def test_each_side_of_the_game_trains_its_own_network_alone(game):
 def test_the_student_s_gradient_is_that_of_softplus_through_the_features(game):
     method, modules = game
     draws, gan = draws_for(4), method.gan
-    x0, cond = method.generate(rung_of(draws, RUNGS), draws)
+    x0, cond, _ = method.generate(rung_of(draws, RUNGS), draws)
     t, eps = LAW.quantile(draws.uniform("gan_t")).float(), draws.normal("gan_eps", *SHAPE)
     logits = gan.heads(gan.features(flow.interpolate(x0, eps, t), t, cond))
     parameters = [p for p in modules["student"].parameters() if p.requires_grad]
@@ -95,7 +95,7 @@ def test_the_student_s_gradient_is_that_of_softplus_through_the_features(game):
 
 def test_r1_perturbs_the_noised_real_data_and_nothing_else(method):
     draws = draws_for(2, phase="discriminator")
-    x0_student, cond = (x.detach() for x in method.generate(rung_of(draws, RUNGS), draws))
+    x0_student, cond, _ = (x.detach() for x in method.generate(rung_of(draws, RUNGS), draws))
     x_t, t, conds = method.gan.inputs(x0_student, cond, draws)
     noised, fake, perturbed = x_t.chunk(3)
     x0_real, cond_real = real(dataclasses.replace(draws, phase="discriminator_real"))

@@ -98,6 +98,7 @@ def test_samples_and_states_are_those_of_a_roll_out_of_ones_own(sampler):
             (turns.sample(place.rung, here), predict_x0(student, x_t, RUNGS[place.rung], cond)),
         ):
             assert torch.equal(made[0], expected) and torch.equal(made[1], cond) and not made[0].requires_grad
+        assert torch.equal(turns.sample(place.rung, here)[2], x_t)
 
 
 def test_a_turn_calls_the_student_once_at_each_rung_of_a_roll_out_at_most():
@@ -164,7 +165,7 @@ def test_the_losses_take_rung_samples_and_inputs_from_the_turns():
         for phase, step in steps_of(turn, turns.updates):
             here = draws_of(phase, step)
             places.append(turns.place(here).rung)
-            x0, _ = method.samples(places[-1], here)
+            x0, _, _ = method.samples(places[-1], here)
             (method.student_loss if phase == "student" else method.fake_score_loss)(here)
             assert torch.equal(method.generate(places[-1], here)[0], x0)
         assert rungs == places and places[0] != places[1]
