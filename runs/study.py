@@ -28,7 +28,7 @@ SEARCHED_ON = 101
 BACKBONE, ROUTERS = (1.5e-4, 3e-4, 6e-4), (5e-4, 8e-3)
 ROUTERS_FIRST = 2e-3
 HALF, WHOLE = 200, 400
-ON_THE_WAY = (25, 50, 110)
+ON_THE_WAY = (25, 50, 110, 300)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def command(self) -> list[str]:
-        keys = [f"student.lr={self.lr}", f"student.routing.lr={self.routers}", "checkpoint.students=[]", "steps=110"]
+        keys = [f"student.lr={self.lr}", f"student.routing.lr={self.routers}", "checkpoint.students=[]"]
         return distill(self.arm, SEARCHED_ON, self.folder) + keys
 
 
@@ -129,7 +129,7 @@ def compare(cfg: StudyConfig) -> None:
     into endpoints.json.
     """
     seeds = complete()
-    for updates in (*ON_THE_WAY, HALF, WHOLE):
+    for updates in sorted((*ON_THE_WAY, HALF, WHOLE)):
         out = OUT / f"compare_{updates}"
         names = zip(("residual", "dar", "frozen"), ARMS, strict=True)
         arms = [f"arms.{name}=[{','.join(str(place(arm, seed, updates)) for seed in seeds)}]" for name, arm in names]
