@@ -47,8 +47,8 @@ class EncodeConfig:
     held_out: bool = key(False, "encode the images that training leaves out, in the place of the others")
     prompts: str = key(
         "",
-        "file of prompts in the place of images: one a line, or JSON Lines, JSON, CSV or TSV whose entries have a"
-        " prompt, caption or text; then the next keys",
+        "file of prompts in the place of images: one a line, or JSON Lines, JSON, CSV, TSV or parquet whose entries"
+        " have a prompt, caption or text; then the next keys",
         path=True,
     )
     column: str = key("", "field or column of the file that holds the prompt; empty: prompt, caption or text")

@@ -16,6 +16,7 @@ EXTRA_OF = {
     "markupsafe": "evaluation",
     "matplotlib": "evaluation",
     "open_clip": "evaluation",
+    "pyarrow": "parquet",
     "pywt": "evaluation",
     "scipy": "evaluation",
     "tensorboard": "tensorboard",

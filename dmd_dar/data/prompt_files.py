@@ -3,7 +3,7 @@
     .txt and any other    a prompt a line; JSON Lines where the first line is a JSON object
     .jsonl, .ndjson       JSON Lines: on each line an object with a field of FIELDS, or a text
     .json                 a list of such objects or texts; JSON Lines
-    .csv, .tsv            a table with a column of FIELDS
+    .csv, .tsv, .parquet  a table with a column of FIELDS; parquet needs pyarrow
 
 Beside the prompt an object or a row may have a negative, a text, and a seed, an integer from 0; others are ignored.
 UTF-8, with or without a byte order mark. A line ends at \\n, \\r\\n or \\r and nowhere else; blank ones are skipped.
@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from dmd_dar.errors import UserError
+from dmd_dar.extras import needed
 
 FIELDS = ("prompt", "caption", "text")
 JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = ".parquet"
+BESIDE = ("negative", "seed")  # of a prompt
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 AROUND = re.compile(r"^[\s\ufeff]+|[\s\ufeff]+$")  # blanks, and the marks of files that were joined
 ENDINGS = re.compile(r"[\r\n]")
@@ -46,7 +49,8 @@ def read_entries(file: str, column: str = "") -> list[Entry]:
     is none.
     """
     try:
-        return [_entry(place, value, column.strip().lower()) for place, value in _values(Path(file))]
+        column = column.strip().lower()
+        return [_entry(place, value, column) for place, value in _values(Path(file), column)]
     except (OSError, ValueError) as error:
         raise UserError(f"prompts = {file}: {' '.join(str(error).split())}") from error
 
@@ -82,13 +86,13 @@ def copy_of(entries: list[Entry]) -> tuple[str, str]:
     return LOSSLESS, "\n".join([*lines, ""])
 
 
-def _values(file: Path) -> Iterator[tuple[str, Any]]:
+def _values(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     """(where it stands, text or object) of everything in the file; ValueError where nothing is."""
     kind, empty = file.suffix.lower(), True
-    if kind == ".parquet":
-        raise ValueError("parquet is not read; save the table as CSV or JSON Lines")
-    text = _decoded(file)
-    if kind in SEPARATORS:
+    text = "" if kind == PARQUET else _decoded(file)
+    if kind == PARQUET:
+        found = _parquet(file, column)
+    elif kind in SEPARATORS:
         found = _table(text, SEPARATORS[kind])
     elif kind == ".json" and (whole := _json(text)) is not None:
         found = ((f"entry {i}", entry) for i, entry in enumerate(whole if isinstance(whole, list) else [whole], 1))
@@ -142,6 +146,23 @@ def _table(text: str, separator: str) -> Iterator[tuple[str, Any]]:
             yield f"line {rows.line_num}", row
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num + 1}: {error}; close and double the quotes there") from error
+
+
+def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """The rows, of the columns that are read: others may hold images."""
+    needed("pyarrow")
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names, number = table.schema_arrow.names, 0
+            read = {_column("the table", names, column), *BESIDE}
+            for batch in table.iter_batches(columns=[name for name in names if name.strip().lower() in read]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"it is no parquet that can be read ({error}); save it anew") from error
 
 
 def _entry(place: str, value: Any, column: str) -> Entry:

@@ -1,7 +1,10 @@
 """Files of prompts as people write them: whatever the form, the prompts are these; what holds none is named."""
 
 import json
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dmd_dar.data.prompt_files import LOSSLESS, PLAIN, Entry, copy_of, negative_of, read_entries, read_prompts
@@ -83,7 +86,7 @@ def test_a_prompt_is_not_split_at_what_ends_no_line(tmp_path, form, mark):
         ("p.csv", b"id,prompt\n1\n", "line 2 has no text for a prompt"),
         ("p.csv", b'id,prompt\n1,"a', "line 2: unexpected end of data; close and double the quotes there"),
         ("p.csv", b"id,prompt\n1,a\n2,a cat, sitting\n", "line 3 has more cells than the first; quote a text with ','"),
-        ("p.parquet", b"PAR1\x00", "parquet is not read; save the table as CSV or JSON Lines"),
+        ("p.parquet", b"PAR1\x00", "it is no parquet that can be read"),
         ("p.csv", b"prompt,negative,seed\na,,-1\n", "the seed of line 2 is -1, no integer from 0"),
         ("p.jsonl", b'{"prompt": "a", "seed": true}', "the seed of line 1 is True, no integer from 0"),
         ("p.jsonl", b'{"prompt": "a", "seed": 1.5}', "the seed of line 1 is 1.5, no integer from 0"),
@@ -125,6 +128,45 @@ def test_columns_by_name(tmp_path, form, content):
     assert negative_of(file, entries) == "blurry"
     with pytest.raises(UserError, match=f"^prompts = {file}: (line|entry) [12] holds .*, and no 'fr'; set column to"):
         read_prompts(file, "fr")
+
+
+def parquet(path, **columns) -> str:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_a_parquet_is_read_by_its_columns_and_images_in_it_are_not(tmp_path, monkeypatch):
+    columns = {"image": [b"\x00" * 9] * 3, "Prompt": PROMPTS, "negative": ["dark", None, ""], "seed": [7, None, 0]}
+    file, read = parquet(tmp_path / "p.parquet", **columns), []
+    batches = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile,
+        "iter_batches",
+        lambda self, columns: read.append(columns) or batches(self, batch_size=2, columns=columns),
+    )
+    assert read_entries(file) == [
+        Entry("row 1", PROMPTS[0], "dark", 7),
+        Entry("row 2", PROMPTS[1], None, None),
+        Entry("row 3", PROMPTS[2], None, 0),
+    ]
+    assert read == [["Prompt", "negative", "seed"]]
+    other = parquet(tmp_path / "other.parquet", de=["eine Katze"], prompt=["a cat"], seed=[-1])
+    with pytest.raises(UserError, match="the seed of row 1 is -1, no integer from 0"):
+        read_prompts(other, "DE")
+    with pytest.raises(UserError, match=f"^prompts = {file}: the table holds .*, and no 'fr'; set column to"):
+        read_prompts(file, "fr")
+    with pytest.raises(UserError, match="row 2 has no text for a prompt"):
+        read_prompts(parquet(tmp_path / "gap.parquet", prompt=["a", None]))
+    with pytest.raises(UserError, match="it is empty"):
+        read_prompts(parquet(tmp_path / "empty.parquet", prompt=pyarrow.array([], pyarrow.string())))
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    file = parquet(tmp_path / "p.parquet", prompt=PROMPTS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"^pyarrow is not installed: pip install 'dmd-dar\[parquet\]'$"):
+        read_prompts(file)
+    assert read_prompts(put(tmp_path / "p.csv", "prompt\na\n")) == ["a"]
 
 
 @pytest.mark.parametrize(("column", "beside"), [("negative", (None, 7)), ("seed", ("dark", None))])
