@@ -25,6 +25,7 @@ from .samples.sampling import Bench
 from .study.differences import conclude, conclude_over_steps
 from .study.few_steps import FewSteps, titles
 from .study.pairing import ArmsConfig, RunsByArm, read_groups
+from .study.prompts import IMAGES, LEAST, encoded_for
 from .study.records import run_records, text_of
 from .study.results import StepsResult, StudyResult
 from .study.runs import GuidedTeacher, Run, reference_guidance, require_teacher
@@ -44,7 +45,15 @@ class CompareConfig(Solver):
         least=0,
     )
     out: str = key("out/compare", "folder for compare.json and runs/, one small file for each run")
-    n: int = key(1024, "images of each network", least=64)
+    n: int = key(IMAGES, "images of each network", least=LEAST)
+    seeds: int = key(0, "images of each prompt or class, in the place of n; 0: n images, the prompts in turn", least=0)
+    prompts: str = key(
+        "",
+        "what all networks are sampled at: a file of prompts in words, as dmd_dar.encode reads it, or a folder of"
+        " encoded ones; empty: those that the runs were trained on",
+        path=True,
+    )
+    text_encoder: str = key("", "pipeline that encodes the file; empty: the one that the first run's card names")
     seed: int = key(0, "of the evaluation noise, the resampling and the simulations", least=0)
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cache: str = key("out/cache", "folder in which images are kept and found again")
@@ -83,15 +92,15 @@ def compare(cfg: CompareConfig) -> None:
     began = time.monotonic()
     processes = Processes.of(cfg.cpu)
     device = processes.device(cfg.cpu)
-    groups = read_groups(cfg.arms)
+    groups = read_groups(cfg.arms, lambda run: encoded_for(run.folder, run.origin, cfg, processes))
     runs = [run for group in groups.values() for arm in group.values() for run in arm]
     guidance_scale = reference_guidance(runs, cfg.guidance_scale)
     make_folder(cfg.out)
     teacher = GuidedTeacher.of(runs[0], device, guidance_scale)
-    require_teacher(runs, teacher.weights)
+    require_teacher(runs, teacher.loaded)
     bench = teacher.bench(cfg, device, processes, runs[0])
     if processes.main:
-        LOGGER.info(f"sampling {cfg.n} images of the teacher and of {len(runs)} runs")
+        LOGGER.info(f"sampling {bench.count} images of the teacher and of {len(runs)} runs")
     reference = teacher.sample_set(bench, cfg.ode)
     result = concluded(cfg, groups, Yardstick.of(reference, bench), bench)
     if result is not None:
@@ -107,7 +116,7 @@ def concluded(
     for few, title in titles(groups).items():
         study = sample_and_measure(groups[few], yardstick, bench)
         if study is not None:
-            result = conclude(study, cfg.n, cfg.seed)
+            result = conclude(study, bench.count, cfg.seed)
             results[title] = replace(result, few_steps=few) if title else result
     if len(results) > 1:
         return conclude_over_steps(results)

@@ -27,6 +27,7 @@ from .study import forest
 from .study.checks import conclusions, student_checks
 from .study.convergence import discretisation
 from .study.inputs import Inputs, read_inputs
+from .study.prompts import IMAGES, LEAST
 from .study.twins import forest_of, pairs_by_steps
 
 __all__ = ["ReportConfig", "main", "report"]
@@ -56,10 +57,18 @@ class ReportConfig(Solver):
     prompt: str = key(
         "", "text of the CLIP score, {} being class or prompt; empty: 'a photo of {}' of classes, prompts as they are"
     )
+    prompts: str = key(
+        "",
+        "what all networks are sampled at: a file of prompts in words, as dmd_dar.encode reads it, or a folder of"
+        " encoded ones; empty: those that the runs were trained on",
+        path=True,
+    )
+    text_encoder: str = key("", "pipeline that encodes the file; empty: the one that the first run's card names")
     allow_download: bool = key(False, "fetch weights that are missing")
     strict: bool = key(False, "exit with code 2 where a metric that was asked for is skipped; --strict does the same")
     out: str = key("out/report", "folder for report.html, report.json, report.csv and the figures")
-    n: int = key(1024, "images of each set that is sampled", least=64)
+    n: int = key(IMAGES, "images of each set that is sampled", least=LEAST)
+    seeds: int = key(0, "images of each prompt or class, in the place of n; 0: n images, the prompts in turn", least=0)
     seed: int = key(0, "of the evaluation noise, the real crops and the bootstrap", least=0)
     batch_size: int = key(64, "images at a time; changes no image beyond rounding", least=1)
     cache: str = key("out/cache", "folder in which the teacher's images are kept and found again")
@@ -73,6 +82,8 @@ class ReportConfig(Solver):
             raise ValueError("reference is for folders without runs, which bring their teacher; leave it out")
         if not self.runs and self.reference == TEACHER:
             raise ValueError("reference is the teacher of runs, but there are none: name a folder, reference=FOLDER")
+        if self.prompts and not self.runs:
+            raise ValueError("prompts are what networks of runs are sampled at: leave it out of a report of folders")
         if len(self.metrics) > 1 and any(word in self.metrics for word in GENERAL):
             raise ValueError("metrics holds auto or offline beside others: give one of these words alone, or names")
 
@@ -97,7 +108,8 @@ def report(cfg: ReportConfig) -> None:
     inputs = read_inputs(cfg, device, ledger, processes)
     if processes.main:
         print_left_out(inputs)
-    sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device, cfg.statistics)
+    asked: tuple[Metric, ...] = ("clip",) if any(one.prompted for one in inputs.everything) else ()
+    sources = Sources(cfg.inception or None, cfg.clip or None, cfg.allow_download, device, cfg.statistics, asked)
     suite = prepare(cfg.metrics, inputs.fit, cfg.seed, ledger, sources, cfg.prompt)
     inputs, readings = read_sets(inputs, suite, ledger, processes)
     if processes.main:

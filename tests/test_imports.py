@@ -35,7 +35,7 @@ FLOOR_JOBS = {
 TOP = {"commands", "__main__"}  # nothing imports these
 # they read the configuration, and some the runs of jobs back
 COMMANDS = ("report", "teacher", "compare", "weights", "sensitivity", "statistics")
-ROOM_JOBS = ("study/runs", "study/pairing", "study/inputs", "study/twins")
+ROOM_JOBS = ("study/runs", "study/pairing", "study/inputs", "study/prompts", "study/twins")
 EVAL_JOBS = {f"eval/{name}.py" for name in (*COMMANDS, *ROOM_JOBS)}
 # the rooms of eval; each sees those before it, the last two not each other
 ROOMS = ("samples", "metrics", "measure", "study", "page")

@@ -83,6 +83,7 @@ class Prompts:
         self.encoder: str = content["encoder"]
         self.pipeline = str(content.get("pipeline", ""))  # class of the pipeline whose text encoders made them
         self.tokens, self.dtype = int(content.get("tokens", 0)), str(content.get("dtype", "float32"))
+        self.negative = str(content.get("negative", ""))  # what guidance leads away from
         self.texts_hash, self.count = content.get("prompts"), len(self.shards) - 1
         self.names = tuple(name for name in layout.tensors if name != LENGTH)
         self.width = layout.tensors["embedding"].shape[-1]

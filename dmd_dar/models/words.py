@@ -56,7 +56,7 @@ class Words:
         return Written({text: self.known[text] for text in distinct}, self.source.digest, self.pipeline)
 
     def _encode(self, texts: list[str], others: Sequence[nn.Module]) -> None:
-        place, revision = self._place()
+        place, revision = self.place()
         folder = str(resolve(place, revision, TEXT_FILES))
         moved = [] if self._fits(folder) else others
         encoder = None
@@ -85,7 +85,8 @@ class Words:
             )
         return encoder
 
-    def _place(self) -> tuple[str, str]:
+    def place(self) -> tuple[str, str]:
+        """Path or hub id, and revision, of the pipeline that encodes. Raises UserError where there is none."""
         for place, revision in self.places:
             if holds_text_encoder(place) or (HUB_ID.fullmatch(place) and not Path(place).exists()):
                 return place, revision

@@ -20,6 +20,7 @@ from ..samples.parallel import Processes, Rows, grouped, ungrouped
 from ..samples.sets import ImageSet
 from .ledger import Ledger
 from .nulls import lsd_beside_null
+from .one_set import by_prompt
 from .results import Against, Bands, LatentComparison, LatentResult, LatentRow, Reference
 
 BATCH = 256
@@ -124,11 +125,11 @@ def against(one: LatentSpectra, other: LatentSpectra, second: LatentSpectra | No
     second: another set of the other's source, for the distance's null; without it, halves of the other.
     """
     paired, rng = one.source.paired and other.source.paired, np.random.default_rng(seed)
-    classes = one.source.classes, other.source.classes
+    sets = one.source, other.source
 
     def gains(ours: Spectrum, theirs: Spectrum) -> dict[str, Interval]:
-        samples = labelled_pair((ours.energies, theirs.energies), classes, paired)
-        return band_gains(*samples, paired=paired, rng=rng)
+        pair = labelled_pair((ours.energies, theirs.energies), [each.classes for each in sets], paired)
+        return band_gains(*(by_prompt(*each) for each in zip(pair, sets, strict=True)), paired=paired, rng=rng)
 
     curve, *_ = gain_curve(one.whole, other.whole)
     return LatentComparison(

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..metrics import colour, features, power_map, sliced, structure
 from ..metrics.diversity import class_diversity
 from ..metrics.features import Features
+from ..metrics.intervals import Sample
 from ..metrics.spectrum import Channel, Spectrum, as_floats, spectrum_of
 from ..samples.parallel import Processes, Rows, grouped, one_thread, ungrouped
 from ..samples.sets import BATCH, ImageSet
@@ -65,6 +66,13 @@ def read_one(one: ImageSet, suite: Suite, ledger: Ledger, processes: Processes |
         features_by_name = features_of(one, suite, ledger, processes)
         rows = processes.joined(one.count, lambda rank, world: rows_of(one, rank, world))
     return Reading(features_by_name, rows)
+
+
+def by_prompt(sample: Sample, source: ImageSet) -> Sample:
+    """The first images' values as they are to be resampled: prompt by prompt, where they were made from prompts."""
+    if not source.prompted or source.classes is None:
+        return sample
+    return Sample(sample.values, source.classes[: len(sample.values)], prompted=True)
 
 
 @dataclass(frozen=True)

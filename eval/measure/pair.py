@@ -34,11 +34,12 @@ from ..metrics.verdict import FLAT_NOISE_DB, GAIN_MARGIN_DB, KURTOSIS_RANGE, ver
 from ..samples.images import UnfitError
 from ..samples.parallel import one_thread, side_by_side
 from ..samples.sets import ImageSet, validate
+from .clip import Scored, clip_difference, scored
 from .ledger import Ledger
 from .nulls import Target, colour_nulls, lsd, over_features, sliced_levels
-from .one_set import CHROMA, MeasuredSet, Reading, measure_one, read_one
+from .one_set import CHROMA, MeasuredSet, Reading, by_prompt, measure_one, read_one
 from .results import Against, Bands, Comparison, Margins, Measurements, Reference, SetRow, Wavelet, jsonable
-from .suite import Suite, against_statistics, clip_result, diversity_result
+from .suite import Suite, against_statistics, diversity_result
 
 __all__ = ["CHROMA", "SCHEMA_VERSION", "Compared", "ImageSet", "jsonable", "measure"]
 
@@ -122,6 +123,13 @@ class Comparisons:
             targets["real"] = Target(by_name[self.compared.real.name], self.null, self.seed, self.ledger)
         return targets
 
+    @cached_property
+    def scores(self) -> dict[str, Scored]:
+        """CLIP of each set that has texts, by name."""
+        names = self.compared.class_names
+        found = {one.source.name: scored(one.source, self.suite, names, self.ledger) for one in self.measured}
+        return {name: score for name, score in found.items() if score is not None}
+
     def rows(self, workers: int) -> list[SetRow]:
         """The rows in the order of the sets, `workers` comparisons at a time."""
         for target in self.targets.values():
@@ -140,18 +148,19 @@ class Comparisons:
         ]
         comparisons: list[dict[Reference, Comparison]] = [{} for _ in rows]
         for (i, key), note, comparison in zip(pairs, notes, side_by_side(calls, workers, 1), strict=True):
-            comparisons[i][key] = comparison
+            ours, theirs = (self.scores.get(one.source.name) for one in (self.measured[i], self.targets[key].measured))
+            comparisons[i][key] = replace(comparison, clip_difference=clip_difference(ours, theirs, self.seed))
             self.ledger.take(note)
         return [replace(row, against=Against(**held)) for row, held in zip(rows, comparisons, strict=True)]
 
     def alone(self, one: MeasuredSet) -> SetRow:
         """What is measured on a set by itself."""
-        names, again = self.compared.class_names, None
+        score, again = self.scores.get(one.source.name), None
         if self.null is not None and one is not self.null:
             again = self.null.features.get("fid")
         return replace(
             describe(one, self.seed),
-            clip=clip_result(one.source, self.suite, names, self.ledger),
+            clip=score and score.result(self.seed),
             lpips_diversity=diversity_result(one.source, self.suite, self.seed, self.ledger),
             fid_npz=against_statistics(one.features.get("fid"), self.suite, self.ledger, again),
         )
@@ -190,7 +199,8 @@ def _called_alike(name: str, which: str) -> str:
 def describe(one: MeasuredSet, seed: int) -> SetRow:
     """What is measured on a set alone without weights."""
     slope, slope_hf = one.luma.slopes
-    lines = grid_peaks(labelled(one.lines, one.source.classes), rng=np.random.default_rng(seed))
+    lines = by_prompt(labelled(one.lines, one.source.classes), one.source)
+    lines = grid_peaks(lines, rng=np.random.default_rng(seed))
     return SetRow(
         name=one.source.name,
         role=one.source.role,
@@ -234,9 +244,10 @@ class Samples:
         return self.one.source.classes is not None and self.other.source.classes is not None
 
     def of(self, values_of: Callable[[MeasuredSet], np.ndarray]) -> tuple[Sample, Sample]:
-        """What `values_of` takes from both, with classes where both have them."""
-        classes = self.one.source.classes, self.other.source.classes
-        return labelled_pair((values_of(self.one), values_of(self.other)), classes, self.paired)
+        """What `values_of` takes from both, with classes where both have them; prompts are those of each."""
+        sets = self.one.source, self.other.source
+        pair = labelled_pair((values_of(self.one), values_of(self.other)), [one.classes for one in sets], self.paired)
+        return by_prompt(pair[0], sets[0]), by_prompt(pair[1], sets[1])
 
     def interval(self, statistic: Callable[..., Interval], values_of: Callable[[MeasuredSet], np.ndarray]) -> Interval:
         """`statistic` of both with its interval."""
@@ -333,6 +344,6 @@ def _chroma(samples: Samples, colour_labels: set[int] | None) -> dict[str, dict[
             chosen = [np.isin(sample.labels, list(colour_labels)) for sample in pair]
             if not all(rows.any() for rows in chosen):
                 return None
-            pair = tuple(Sample(s.values[rows], s.labels[rows]) for s, rows in zip(pair, chosen, strict=True))
+            pair = tuple(sample.of(rows) for sample, rows in zip(pair, chosen, strict=True))
         gains[channel] = band_gains(*pair, paired=samples.paired, rng=samples.rng)
     return gains

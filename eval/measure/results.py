@@ -93,12 +93,14 @@ class Wavelet:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipResult:
-    """CLIP score of a set against its prompts: 100 times the mean cosine."""
+    """CLIP score of a set against its prompts: 100 times the mean cosine, with its interval."""
 
     value: float
+    low: float
+    high: float
     standard_error: float | None
     prompt: str
-    facts: dict[str, Any] = field(metadata=FLAT)  # model, tag, prefix, preprocess, sha256, images
+    facts: dict[str, Any] = field(metadata=FLAT)  # model, architecture, tag, prefix, preprocess, sha256, images
     comparable_to_published: bool
 
 
@@ -137,6 +139,7 @@ class Comparison:
     neighbours: dict[str, PlacedNeighbours]  # by extractor
     modes: Modes | None
     lpips_paired: LpipsPaired | None
+    clip_difference: Interval | None = field(default=None, metadata=OPTIONAL)  # at the same noise and prompts
     colour: ColourComparison | None = field(default=None, metadata=OPTIONAL)  # None in files of earlier versions
 
 

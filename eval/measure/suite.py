@@ -28,9 +28,8 @@ from ..metrics.perceptual import LpipsDiversity, LpipsPaired
 from ..metrics.weight_files import ALEXNET, INCEPTION, Weights, clip_weights, dinov2_weights, find, missing_message
 from ..samples.images import UnfitError
 from ..samples.parallel import Processes, one_thread
-from ..samples.sets import ImageSet
+from ..samples.sets import ImageSet, Role
 from .ledger import Ledger
-from .results import ClipResult
 
 Metric = Literal["auto", "offline", "fid", "patch_fid", "fd_dinov2", "clip", "lpips"]
 WEIGHT_BOUND: tuple[Metric, ...] = ("fid", "patch_fid", "fd_dinov2", "clip", "lpips")
@@ -38,14 +37,15 @@ KID_SUBSET_OFFLINE = 256  # images; of no use for comparisons with published val
 KID_SUBSET = 1000
 MOST_CLASSIFIED = 10_000  # images of a set whose modes are counted
 MOST_PERCEPTUAL = 1000  # images of a set that CLIP and LPIPS read
-OF_CLASS, ITSELF = "a photo of {}", "{}"  # what CLIP reads of a class, and of a prompt, unless the user says otherwise
+REAL: tuple[Role, ...] = ("real", "null")
 
 
 @dataclass(frozen=True)
 class Sources:
     """Where weights come from: paths of the user's own, or the places that `weight_files` looks in.
 
-    statistics: an npz with mu and sigma of FID's features of other images.
+    statistics: an npz with mu and sigma of FID's features of other images. asked: metrics that are asked for by the
+    kind of the sets, though `auto` names none.
     """
 
     inception: str | None = None
@@ -53,6 +53,7 @@ class Sources:
     allow_download: bool = False
     device: torch.device | str = "cpu"
     statistics: str = ""
+    asked: tuple[Metric, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Suite:
     classifier: Classifier | None = None
     clip: perceptual.Clip | None = None
     lpips: perceptual.Lpips | None = None
-    prompt: str = ""  # of CLIP, {} being the name of the class or the prompt; empty: OF_CLASS or ITSELF
+    prompt: str = ""  # of CLIP, {} being the name of the class or the prompt; empty: see measure.clip
     statistics: Gaussian | None = None  # of FID's features of other images
 
     @property
@@ -87,7 +88,7 @@ def wanted(metrics: Iterable[Metric], sources: Sources, ledger: Ledger) -> list[
     available: list[Metric] = [name for name, weights in files.items() if own.get(name) or find(weights)]
     for name in files:
         if name not in available:
-            ledger.add(name, "", missing_message(files[name]), requested=False)
+            ledger.add(name, "", missing_message(files[name]), requested=name in sources.asked)
     return available
 
 
@@ -179,55 +180,24 @@ def neighbours_null(reference: Features, seed: int, ledger: Ledger) -> HalvesNul
     return ledger.attempt("the null of KID", reference.name, lambda: halved(reference, seed, subset))
 
 
-def clip_result(one: ImageSet, suite: Suite, class_names: dict[int, str], ledger: Ledger) -> ClipResult | None:
-    """CLIP score of a set against its prompts; None where the suite has no CLIP."""
-    clip = suite.clip
-    if clip is None:
-        return None
-    return ledger.attempt("clip", one.name, lambda: _clip(one, clip, suite.prompt, class_names))
-
-
 def diversity_result(one: ImageSet, suite: Suite, seed: int, ledger: Ledger) -> LpipsDiversity | None:
     """LPIPS diversity of a set; None where the suite has no LPIPS."""
     lpips = suite.lpips
     if lpips is None:
         return None
-    return ledger.attempt("lpips", one.name, lambda: _diversity(one, lpips, seed))
-
-
-def _clip(one: ImageSet, clip: perceptual.Clip, prompt: str, class_names: dict[int, str]) -> ClipResult:
-    images = one.first(MOST_PERCEPTUAL)
-    template = prompt or (ITSELF if one.prompted else OF_CLASS)
-    prompts = _prompts(one, template, one.names if one.prompted else one.names or class_names)[: len(images)]
-    score = perceptual.clip_score(clip, images, prompts)
-    error = float(score.per_image.std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else None
-    return ClipResult(
-        value=score.value,
-        standard_error=error,
-        prompt=template,
-        facts=score.facts,
-        comparable_to_published=score.facts.get("model") == perceptual.HUB + perceptual.CLIP_REPO,
-    )
-
-
-def _prompts(one: ImageSet, template: str, names: dict[int, str]) -> list[str]:
-    """What CLIP reads beside each image. UnfitError where that takes a name and a class or prompt has none."""
-    labels = _classes(one, "CLIP score").tolist()
-    unnamed = sorted(set(labels) - names.keys()) if ITSELF in template else []
-    if unnamed:
-        what = f"the text of prompt {unnamed[0]} is" if one.prompted else f"the name of class {unnamed[0]} is"
-        remedy = "encode its prompts again" if one.prompted else "name classes in its samples.json or its teacher"
-        raise UnfitError(f"CLIP score of {one.name}: {what} not known; {remedy}, or set prompt to a text without {{}}")
-    return [template.replace(ITSELF, names.get(label, "")) for label in labels]
+    # of prompts there may be one image each, and of real images no classes: then there is nothing to measure
+    requested = not (one.prompted or one.role in REAL)
+    return ledger.attempt("lpips", one.name, lambda: _diversity(one, lpips, seed), requested)
 
 
 def _diversity(one: ImageSet, lpips: perceptual.Lpips, seed: int) -> LpipsDiversity:
     images = one.first(MOST_PERCEPTUAL)
-    labels = _classes(one, "LPIPS diversity")[: len(images)]
+    labels = classes_for(one, "LPIPS diversity")[: len(images)]
     return perceptual.lpips_diversity(lpips, images, labels, seed)
 
 
-def _classes(one: ImageSet, what: str) -> Tensor:
+def classes_for(one: ImageSet, what: str) -> Tensor:
+    """Its labels (N,). UnfitError naming what needs them where they are not known."""
     if one.labels is None:
         raise UnfitError(f"{what} of {one.name}: its classes are not known; put a samples.json beside the images")
     return one.labels

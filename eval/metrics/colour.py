@@ -115,7 +115,7 @@ def colour_intervals(
     bounds = bootstrap(_whole, ours, theirs, paired=paired, rng=rng)
     found = dict(zip(WHOLE, np.stack(bounds, 1).tolist(), strict=True))
     for group, rows in groups.items():
-        pair = [Sample(one.values[kept], one.labels[kept]) for one, kept in zip((ours, theirs), rows, strict=True)]
+        pair = [one.of(kept) for one, kept in zip((ours, theirs), rows, strict=True)]
         bounds = bootstrap(_of_groups, *pair, paired=paired, rng=rng)
         names = [f"{name}{group}" for name in OF_GROUPS]
         found |= dict(zip(names, np.stack(bounds, 1).tolist(), strict=True))

@@ -1,13 +1,14 @@
 """Intervals and tests: the bootstrap over images, and what is exact or simultaneous over a few training seeds.
 
-Images are resampled stratified by class (`strata`), paired by (noise, class) where rows correspond.
+Images are resampled stratified by class (`strata`), or prompt by prompt with all images of each (`resample_prompts`),
+paired by (noise, class) where rows correspond.
 Legend: N images, R resamples, K training seeds, F points of a curve. Randomness is an argument: a numpy Generator made
 by the caller.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -44,14 +45,19 @@ UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Sample:
-    """Per-image measurements and the class of each image."""
+    """Per-image measurements and the class of each image; or its prompt, a draw from many more prompts."""
 
     values: np.ndarray  # (N, ...)
     labels: np.ndarray  # (N,)
+    prompted: bool = False  # whether the labels are prompts
 
     def __post_init__(self):
         if len(self.values) != len(self.labels) or len(self.values) == 0:
             raise ValueError(f"{len(self.values)} values need as many labels, at least one; got {len(self.labels)}")
+
+    def of(self, rows: np.ndarray | slice) -> "Sample":
+        """The images of these rows."""
+        return replace(self, values=self.values[rows], labels=self.labels[rows])
 
 
 def strata(labels: np.ndarray) -> np.ndarray:
@@ -72,12 +78,32 @@ def resample(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.nda
     return indices
 
 
+def resample_prompts(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Row indices (count, N): prompts drawn with replacement, each with all its images, until there are N images.
+
+    Images of one prompt are no independent witnesses of other prompts. Of a single prompt, its images are drawn.
+    """
+    _, ranks, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(sizes) == 1:
+        return resample(labels, count, rng)
+    rows = np.argsort(ranks, kind="stable")  # prompt by prompt
+    drawn = rng.integers(0, len(sizes), size=(count, math.ceil(len(labels) / sizes.min())))
+    if (sizes == sizes[0]).all():
+        return rows.reshape(len(sizes), -1)[drawn].reshape(count, -1)
+    of_prompt = np.split(rows, np.cumsum(sizes)[:-1])
+    return np.stack([np.concatenate([of_prompt[one] for one in each])[: len(labels)] for each in drawn])
+
+
 def _draws(samples: Sequence[Sample], paired: bool, count: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Resampled values (count, N, ...) of each sample; paired samples share their indices."""
+
+    def indices(sample: Sample) -> np.ndarray:
+        return (resample_prompts if sample.prompted else resample)(sample.labels, count, rng)
+
     if paired:
-        indices = resample(samples[0].labels, count, rng)
-        return [sample.values[indices] for sample in samples]
-    return [sample.values[resample(sample.labels, count, rng)] for sample in samples]
+        shared = indices(samples[0])
+        return [sample.values[shared] for sample in samples]
+    return [sample.values[indices(sample)] for sample in samples]
 
 
 def bootstrap(

@@ -48,7 +48,7 @@ class Clip:
     preprocess: Callable[[Image.Image], Tensor] = field(repr=False)
     tokenise: Callable[[list[str]], Tensor] = field(repr=False)
     prefix: str
-    facts: dict[str, Any]  # JSON-able: model, tag, prefix, preprocess, sha256
+    facts: dict[str, Any]  # JSON-able: model, architecture, tag, prefix, preprocess, sha256
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def load_clip(
         raise DamagedFileError(f"{folder}: no CLIP of open_clip ({' '.join(str(error).split())[:160]})") from error
     facts = {
         "model": source,
+        "architecture": _architecture(open_clip, config.get("model_cfg", {})),
         "tag": config.get("pretrained_tag") or folder.name,
         "prefix": prefix,
         "preprocess": config.get("preprocess_cfg", {}),
@@ -87,6 +88,20 @@ def load_clip(
     }
     tokeniser = open_clip.get_tokenizer(f"{LOCAL}{folder}")
     return Clip(network.eval().requires_grad_(False), preprocess, tokeniser, prefix, facts)
+
+
+def _architecture(open_clip: Any, described: dict[str, Any]) -> str:
+    """open_clip's name of the networks that a configuration describes; of one that it has no name for, their sizes."""
+    parts = ("embed_dim", "vision_cfg", "text_cfg")
+    for name in open_clip.list_models():
+        known = open_clip.get_model_config(name) or {}
+        if all(known.get(part) == described.get(part) for part in parts):
+            return name
+    image, text = (described.get(part) or {} for part in parts[1:])
+    sizes = ", ".join(
+        f"{name} {image[name]}" for name in ("layers", "width", "patch_size", "image_size") if name in image
+    )
+    return f"unnamed: image {sizes}; text layers {text.get('layers')}, width {text.get('width')}"
 
 
 def _clip_folder(source: str, allow_download: bool) -> tuple[Path, Path]:

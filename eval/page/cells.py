@@ -47,7 +47,8 @@ class Table:
 class Figure:
     """A picture with its caption, which is its text alternative too, and the numbers behind it.
 
-    conclusion: a sentence below the figure, empty without one.
+    conclusion: a sentence below the figure, empty without one. rows: what its rows show, for who points at it or does
+    not see it.
     """
 
     png: bytes
@@ -56,6 +57,7 @@ class Figure:
     caption: str
     tables: tuple[Table, ...]
     conclusion: str = ""
+    rows: str = ""
 
 
 def _cells(row: Sequence[Cell | str]) -> tuple[Cell, ...]:

@@ -73,6 +73,7 @@ COLUMNS = (
     LATENCY,
     IMAGES,
 )
+CLIP = Column("CLIP score", lambda row, against: NOTHING if row.clip is None else number(row.clip.value))
 STRUCTURE = (
     KURTOSIS,
     _interval_column("gradient kurtosis ratio", lambda against: against.gradient_kurtosis_ratio, False),
@@ -95,12 +96,12 @@ STRUCTURE = (
 
 def terminal_table(report: Report) -> str:
     """The verdicts against the teacher, then against real images, as text in aligned columns."""
-    tables = []
+    tables, columns = [], (*COLUMNS, *((CLIP,) if any(row.clip for row in report.sets) else ()))
     for reference in REFERENCES:
         heads = (f"against {reference_name(report, reference)}", "verdict", "colour")
-        lines = [[*heads, *(column.heading for column in COLUMNS)]]
+        lines = [[*heads, *(column.heading for column in columns)]]
         for row, against in compared(report, reference):
-            cells = [column.number(row, against).replace("−", "-") for column in COLUMNS]
+            cells = [column.number(row, against).replace("−", "-") for column in columns]
             lines.append([row.name, verdict_word(report, reference, against), colour_word(against), *cells])
         widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
         tables.append("\n".join(_aligned(line, widths) for line in lines if len(lines) > 1))

@@ -111,7 +111,8 @@ def _alone(row: SetRow) -> Iterator[Value]:
     yield from _grid_lines(row.grid_lines)
     yield from _costs(row.facts)
     if row.clip is not None:
-        yield Value("clip", row.clip.value, comparable_to_published=row.clip.comparable_to_published)
+        published = row.clip.comparable_to_published
+        yield Value("clip", row.clip.value, row.clip.low, row.clip.high, comparable_to_published=published)
     if row.lpips_diversity is not None:
         yield Value("lpips_diversity", row.lpips_diversity.value)
     if row.fid_npz is not None:
@@ -162,6 +163,8 @@ def _against(against: Comparison) -> Iterator[Value]:
     yield from _modes(against)
     if against.lpips_paired is not None:
         yield Value("lpips_paired", against.lpips_paired.value)
+    if against.clip_difference is not None:
+        yield _interval("clip_difference", against.clip_difference)
 
 
 def _spectral(against: Comparison) -> Iterator[Value]:

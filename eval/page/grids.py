@@ -19,7 +19,7 @@ from ..measure.results import Report
 from ..metrics.structure import WAVELET, luma
 from ..samples.sets import ImageSet
 
-TILE, GAP, HEADER, ROW_LABEL = 128, 4, 52, 120  # pixels of the picture
+TILE, GAP, HEADER, ROW_LABEL, PROMPT_LABEL = 128, 4, 52, 120, 260  # pixels of the picture
 HEADER_FONT, ROW_FONT = 18, 16
 MOST_ROWS = 14  # of the sample grid
 MOST_CLASSES = 8
@@ -118,11 +118,13 @@ def grids(report: Report, sets: Sequence[ImageSet]) -> tuple[dict[str, bytes], l
     few = one_of_each(rows)
     side = anchor.stream.size[1]
     opened = opening_sets(anchor, sets)
+    # prompts are read beside their pictures, classes are seen
+    margins = (PROMPT_LABEL, PROMPT_LABEL) if any(one.prompted for one in sets) else (0, ROW_LABEL)
     return {
-        "opening": grid(names, opened, opening_rows(few), opening_tiles, 1, 0),
-        "samples": grid(names, sets, rows, whole_tiles, magnification(side)),
-        "zoom": grid(names, sets, few, central_tiles, zoom_factor(side)),
-        "detail": grid(names, sets, few, detail_tiles(anchor), magnification(side)),
+        "opening": grid(names, opened, opening_rows(few), opening_tiles, 1, margins[0]),
+        "samples": grid(names, sets, rows, whole_tiles, magnification(side), margins[1]),
+        "zoom": grid(names, sets, few, central_tiles, zoom_factor(side), margins[1]),
+        "detail": grid(names, sets, few, detail_tiles(anchor), magnification(side), margins[1]),
     }, rows
 
 
@@ -168,7 +170,7 @@ def grid(
 ) -> bytes:
     """A column for each set, a row for each noise seed. Pixels are enlarged `zoom` times without interpolation.
 
-    names: of the classes, by label. margin: pixels for the names of the rows; 0: without names.
+    names: of the classes, or prompts, by label. margin: pixels for the names of the rows; 0: without names.
     """
     height, width = (zoom * length for length in tiles(sets[0].first(1)).shape[1:3])
     headers = [header_lines(one.name, width) for one in sets]
@@ -187,8 +189,10 @@ def grid(
             large = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(large, (left, top + i * (height + GAP)))
     for i, row in enumerate(rows if margin else ()):
-        text = fitted(row_name(names, row, i), margin - 12, ROW_FONT)
-        draw.text((6, top + i * (height + GAP) + 4), text, fill="black", font=_font(ROW_FONT))
+        lines = wrapped(row_name(names, row, i), margin - 12, ROW_FONT, max(1, height // (ROW_FONT + 4)))
+        for line, text in enumerate(lines):
+            place = (6, top + i * (height + GAP) + 4 + line * (ROW_FONT + 4))
+            draw.text(place, text, fill="black", font=_font(ROW_FONT))
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
@@ -220,6 +224,18 @@ def header_lines(name: str, width: int) -> list[str]:
         lines = [whole[: fits[-1]], whole[fits[-1] :]] if fits else [whole]
     first, *rest = lines
     return [fitted(first, width, HEADER_FONT), *(fitted(line, width, HEADER_FONT, keep="end") for line in rest)]
+
+
+def wrapped(text: str, width: int, size: int, most: int) -> list[str]:
+    """The text on lines of `width` pixels, broken between words; the last of at most `most` is cut with an ellipsis."""
+    words, lines = text.split(), []
+    while words and len(lines) < most - 1:
+        count = 1
+        while count < len(words) and _font(size).getlength(" ".join(words[: count + 1])) <= width:
+            count += 1
+        lines.append(fitted(" ".join(words[:count]), width, size))
+        words = words[count:]
+    return [*lines, *([fitted(" ".join(words), width, size)] if words else [])]
 
 
 def fitted(text: str, width: int, size: int, keep: Literal["start", "end"] = "start") -> str:

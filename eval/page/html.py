@@ -62,6 +62,7 @@ def page(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -> str:
             charts=sections.chart_sections(report, drawn),
             structure=summaries.structure(report),
             colours=summaries.colours(report),
+            agreement=summaries.agreement(report),
             grids=sections.grid_sections(report, drawn, rows),
             against_real=summaries.summary(report, "real") if report.real else None,
             resolutions=summaries.resolutions(report),

@@ -9,7 +9,7 @@ from . import over_calls
 from .cells import NOTHING, Cell, Figure, Table, finite, interval_cell, minus, number, the
 from .columns import REFERENCES, charted
 from .figures import forest_lines
-from .grids import Row, magnification, row_name, zoom_factor
+from .grids import Row, magnification, one_of_each, row_name, zoom_factor
 
 
 def chart_sections(report: Report, drawn: Mapping[str, bytes]) -> list[Figure]:
@@ -175,7 +175,13 @@ def opening(report: Report, png: bytes, rows: list[Row]) -> Figure:
         f" enlarged, has its centre below it, {zoom_factor(side)} times. Sampled pictures side by side began as the"
         " same noise."
     )
-    return Figure(png, "opening", "Pictures", caption, (_shown(report, rows),))
+    return Figure(png, "opening", "Pictures", caption, (_shown(report, rows),), rows=_named(report, rows))
+
+
+def _named(report: Report, rows: list[Row]) -> str:
+    """What the rows of a grid are, with their prompts whole, which the picture may cut."""
+    names = [row_name(report.class_names, row, i) for i, row in enumerate(rows)]
+    return "Rows from above: " + "; ".join(f"{i}. {name}" for i, name in enumerate(names, 1)) + "."
 
 
 def _shown(report: Report, rows: list[Row]) -> Table:
@@ -204,4 +210,8 @@ def grid_sections(report: Report, drawn: Mapping[str, bytes], rows: list[Row]) -
             " sets, so flat grey is lost detail. Rows as above.",
         ),
     }
-    return [Figure(drawn[name], "grid", *words, (data,)) for name, words in captions.items()]
+    of_all, of_each = _named(report, rows), _named(report, one_of_each(rows))
+    return [
+        Figure(drawn[name], "grid", *words, (data,), rows=of_all if name == "samples" else of_each)
+        for name, words in captions.items()
+    ]

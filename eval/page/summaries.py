@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..measure.results import Comparison, Reference, Report, SetRow
 from ..metrics.colour import Placed
+from ..metrics.intervals import Interval
 from ..samples.cost import SamplingCost
 from .cells import NOTHING, Cell, Table, fact, finite, interval_cell, minus, number, short, span, the
 from .columns import COLUMNS, HF_GAIN, STRUCTURE, Column, colour_word, compared, reference_name, verdict_word
@@ -124,6 +125,30 @@ def colours(report: Report) -> Table | None:
         " would be off at these sizes (null)."
     )
     return Table.of("colour", ["set", "verdict", *map(_measure_title, names)], cells, note=note)
+
+
+def agreement(report: Report) -> Table | None:
+    """The CLIP score of each set that has texts, and its difference from the teacher's; None without CLIP."""
+    rows = [(row, row.clip) for row in report.sets if row.clip is not None]
+    if not rows:
+        return None
+    cells = []
+    for row, clip in rows:
+        against = row.against.teacher and row.against.teacher.clip_difference
+        interval = Interval(clip.value, clip.low, clip.high)
+        apart = interval_cell(against) if against else NOTHING
+        cells.append(
+            [row.name, interval_cell(interval, signed=False), apart, str(clip.facts.get("images", row.images))]
+        )
+    first = rows[0][1]
+    network, digest = (str(first.facts.get(name, NOTHING)) for name in ("architecture", "sha256"))
+    note = (
+        f"100 times the mean cosine of each image and its text, {first.prompt!r}, by CLIP {network} with the weights"
+        f" {digest[:12]} ({first.facts.get('model')}). The difference is at the same noise and text. Small print: 95 %"
+        " intervals, over prompts where there are prompts."
+    )
+    heads = ["set", "CLIP score", f"less that of {the(report.teacher)}", "n"]
+    return Table.of("agreement with the words", heads, cells, note=note)
 
 
 def _measure_title(name: str) -> str:

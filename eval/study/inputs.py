@@ -21,6 +21,7 @@ from ..samples.sampling import Bench, with_costs
 from ..samples.sets import ImageSet, read_set
 from .convergence import twice_as_fine
 from .kinds import told_apart
+from .prompts import encoded_for
 from .runs import GuidedTeacher, Run, read_runs, reference_guidance, require_teacher
 from .students import student_set
 
@@ -51,6 +52,14 @@ class InputKeys(Protocol):
     def batch_size(self) -> int: ...
     @property
     def cache(self) -> str: ...
+    @property
+    def prompts(self) -> str: ...
+    @property
+    def text_encoder(self) -> str: ...
+    @property
+    def seeds(self) -> int: ...
+    @property
+    def cpu(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -99,14 +108,14 @@ def read_inputs(keys: InputKeys, device: torch.device, ledger: Ledger, processes
 
 def sampled(keys: InputKeys, device: torch.device, ledger: Ledger, processes: Processes) -> Inputs:
     """Every network of the runs on the same noise, and images of their data where these fit the teacher's."""
-    runs = read_runs(keys.runs)
+    runs = read_runs(keys.runs, lambda run: encoded_for(run.folder, run.origin, keys, processes))
     teacher = GuidedTeacher.of(runs[0], device, reference_guidance(runs, keys.guidance_scale))
-    require_teacher(runs, teacher.weights)
+    require_teacher(runs, teacher.loaded)
     bench = teacher.bench(keys, device, processes, runs[0])
     named = named_real(keys.real, bench) if keys.real else None
     data = None if named else data_of(runs[0].cfg, bench, teacher, ledger)
     if processes.main:
-        LOGGER.info(f"sampling {keys.n} images of the teacher and of {len(runs)} students")
+        LOGGER.info(f"sampling {bench.count} images of the teacher and of {len(runs)} students")
     real = None if data is None else read_real(data, bench)
     reference = teacher.sample_set(bench, keys.ode)
     undistilled = teacher.undistilled_sets(bench, (run.few_steps for run in runs))
@@ -140,9 +149,9 @@ def _student(run: Run, bench: Bench, reference: ImageSet, ledger: Ledger) -> Ima
 
 
 def other_samples(teacher: GuidedTeacher, bench: Bench, solver: Solver) -> tuple[Tensor, Tensor | None]:
-    """Images of the teacher from other noise than those that are compared, and their labels."""
+    """Images of the teacher from other noise than those that are compared, and their labels; prompts are no classes."""
     other = teacher.sample_set(replace(bench, seed=bench.seed + 1), solver)
-    return other.first(bench.count), other.labels
+    return other.first(bench.count), other.labels if teacher.prompts is None else None
 
 
 def with_names(inputs: Inputs, teacher: GuidedTeacher, real: Real | None) -> Inputs:
@@ -161,7 +170,8 @@ def as_prompted(one: ImageSet, prompts: dict[int, str] | None) -> ImageSet:
 
 def data_of(cfg: DistillConfig, bench: Bench, teacher: GuidedTeacher, ledger: Ledger) -> Source | None:
     """The run's data where they can stand beside the samples; those that it names by default were not requested."""
-    requested = cfg.needs_data or cfg.data.name != DataConfig().name
+    named = teacher.prompts is not None and teacher.prompts.folder != cfg.teacher.prompts  # of which it was not trained
+    requested = not named and (cfg.needs_data or cfg.data.name != DataConfig().name)
     return ledger.attempt("against real images", "", lambda: open_fitting(cfg.data, bench, teacher.loaded), requested)
 
 

@@ -1,7 +1,7 @@
 """Which runs may be compared: arms that differ in their routing alone, run for run from the same training seed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from dmd_dar import config
@@ -11,7 +11,7 @@ from dmd_dar.train.loop.optimise import OptimiserConfig
 
 from ..metrics.intervals import LARGEST_EXACT
 from .few_steps import FewSteps, titles
-from .runs import Run, read_run, require_shared
+from .runs import Run, own_prompts, read_run, require_shared
 from .wording import MATCHED_WITHIN
 
 ArmName = Literal["residual", "dar", "matched", "frozen"]
@@ -50,14 +50,16 @@ class ArmsConfig:
     )
 
 
-def read_groups(arms: ArmsConfig) -> dict[FewSteps, RunsByArm]:
+def read_groups(arms: ArmsConfig, prompts: Callable[[Run], str] = own_prompts) -> dict[FewSteps, RunsByArm]:
     """The finished runs of every arm that is given, sorted by training seed, for each of the few steps that they take.
 
     A ConfigError naming runs, key and values where a run is unfinished, steps or a seed are missing in an arm, a seed
     is double, an arm has the wrong routing, or runs of equal steps differ in more than their arm's own keys, the seed
-    and book-keeping. Controls may be missing at some steps.
+    and book-keeping. Controls may be missing at some steps. prompts: as of `read_runs`, from the first residual run.
     """
     read = {arm: _read(arm, folders) for arm in get_args(ArmName) if (folders := getattr(arms, arm))}
+    named = prompts(read["residual"][0])
+    read = {arm: [replace(run, prompts=named) for run in runs] for arm, runs in read.items()}
     for arm, runs in read.items():
         _require_same_steps(arm, runs, "residual", read["residual"])
     _require_same_steps("residual", read["residual"], "dar", read["dar"])

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..samples.real import REAL_NAMES
 from ..samples.sampling import Bench
 from ..samples.sets import ImageSet
 from .few_steps import FewSteps, plain, titles
+from .prompts import images_of
 
 SAMPLERS: dict[str, Sampler] = {"Euler": "deterministic", "re-noised": "stochastic"}
 SAMPLER_NAMES = {sampler: name for name, sampler in SAMPLERS.items()}
@@ -48,6 +49,7 @@ class Run:
     saved: Saved = field(default=Saved(ModelCard(), "", {}), repr=False)  # the card of its student
     stamp: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)  # of the student's files when it was read
     kept: bool = False  # whether `folder` is that of a student which it kept
+    prompts: str = ""  # folder of those that it is sampled at, in the place of its own
 
     @property
     def home(self) -> Path:
@@ -80,11 +82,17 @@ class Run:
         single = len(self.cfg.rungs) == 1
         return replace(self.few_steps, sampler=None if single else SAMPLER_NAMES[self.cfg.sampler])
 
+    @property
+    def teacher(self) -> TeacherConfig:
+        """What it was distilled from, at the prompts that it is sampled at."""
+        own = self.cfg.teacher
+        return replace(own, prompts=self.prompts, prompts_are_classes=False) if self.prompts else own
+
     def student(self, device: torch.device | str = "cpu") -> teachers.Teacher:
         """Its network, read anew at every call: a ConfigError where its files have changed since the card was read."""
         if stamp_of(self.place) != self.stamp:
             raise config.ConfigError(f"runs: {self.place} has changed since this command began; give the command again")
-        return load_teacher(TeacherConfig(str(self.place)), device, self.saved)
+        return load_teacher(TeacherConfig(str(self.place), prompts=self.prompts), device, self.saved)
 
     def step_seconds(self) -> float:
         """Mean time of a training step in the last process of the run, all that it did included; NaN without a log."""
@@ -129,9 +137,19 @@ def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-def read_runs(folders: tuple[str, ...]) -> list[Run]:
-    """The finished runs; a ConfigError where they do not share teacher and data."""
+def own_prompts(run: Run) -> str:
+    """No others than the run's own."""
+    return ""
+
+
+def read_runs(folders: tuple[str, ...], prompts: Callable[[Run], str] = own_prompts) -> list[Run]:
+    """The finished runs; a ConfigError where they do not share teacher and data.
+
+    prompts: the folder of those that all are sampled at, from the first run; "" for their own.
+    """
     read = [read_run(folder) for folder in folders]
+    named = prompts(read[0])
+    read = [replace(run, prompts=named) for run in read]
     names = [run.name for run in read]
     if len(set(names)) < len(names):
         raise config.ConfigError(f"runs: several folders are called {names}; give each a name of its own")
@@ -146,7 +164,7 @@ def require_shared(runs: Sequence[Run], key: str) -> None:
     """
     for run in runs[1:]:
         for what in ("data", "teacher", "guidance"):
-            ours, theirs = getattr(runs[0].cfg, what), getattr(run.cfg, what)
+            ours, theirs = (one.teacher if what == "teacher" else getattr(one.cfg, what) for one in (runs[0], run))
             if ours != theirs:
                 fault = f"{what} {theirs} in {run.name}, {ours} in {runs[0].name}"
                 raise config.ConfigError(f"{key}: {fault}; compare equals")
@@ -196,8 +214,8 @@ class GuidedTeacher:
         """With that guidance, the run's where it is None. A ConfigError where it is not the one that the run was
         distilled from.
         """
-        teacher, codec = open_teacher(run.cfg.teacher, run.cfg.data, device, run.cfg.sized)
-        require_teacher([run], teacher.digest)
+        teacher, codec = open_teacher(run.teacher, run.cfg.data, device, run.cfg.sized)
+        require_teacher([run], teacher)
         scale = run.cfg.guidance_scale if guidance_scale is None else guidance_scale
         velocity = guided_velocity(teacher.network, teacher.prediction, scale, run.cfg.guidance)
         return GuidedTeacher(teacher.network, velocity, teacher.digest, scale, teacher, codec, run.cfg.guidance)
@@ -205,7 +223,8 @@ class GuidedTeacher:
     def bench(self, keys: Any, device: torch.device, processes: Processes, run: Run) -> Bench:
         """Where the run's networks are sampled: at its first size."""
         shape = shapes_of(run.cfg, self.loaded, self.codec)[0]
-        return Bench.of(keys, self.network, device, self.codec, processes, shape)
+        bench = Bench.of(keys, self.network, device, self.codec, processes, shape)
+        return replace(bench, count=images_of(keys, bench.num_classes))
 
     def sample_set(self, bench: Bench, solver: Solver) -> ImageSet:
         """The reference."""
@@ -249,9 +268,10 @@ class GuidedTeacher:
         return made.as_set(name, "undistilled", True, facts=facts, generator=generator)
 
 
-def require_teacher(runs: Iterable[Run], digest: str) -> None:
-    """A ConfigError naming a run that was distilled from another teacher."""
+def require_teacher(runs: Iterable[Run], teacher: teachers.Teacher) -> None:
+    """A ConfigError naming a run that was distilled from another teacher, whatever prompts both are sampled at."""
     for run in runs:
+        digest = teacher.digest_with(run.origin.get("prompts_hash", "")) if run.prompts else teacher.digest
         if run.origin.get("teacher") != digest:
             raise config.ConfigError(
                 f"runs: {run.folder} was distilled from another teacher than {run.cfg.teacher.path} holds now"

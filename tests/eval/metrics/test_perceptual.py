@@ -1,7 +1,6 @@
 """CLIP score with a tiny random model in a folder, LPIPS over random trunks: the numbers by definition, the guards."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from torchvision.models import alexnet
 
 from dmd_dar.errors import DamagedFileError, MissingWeightsError, UserError
 from dmd_dar.models.perceptual import lpips_network
-from eval.measure import suite as distances
+from eval.measure.clip import scored
 from eval.measure.ledger import Ledger
 from eval.measure.suite import Suite
 from eval.metrics import perceptual
@@ -19,12 +18,10 @@ from eval.metrics import weight_files as weights
 from eval.metrics.perceptual import clip_score, load_clip, load_lpips, lpips_diversity, lpips_paired, paired_distances
 from eval.samples.images import UnfitError
 from eval.samples.sets import ImageSet
+from tests.eval.tiny_clip import MEAN, STD, tiny_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchvision")  # the lpips package's way to call it
 
-TOWER = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-MEAN, STD = [0.2, 0.4, 0.6], [0.5, 0.3, 0.4]
 PROMPTS = ["a cat", "gravel", "a cup of coffee"]
 
 
@@ -35,17 +32,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What open_clip reads from `local-dir:`."""
-    open_clip = pytest.importorskip("open_clip")
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    model = {"embed_dim": 16, "vision_cfg": TOWER, "text_cfg": TEXT}
-    network = open_clip.model.CLIP(16, TOWER, TEXT)
-    path = tmp_path_factory.mktemp("clip")
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
-    (path / weights.CLIP_CONFIG).write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
-    save_file(network.state_dict(), path / weights.CLIP_FILES[0])
-    return path
+    pytest.importorskip("open_clip")
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @torch.no_grad()
@@ -61,6 +49,9 @@ def test_the_score_is_the_cosine_with_the_folder_s_preprocessing(folder, monkeyp
     assert np.allclose(result.per_image, expected.numpy(), atol=1e-3)
     assert result.value == pytest.approx(expected.mean().item(), abs=1e-3)
     assert result.facts["prefix"] == "a photo of " and result.facts["model"] == f"local-dir:{folder}"
+    assert result.facts["architecture"].startswith(
+        "unnamed: image layers 1, width 64, patch_size 16, image_size 32; text"
+    )
     assert result.facts["preprocess"]["mean"] == MEAN and result.facts["images"] == 3
     assert result.facts["sha256"] == weights.file_hash(folder / weights.CLIP_FILES[0])
     swapped = clip_score(clip, images, PROMPTS[::-1])
@@ -72,11 +63,11 @@ def test_the_score_is_the_cosine_with_the_folder_s_preprocessing(folder, monkeyp
 def test_only_the_usual_weights_give_a_published_score(folder):
     one = ImageSet("a", noise(3, 3, 32, 32), torch.tensor([0, 1, 0]), "student", True)
     suite = Suite((), clip=load_clip(f"local-dir:{folder}"), prompt="a photo of {}")
-    found = distances.clip_result(one, suite, {0: "a cat", 1: "two cats"}, Ledger())
+    found = scored(one, suite, {0: "a cat", 1: "two cats"}, Ledger()).result(0)
     assert not found.comparable_to_published and found.prompt == "a photo of {}"
     usual = dataclasses.replace(suite.clip, facts={**suite.clip.facts, "model": perceptual.HUB + perceptual.CLIP_REPO})
     suite = dataclasses.replace(suite, clip=usual)
-    found = distances.clip_result(one, suite, {0: "a cat", 1: "two cats"}, Ledger())
+    found = scored(one, suite, {0: "a cat", 1: "two cats"}, Ledger()).result(0)
     assert found.comparable_to_published
 
 
@@ -95,14 +86,14 @@ def test_only_the_usual_weights_give_a_published_score(folder):
 def test_every_image_is_scored_with_what_it_was_made_from(monkeypatch, own, prompted, template, read):
     seen = []
 
-    def scored(clip, images, prompts):
+    def known(clip, images, prompts):
         seen.extend(prompts)
         return perceptual.ClipScore(1.0, np.ones(len(images)), {})
 
-    monkeypatch.setattr(perceptual, "clip_score", scored)
+    monkeypatch.setattr(perceptual, "clip_score", known)
     one = ImageSet("a", noise(3, 3, 32, 32), torch.tensor([0, 1, 0]), "student", True, names=own, prompted=prompted)
     ledger = Ledger()
-    distances.clip_result(one, Suite((), clip="clip", prompt=template), {0: "a cat", 1: "two cats"}, ledger)
+    scored(one, Suite((), clip="clip", prompt=template), {0: "a cat", 1: "two cats"}, ledger)
     assert seen == read or (not seen and read in ledger.skipped[0].reason)
 
 
