@@ -75,7 +75,8 @@ def test_mistakes_end_with_one_line_and_exit_code_2(teacher, tmp_path, wrong, sa
     monkeypatch.setenv("DMD_DAR_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(SystemExit) as stop:
-        distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", *re.split(" (?=matching|regression|gan)", wrong)))
+        keys = re.split(" (?=matching|regression|gan)", wrong)
+        distill.main(arguments(teacher, tmp_path / "run", "launch.accumulation=2", *keys))
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and said in message
 
