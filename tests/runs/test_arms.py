@@ -17,7 +17,7 @@ def test_the_studys_arms_differ_in_routing_and_rates_only(monkeypatch):
     own = {"out_dir", "student.routing.query", "student.lr", "student.routing.lr"}
     for other in (residual, static):
         assert {key for key, _, _ in config.differences(dar, other)} <= own
-    assert (dar.steps, dar.student.decay_steps, dar.checkpoint.students[-1]) == (400, 0, 200)
+    assert (dar.steps, dar.matching.start, dar.checkpoint.students) == (400, 300, (25, 50, 110, 200, 300))
 
 
 def test_the_pilots_arms_differ_in_their_routing_only(monkeypatch):
