@@ -19,6 +19,8 @@ RESULTS = ROOT / "docs" / "results"
 PILOT = ROOT / "docs" / "pilot.md"
 RECIPES = ROOT / "docs" / "recipes.md"
 ROWS = ROOT / "runs" / "ablations"
+TEACHERS = ROOT / "docs" / "teachers.md"
+FAMILIES = RESULTS / "families.json"  # what tests/stages.py recorded
 TEACHER = ROOT / "teachers" / "photos32" / "quality.json"
 REPORTS = {"demo": "Demo (`make demo`)", "long": "5:1 recipe (`runs/photos32_long.sh`)"}
 NOTHING = "–"
@@ -201,6 +203,36 @@ def bands_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def families_table(recorded: dict[str, Any]) -> str:
+    """What the tests took each family through, with a note for what is refused, was skipped or failed."""
+    notes: dict[str, int] = {}
+    stages, lines = recorded["stages"], []
+    for family, tests in recorded["families"].items():
+        cells = [stage_cell(tests[stage], notes) for stage in stages]
+        lines.append("| " + " | ".join([f"`{family}`", *cells]) + " |")
+    head = ["| family | " + " | ".join(stages) + " |", "|" + "---|" * (len(stages) + 1)]
+    meanings = [f"- {stage}: {meaning}" for stage, meaning in stages.items()]
+    told = [f"- [{place}] {note}" for note, place in notes.items()]
+    return "\n".join([*head, *lines, "", *told, *([""] if told else []), *meanings]) + "\n"
+
+
+def stage_cell(tests: list[dict[str, str]], notes: dict[str, int]) -> str:
+    """A failure goes before what passed, that before a refusal, and what was skipped comes last."""
+    refusals = [one for one in tests if one.get("refused") and one["outcome"] == "passed"]
+    passed = [one for one in tests if one["outcome"] == "passed" and not one.get("refused")]
+    if failed := [one["test"] for one in tests if one["outcome"] == "failed"]:
+        word, note = "**failed**", failed[0]
+    elif passed:
+        return "yes"
+    elif refusals:
+        word, note = "no", refusals[0]["refused"]
+    elif tests:
+        word, note = "skipped", tests[0].get("reason", "")
+    else:
+        return "not tested"
+    return f"{word} [{notes.setdefault(note, len(notes) + 1)}]"
+
+
 def decimal(value: float | None, form: str) -> str:
     return NOTHING if value is None else format(value, form)
 
@@ -220,13 +252,19 @@ def with_table(text: str, name: str, table: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """What README.md, docs/pilot.md and docs/recipes.md should hold."""
+    """What README.md, docs/pilot.md, docs/recipes.md and docs/teachers.md should hold."""
     routers = routers_table(json.loads((RESULTS / "pilot_routers" / "report.json").read_text()))
     pilot = PILOT.read_text()
     for name, text in (("conclusion", pilot_words()), ("rungs", rungs_table()), ("routers", routers)):
         pilot = with_table(pilot, name, text)
     recipes = with_table(with_table(RECIPES.read_text(), "rows", recipes_table()), "bands", bands_table())
-    return {README: with_table(README.read_text(), "tables", readme_tables()), PILOT: pilot, RECIPES: recipes}
+    teachers = with_table(TEACHERS.read_text(), "stages", families_table(json.loads(FAMILIES.read_text())))
+    return {
+        README: with_table(README.read_text(), "tables", readme_tables()),
+        PILOT: pilot,
+        RECIPES: recipes,
+        TEACHERS: teachers,
+    }
 
 
 @dataclass(frozen=True)

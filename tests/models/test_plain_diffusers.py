@@ -20,7 +20,7 @@ from dmd_dar.distillation.networks import Memory, build_networks
 from dmd_dar.encode import EncodeConfig, encode
 from dmd_dar.flow import Schedule
 from dmd_dar.methods import generate
-from dmd_dar.models.adapters import write_adapter
+from dmd_dar.models.adapters import DIFFUSERS, write_adapter
 from dmd_dar.models.families.form import packed, unpacked
 from dmd_dar.models.saved import ModelCard, network_hash, save_network
 from dmd_dar.models.shared_lora import LoraConfig, LoraDenoiser, merged
@@ -180,6 +180,17 @@ def test_diffusers_samples_at_the_rungs_or_not_at_all_and_takes_the_adapter(root
         for way in ("", *((" adapter", " pytorch_lora_weights", " adapter_model") if name in LOADED else ())):
             difference = (images[name + way] - expected).abs().max().item()
             assert difference <= 2e-3 * expected.std(), (name, way, difference)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in LOADED])
+@pytest.mark.stages("lora", by="name", refused="diffusers loads no adapters into its transformer; peft does")
+def test_diffusers_file_is_left_out_where_no_pipeline_reads_it(root, name):
+    import diffusers
+
+    adapter = root / f"{name}_residual" / "adapter"
+    assert (root / f"{LOADED[0]}_residual" / "adapter" / DIFFUSERS).is_file() and not (adapter / DIFFUSERS).exists()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(root / name)
+    assert not hasattr(pipe, "load_lora_weights") and not hasattr(pipe.transformer, "load_lora_adapter")
 
 
 def inputs(network: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,11 +4,39 @@ from dmd_dar import config
 from dmd_dar.distillation.config import DistillConfig
 from runs import tables as table
 from runs.ablations import row
+from tests.stages import MODULES, STAGES
 
 
 def test_the_pages_hold_the_tables_of_the_measurements():
     for path, text in table.pages().items():
         assert path.read_text() == text, f"{path.name}: run `make tables`"
+
+
+def test_the_families_are_those_of_the_family_table_and_their_tests_are_there():
+    recorded = json.loads(table.FAMILIES.read_text())
+    assert list(recorded["families"]) == list(MODULES) and recorded["stages"] == STAGES
+    for test in {one["test"] for tests in recorded["families"].values() for each in tests.values() for one in each}:
+        path, _, name = test.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (table.ROOT / path).read_text(), test
+
+
+def test_a_cell_says_what_its_tests_did():
+    def one(test: str, outcome: str, **more: str) -> dict[str, str]:
+        return {"test": test, "outcome": outcome, **more}
+
+    refused, skipped = one("r", "passed", refused="labels alone"), one("s", "skipped", reason="no GPU")
+    rows = {
+        "b": [one("p", "passed"), skipped],
+        "c": [refused],
+        "d": [skipped],
+        "e": [],
+        "f": [one("x", "failed"), refused],
+    }
+    stages = {name: f"what {name} is" for name in "bcdef"}
+    lines = table.families_table({"stages": stages, "families": {"dit": rows}}).splitlines()
+    assert lines[0] == "| family | b | c | d | e | f |"
+    assert lines[2] == "| `dit` | yes | no [1] | skipped [2] | not tested | **failed** [3] |"
+    assert lines[4:7] == ["- [1] labels alone", "- [2] no GPU", "- [3] x"] and lines[8] == "- b: what b is"
 
 
 def test_the_verdict_on_colour_stands_beside_that_on_detail():
